@@ -1,0 +1,17 @@
+"""Historic entry point: spread of K and of V and their ratio, per layer and overall, with the comparison plot.
+
+    python scripts/analyze_kv_variance.py --model ref-llama
+
+The same as `eigencache probe MODEL --view spread --plot kv_variance_MODEL.png`.
+"""
+
+import argparse
+from pathlib import Path
+
+from eigencache.cli.app import main
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True)
+parser.add_argument("--plot", help="default: kv_variance_MODEL.png")
+args = parser.parse_args()
+main(["probe", args.model, "--view", "spread", "--plot", args.plot or f"kv_variance_{Path(args.model).name}.png"])

@@ -1,0 +1,22 @@
+"""The instrument and the codec for the KV cache of language models.
+
+from eigencache import probe
+r = probe("ref-llama")
+r.layer(3).values.effective_rank
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eigencache.api import Probe, probe
+
+__all__ = ["Probe", "probe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public API on first use: `import eigencache` alone loads neither torch nor transformers."""
+    if name in __all__:
+        from eigencache import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'eigencache' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The four reference models, in ordinary Hugging Face format, one folder each."""

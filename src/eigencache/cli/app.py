@@ -1,0 +1,39 @@
+"""The command line: one file per subcommand; a user's mistake ends in one line on stderr and exit code 2."""
+
+import os
+import sys
+
+import typer
+
+from eigencache.cli import compare, probe, report, score
+from eigencache.errors import EigencacheError
+
+app = typer.Typer(
+    name="eigencache",
+    help="The instrument for the KV cache of language models: what is cached, what of it matters, what the data support.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (report, probe, compare, score):
+    app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(command.run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, by default on `sys.argv`; a traceback from here is always a defect of the program."""
+    try:
+        app(arguments, standalone_mode=True)
+    except EigencacheError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted: nothing was written")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print(f"eigencache: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)

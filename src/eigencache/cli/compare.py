@@ -1,0 +1,39 @@
+"""`eigencache compare A.json B.json …`: models side by side, from the records of earlier probes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import check_writable
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache compare gpt2.json llama.json\n
+  eigencache compare *.json --output models.md --plot models.png
+"""
+
+
+def run(
+    records: Annotated[list[Path], typer.Argument(help="Records written by `eigencache probe --output`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Compare models: the historic columns and an assessment with its reasons first, then the honest columns."""
+    check_writable(output, plot)
+    from rich.console import Console
+
+    from eigencache.records import ProbeRecord, write_whole
+    from eigencache.report.comparison import compare_table
+    from eigencache.report.plots import plot_compare, save_figure
+
+    loaded = [ProbeRecord.load(path) for path in records]
+    table = compare_table(loaded)
+    if output:
+        write_whole(output, table.markdown().encode())
+    if plot:
+        save_figure(plot_compare(loaded), plot)
+    console = Console()
+    console.print(table)
+    for path in filter(None, (output, plot)):
+        console.print(f"written: {path}", markup=False, highlight=False)

@@ -1,0 +1,66 @@
+"""The options that several subcommands share, spelled and explained once."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.errors import LayerError, OutputError
+
+Text = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        help="A file, folder, glob, .jsonl, stdlib, stdlib:held-out, wikitext2 or hf:NAME[:CONFIG[:SPLIT]].",
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens to use at most.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=8, help="Tokens per sequence (default 512).")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def layer_numbers(layers: str | None) -> tuple[int, ...] | None:
+    """`0,6,12` → (0, 6, 12); None stays None. Raises `LayerError`."""
+    if layers is None:
+        return None
+    try:
+        return tuple(int(part) for part in layers.split(","))
+    except ValueError as error:
+        raise LayerError(f"--layers {layers}: give numbers with commas between them, such as 0,6,12") from error
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Raises `OutputError` before any work is done for a path that could not be written in the end."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder: name a file")
+        _check_folder(path.parent, path)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `OutputError` for a folder that could not be written to."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file: name a folder")
+    _check_folder(folder, folder)
+
+
+def _check_folder(folder: Path, path: Path) -> None:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not _writable(existing):
+        raise OutputError(f"{path}: cannot be written: {existing} is not a writable folder; choose another output")
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """The names in order, each once."""
+    return list(dict.fromkeys(names))

@@ -1,0 +1,48 @@
+"""`eigencache score [MODEL…]`: held-out loss and in-context copying, the figures of the model cards."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import Device, Dtype, Seed, Text, Tokens, check_writable, unique
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache score\n
+  eigencache score ref-llama --text stdlib:held-out --tokens 65536 --output scores.json
+"""
+
+
+def run(
+    models: Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")] = None,
+    text: Text = "stdlib:held-out",
+    tokens: Tokens = 131_072,
+    max_length: Annotated[int, typer.Option("--max-length", min=8, help="Tokens per sequence.")] = 2048,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the scores as JSON.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Score how well models predict held-out text, by position, and whether they copy from their context."""
+    check_writable(output)
+    from pydantic import TypeAdapter
+    from rich.console import Console
+
+    from eigencache.cli.measuring import load_with_text
+    from eigencache.cli.progress import progress_bar
+    from eigencache.models.load import BUNDLED
+    from eigencache.records import ScoreRecord, write_whole
+    from eigencache.report.scores import score_table
+    from eigencache.studies.score import score_model
+
+    records = []
+    for model in unique(models or BUNDLED):
+        loaded, sequences = load_with_text(
+            model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype
+        )
+        with progress_bar(model) as on_progress:
+            records.append(score_model(loaded, sequences, seed=seed, on_progress=lambda d, n: on_progress("scoring", d, n)))
+    if output:
+        write_whole(output, TypeAdapter(list[ScoreRecord]).dump_json(records, indent=1))
+    Console().print(score_table(records))

@@ -1,0 +1,141 @@
+"""Documents become token sequences of one length: none lost, none twice, and counted for the record."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from eigencache.corpora.contexts import CONTEXT, context_warnings, distinct_contexts, total_contexts
+from eigencache.corpora.text import Document, Text
+from eigencache.errors import CorpusError
+from eigencache.records import Corpus
+
+MIN_TAIL = 32  # tokens of a last, partial sequence that is kept: a shorter one is mostly attention sink
+BATCH_CHARS = 2**18  # characters tokenised at a time, about 65,000 tokens
+BATCH_DOCUMENTS = 64  # so that a short run does not tokenise 65,000 tokens of small documents
+
+OnProgress = Callable[[int, int | None], None]  # tokens so far, tokens wanted (None: all of the text)
+
+
+class Batch(NamedTuple):
+    """Consecutive sequences, padded at the right."""
+
+    input_ids: torch.Tensor  # Int64 [batch, longest]
+    attention_mask: torch.Tensor  # Int64 [batch, longest]: 1 for a token, 0 for padding
+    indices: list[int]  # of the sequences, ascending
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Token ids by sequence, with the record of the text they come from; sequences may differ in length."""
+
+    ids: list[np.ndarray]  # Int64 [length] each
+    corpus: Corpus
+
+    def batches(self, batch_size: int, pad_id: int) -> Iterator[Batch]:
+        """Every sequence once and in order, `batch_size` at a time, each batch padded to its own longest sequence.
+
+        Raises `CorpusError` at once for a batch size below 1.
+        """
+        if batch_size < 1:
+            raise CorpusError(f"a batch of {batch_size} sequences: at least 1 is needed")
+        starts = range(0, len(self.ids), batch_size)
+        return (self._batch(range(start, min(start + batch_size, len(self.ids))), pad_id) for start in starts)
+
+    def _batch(self, indices: range, pad_id: int) -> Batch:
+        longest = max(len(self.ids[i]) for i in indices)
+        input_ids = torch.full((len(indices), longest), pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, i in enumerate(indices):
+            input_ids[row, : len(self.ids[i])] = torch.from_numpy(self.ids[i])
+            attention_mask[row, : len(self.ids[i])] = 1
+        return Batch(input_ids, attention_mask, list(indices))
+
+
+def pack(
+    text: Text, tokenizer: Any, *, tokens: int | None, max_length: int, on_progress: OnProgress | None = None
+) -> Sequences:
+    """Cut the documents' tokens into sequences of exactly `max_length`: concatenated again they are the tokens in order.
+
+    Every document is preceded by the tokenizer's `bos_token_id` (its `eos_token_id` without one, nothing without
+    either), which counts as a token. The stream ends after `tokens` of them, or with the text. A last, shorter
+    sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenised as they are needed, so memory
+    grows with `tokens` and not with the text.
+
+    A text that ends early is a warning of the record. Raises `CorpusError` where there is not one whole sequence.
+    """
+    if max_length < CONTEXT:
+        raise CorpusError(f"--max-length {max_length}: a sequence must hold at least {CONTEXT} tokens")
+    if tokens is not None and tokens < max_length:
+        raise CorpusError(
+            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or shorten --max-length"
+        )
+    stream = _first(token_stream(text.documents, tokenizer), tokens, on_progress)
+    if len(stream) < max_length:
+        shorten = f" or --max-length {len(stream)}" if len(stream) >= MIN_TAIL else ""
+        raise CorpusError(
+            f"{text.name}: text has {len(stream):,} tokens, fewer than one sequence of {max_length:,}: "
+            f"give more text{shorten}"
+        )
+    ids = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
+    if len(ids[-1]) < min(MIN_TAIL, max_length):
+        del ids[-1]
+    return Sequences(ids, _record(text, ids, tokens, len(stream), max_length))
+
+
+def token_stream(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
+    """The token ids of one document after the other, each begun by bos (or eos), a continued piece by nothing."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prefix = [] if start is None else [start]
+    for batch in _batched(documents):
+        encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            yield np.array([*([] if document.continued else prefix), *ids], dtype=np.int64)
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _first(stream: Iterable[np.ndarray], tokens: int | None, on_progress: OnProgress | None) -> np.ndarray:
+    """The concatenation of the stream, cut after `tokens`; no more of the stream is read than that takes."""
+    pieces, total = [np.empty(0, dtype=np.int64)], 0
+    for ids in stream:
+        pieces.append(ids if tokens is None else ids[: tokens - total])
+        total += len(pieces[-1])
+        if on_progress is not None:
+            on_progress(total, tokens)
+        if total == tokens:
+            break
+    return np.concatenate(pieces)
+
+
+def _record(text: Text, ids: list[np.ndarray], wanted: int | None, available: int, max_length: int) -> Corpus:
+    used = sum(map(len, ids))
+    distinct = distinct_contexts(ids)
+    repetition = 1 - distinct / total_contexts(ids)
+    copies = len(ids) - len({sequence.tobytes() for sequence in ids})
+    warnings = context_warnings(used, distinct, repetition, len(ids), copies)
+    if wanted is not None and available < wanted:
+        warnings.insert(0, f"asked for {wanted:,} tokens, the text has {available:,}")
+    return Corpus(
+        name=text.name,
+        sha256=text.sha256,
+        tokens=used,
+        sequences=len(ids),
+        max_length=max_length,
+        distinct_token_ids=len(np.unique(np.concatenate(ids))),
+        distinct_8grams=distinct,
+        repetition=repetition,
+        warnings=warnings,
+    )

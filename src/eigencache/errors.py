@@ -1,0 +1,49 @@
+"""Every failure a user can cause has its own exception, all of them below `EigencacheError`.
+
+The command line prints the message of an `EigencacheError` as one line and exits with code 2; a
+traceback therefore always means a defect of the program, never a mistake of its user.
+"""
+
+
+class EigencacheError(Exception):
+    """A failure with one clear line for the user: what was wrong, where, and what to do."""
+
+
+class ModelError(EigencacheError):
+    """A model could not be found, read or run."""
+
+
+class NoCacheError(ModelError):
+    """The model has no key-value cache that could be looked at."""
+
+
+class UnsupportedArchitectureError(ModelError):
+    """The architecture caches something this version cannot interpret."""
+
+
+class LayerError(EigencacheError):
+    """A layer was named that does not exist or holds no cache."""
+
+
+class CorpusError(EigencacheError):
+    """A text could not be found or read, or there is too little of it."""
+
+
+class TokenizerMismatchError(EigencacheError):
+    """The tokenizer produces ids that the model does not know."""
+
+
+class NonFiniteError(EigencacheError):
+    """NaN or infinite activations were captured; the message names layer, kind and head."""
+
+
+class RecordError(EigencacheError):
+    """A results file is missing, damaged, or of another schema version."""
+
+
+class OutputError(EigencacheError):
+    """An output path cannot be written."""
+
+
+class StatisticsError(EigencacheError):
+    """A statistic was asked of data that cannot support it."""

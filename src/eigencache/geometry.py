@@ -1,0 +1,261 @@
+"""What a model caches, read from its configuration alone: layers, heads, widths, frames, MLA ranks, RoPE.
+
+Frames (THEORY 1). A key has a frame before rotation (`pre_rope`) and one after (`post_rope`); everything that is
+never rotated has the frame `unrotated`, keys of models with learned positions included. The name of a captured
+tensor is its kind and frame in one word: `keys_pre_rope`, `keys_post_rope`, `keys`, `values`, `latent`,
+`key_rope_pre_rope`, `key_rope_post_rope`, `keys_nope`.
+"""
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from eigencache.errors import NoCacheError, UnsupportedArchitectureError
+
+Kind = Literal["keys", "latent", "key_rope", "keys_nope", "values"]
+Frame = Literal["pre_rope", "post_rope", "unrotated"]
+KINDS: tuple[Kind, ...] = ("keys", "latent", "key_rope", "keys_nope", "values")
+
+_WITHOUT_CACHE = {
+    "linear_attention": "linear attention",
+    "mamba": "Mamba",
+    "mamba2": "Mamba",
+    "recurrent": "recurrent",
+    "conv": "convolution",
+    "moe": "mixture of experts only",
+    "mlp": "MLP only",
+    "dummy": "shares the cache of another layer",
+}
+_OWN_CACHE = {"compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
+_LEARNED_OR_NO_ROTATION = {"gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "gpt_neo", "biogpt", "xglm", "openai-gpt"}
+
+
+def tensor_name(kind: str, frame: str) -> str:
+    """`keys`, `pre_rope` → `keys_pre_rope`; the frame `unrotated` adds nothing to the kind's name."""
+    return kind if frame == "unrotated" else f"{kind}_{frame}"
+
+
+def kind_and_frame(name: str) -> tuple[str, str]:
+    """The inverse of `tensor_name`: `keys_pre_rope` → (`keys`, `pre_rope`)."""
+    for frame in ("pre_rope", "post_rope"):
+        if name.endswith(f"_{frame}"):
+            return name.removesuffix(f"_{frame}"), frame
+    return name, "unrotated"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Rope(_Frozen):
+    """Rotary position embedding: `rotary_dim` of the head's numbers are rotated, the others pass."""
+
+    rope_type: str
+    theta: float | None
+    rotary_dim: int
+    scaling: dict[str, Any] = {}
+
+
+class MLA(_Frozen):
+    """Multi-head latent attention: per token a latent of `kv_lora_rank` and one rotary key, shared by all heads."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+
+class Layer(_Frozen):
+    """One layer: how it attends, or why it caches nothing. Widths are numbers per token."""
+
+    layer_idx: int
+    attention: Literal["full", "sliding", "chunked", "none"]
+    why_none: str = ""
+    window: int | None = None
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    v_head_dim: int = 0
+    mla: MLA | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the layer holds keys and values."""
+        return self.attention != "none"
+
+
+class KVGeometry(_Frozen):
+    """What one token costs in the cache of a model, layer by layer, in numbers and bytes."""
+
+    model_type: str
+    attention: Literal["MHA", "GQA", "MQA", "MLA"]
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layers: tuple[Layer, ...]
+    rope: Rope | None = None
+    mla: MLA | None = None
+    key_bias: bool | None = None
+    value_bias: bool | None = None
+    key_norm: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold a cache."""
+        return tuple(layer.layer_idx for layer in self.layers if layer.cached)
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Layers without a cache, with the reason."""
+        return {layer.layer_idx: layer.why_none for layer in self.layers if not layer.cached}
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers held per token over all layers: K and V, or latent and rotary key for MLA."""
+        latent = sum(layer.mla.kv_lora_rank + layer.mla.qk_rope_head_dim for layer in self.layers if layer.mla)
+        return latent or self.expanded_values_per_token
+
+    @property
+    def expanded_values_per_token(self) -> int:
+        """Numbers per token of the keys and values that attention reads (for MLA: after expansion)."""
+        return sum(layer.num_key_value_heads * (layer.head_dim + layer.v_head_dim) for layer in self.layers if layer.cached)
+
+    @property
+    def width_ratio(self) -> float:
+        """Numbers cached per token and layer over `hidden_size` (THEORY 5): above 1, half is redundant by algebra."""
+        return self.values_per_token / (len(self.cached_layers) * self.hidden_size)
+
+    def describe(self) -> str:
+        """One line: attention, layers, heads, widths, rotation, and which layers hold no cache."""
+        parts = [self.attention, f"{len(self.cached_layers)} layers with a cache"]
+        if self.mla:
+            parts.append(f"latent {self.mla.kv_lora_rank} + rotary key {self.mla.qk_rope_head_dim}")
+        else:
+            parts.append(f"{self.num_key_value_heads} KV heads × {self.head_dim}")
+        windows = Counter(layer.window for layer in self.layers if layer.cached and layer.window)
+        parts += [f"{count} of them with a window of {window}" for window, count in windows.items()]
+        parts.append(f"RoPE on {self.rope.rotary_dim}" if self.rope else "no rotation")
+        parts += [
+            word for word, has in (("K bias", self.key_bias), ("V bias", self.value_bias), ("K norm", self.key_norm)) if has
+        ]
+        if self.skipped:
+            parts.append("no cache: " + ", ".join(f"{n} × {why}" for why, n in Counter(self.skipped.values()).items()))
+        parts.append(f"{self.values_per_token * 2} bytes per token at 16 bit, KV width / hidden size {self.width_ratio:.2f}")
+        return "; ".join(parts)
+
+
+def _rope(config: Any, rotary_width: int) -> Rope | None:
+    """The rotation of `config`, or None for learned positions, ALiBi and models without positions."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if getattr(config, "alibi", False) or config.model_type in _LEARNED_OR_NO_ROTATION:
+        return None
+    if not parameters and getattr(config, "rope_theta", None) is None and getattr(config, "rotary_dim", None) is None:
+        return None
+    parameters = dict(parameters or {})
+    if parameters and all(isinstance(value, dict) for value in parameters.values()):  # one set per layer type
+        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    if "mrope_section" in parameters:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} rotates keys by several position axes (mRoPE, sections {parameters['mrope_section']}): "
+            "its keys cannot be brought before rotation by this version; use a text-only model of the family"
+        )
+    partial = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
+    rotary_dim = getattr(config, "rotary_dim", None) or int(rotary_width * partial)
+    theta = parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None)
+    return Rope(rope_type=parameters.pop("rope_type", "default"), theta=theta, rotary_dim=rotary_dim, scaling=parameters)
+
+
+def _of_layer(config: Any, layer_idx: int) -> Any:
+    """The configuration of one layer: widths and heads differ between layers in some models."""
+    per_layer = getattr(config, "per_layer_config", None)
+    return per_layer[layer_idx] if per_layer else config
+
+
+def _layer_types(config: Any) -> list[str]:
+    """One type name per layer, from whichever field the configuration states it in."""
+    count = config.num_hidden_layers
+    for field in ("layer_types", "layers_block_type", "block_types"):
+        if types := getattr(config, field, None):
+            return [types[i % len(types)] for i in range(count)]
+    if config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
+        return ["mamba"] * count
+    sliding = getattr(_of_layer(config, 0), "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return ["sliding_attention" if sliding else "full_attention"] * count
+
+
+def _key_value_heads(config: Any) -> int:
+    """KV heads that the cache holds; falcon's newer architecture stores a copy for every query head."""
+    if config.model_type == "falcon":
+        return 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
+    if config.model_type == "gpt_bigcode" and config.multi_query:
+        return 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _mla(config: Any) -> MLA | None:
+    if not getattr(config, "kv_lora_rank", None):
+        return None
+    return MLA(**{field: getattr(config, field) for field in MLA.model_fields})
+
+
+def _layer(config: Any, layer_idx: int, kind: str) -> Layer:
+    """One layer that holds a cache, from the configuration of that layer and its type's name."""
+    attention = "sliding" if "sliding" in kind else "chunked" if "chunked" in kind else "full"
+    windows = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
+    heads, mla = config.num_attention_heads, _mla(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Layer(
+        layer_idx=layer_idx,
+        attention=attention,
+        window=getattr(config, windows[attention], None) if attention in windows else None,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if mla else _key_value_heads(config),
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else head_dim,
+        v_head_dim=mla.v_head_dim if mla else head_dim,
+        mla=mla,
+    )
+
+
+def geometry_from_config(config: Any) -> KVGeometry:
+    """The geometry of a Hugging Face configuration; no weights are needed.
+
+    Raises `NoCacheError` when no layer caches keys and values, and `UnsupportedArchitectureError` for mRoPE and
+    for caches that hold something else than keys and values.
+    """
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    types = _layer_types(config)
+    if own := _OWN_CACHE.intersection(types):
+        raise UnsupportedArchitectureError(f"{config.model_type} keeps a cache of its own kind ({', '.join(sorted(own))})")
+    if not any(kind not in _WITHOUT_CACHE for kind in types):
+        reasons = ", ".join(sorted({_WITHOUT_CACHE[kind] for kind in types}))
+        raise NoCacheError(f"{config.model_type} has no KV cache: all of its {len(types)} layers are {reasons}")
+    layers, notes = [], []
+    for layer_idx, kind in enumerate(types):
+        if kind in _WITHOUT_CACHE:
+            layers.append(Layer(layer_idx=layer_idx, attention="none", why_none=_WITHOUT_CACHE[kind]))
+        else:
+            layers.append(_layer(_of_layer(config, layer_idx), layer_idx, kind))
+    first = next(layer for layer in layers if layer.cached)
+    config = _of_layer(config, first.layer_idx)
+    heads, kv_heads, mla = first.num_attention_heads, first.num_key_value_heads, first.mla
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        notes.append(f"this implementation caches {heads} copies of {config.num_kv_heads} KV heads")
+    if len({(layer.num_key_value_heads, layer.head_dim) for layer in layers if layer.cached}) > 1:
+        notes.append("heads and widths differ between layers; the figures of the first cached layer are shown")
+    return KVGeometry(
+        model_type=config.model_type,
+        attention="MLA" if mla else "MQA" if kv_heads == 1 < heads else "GQA" if kv_heads < heads else "MHA",
+        hidden_size=config.hidden_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=first.head_dim,
+        layers=tuple(layers),
+        rope=_rope(config, mla.qk_rope_head_dim if mla else first.head_dim),
+        mla=mla,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,281 @@
+"""What a model caches, token by token: keys, values and latents in every frame, as they pass into the cache.
+
+Values, keys after rotation and MLA latents are taken from the call that stores them. Keys before rotation come
+from the projection (through forward hooks), and only after their rotation has been found to equal the stored keys:
+the pairing of the rotation and the layout of the projection are identified by that equality, not by the model's
+name. Layers for which nothing fits are captured after rotation alone, and `Capture.notes` says so.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from eigencache.errors import LayerError, NoCacheError, UnsupportedArchitectureError
+from eigencache.geometry import KVGeometry
+from eigencache.models.adapters import Adapter, Reading, adapter_for
+from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, rotate
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One layer's cache for one batch: tensor name (`keys_pre_rope`, …) → [batch, heads, seq, dim]."""
+
+    layer_idx: int
+    tensors: dict[str, Tensor]
+    angles: Angles | None = None
+    pairing: Pairing | None = None
+
+
+@dataclass
+class _Listener:
+    """Hooks on one attention layer and what they heard in the current forward pass."""
+
+    attention: nn.Module
+    adapter: Adapter
+    outputs: dict[str, Tensor]
+    tables: Any = None
+
+
+@dataclass(frozen=True)
+class _Identified:
+    """The reading and pairing that reproduced the stored keys of a layer; `pairing` None means: not rotated."""
+
+    how: str
+    pairing: Pairing | None
+
+
+class Capture:
+    """Context manager: `run` gives what the model caches; every hook is gone afterwards, also after an error.
+
+    with Capture(model, geometry) as capture:
+        for layer in capture.run(input_ids, attention_mask):
+            layer.tensors["keys_pre_rope"]          # [batch, kv_heads, seq, head_dim]
+
+    `layers`: only these (default: all that hold a cache). `queries`: also capture queries in both frames.
+    Raises `LayerError` for a layer that does not exist or holds no cache.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, geometry: KVGeometry, *, layers: Iterable[int] | None = None, queries: bool = False
+    ) -> None:
+        self.model, self.geometry, self.queries = model, geometry, queries
+        self.layers = check_layers(geometry, layers)
+        self._said: dict[str, list[int]] = {}
+        self._handles: list[Any] = []
+        self._listeners: dict[int, _Listener] = {}
+        self._identified: dict[int, _Identified | None] = {}
+
+    def __enter__(self) -> Self:
+        wanted = set(self.layers)
+        for module in self.model.modules():
+            layer_idx = getattr(module, "layer_idx", None)
+            if layer_idx in wanted and layer_idx not in self._listeners and (style := adapter_for(module)):
+                self._listen(layer_idx, module, style)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._listeners.clear()
+
+    def _listen(self, layer_idx: int, attention: nn.Module, style: Adapter) -> None:
+        listener = self._listeners[layer_idx] = _Listener(attention, style, {})
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            tables = kwargs.get("position_embeddings")
+            listener.tables = tables if tables is not None else next((a for a in args if _is_tables(a)), None)
+
+        self._handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        for role, module in style.modules(attention).items():
+
+            def after(_module: nn.Module, _args: tuple, output: Tensor, role: str = role) -> None:
+                listener.outputs[role] = output
+
+            self._handles.append(module.register_forward_hook(after))
+
+    @property
+    def style(self) -> str:
+        """How the cache is captured, in words for a record."""
+        styles = {
+            self._listeners[i].adapter.name if self._identified.get(i) else "generic: the cache itself" for i in self.layers
+        }
+        return ", ".join(sorted(styles))
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[CapturedLayer]:
+        """One forward pass over `input_ids` [batch, seq], right-padded where `attention_mask` is 0; no logits are made.
+
+        Tensors are those of the pass itself, in the model's dtype, on the devices of their layers.
+        Raises `NoCacheError` when nothing was stored.
+        """
+        cache, stored = _tapped_cache(self.model)
+        for listener in self._listeners.values():
+            listener.outputs.clear()
+        self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        if not stored:
+            raise NoCacheError(f"{self.geometry.model_type} stored no keys and values in its cache")
+        for layer_idx in self.layers:
+            if layer_idx not in stored:
+                self._say("stored nothing: no cache of its own", layer_idx)
+        return [self._assemble(i, *stored[i]) for i in self.layers if i in stored]
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be captured, with the layers concerned; complete after the first `run`."""
+        return [f"layers {_listed(layers)}: {what}" for what, layers in self._said.items()]
+
+    def _say(self, what: str, layer_idx: int) -> None:
+        layers = self._said.setdefault(what, [])
+        if layer_idx not in layers:
+            layers.append(layer_idx)
+
+    def _assemble(self, layer_idx: int, keys: Tensor, values: Tensor) -> CapturedLayer:
+        listener, kind = self._listeners.get(layer_idx), self.geometry.model_type
+        rotated, tensors = keys, {}
+        prefix = "keys"
+        if mla := self.geometry.layers[layer_idx].mla:
+            if listener is None:
+                raise UnsupportedArchitectureError(f"{kind}: layer {layer_idx} has no latent projections of the usual names")
+            nope = getattr(listener.attention, "qk_nope_head_dim", mla.qk_nope_head_dim)
+            v_head_dim = getattr(listener.attention, "v_head_dim", mla.v_head_dim)
+            prefix, up, width = "key_rope", listener.outputs["up"], nope + v_head_dim
+            if up.shape[-1] % width:
+                raise UnsupportedArchitectureError(
+                    f"{kind}: layer {layer_idx} expands its latent to {up.shape[-1]} numbers, not to heads of {width}"
+                )
+            up = up.reshape(keys.shape[0], keys.shape[2], -1, width)
+            keys_nope, expanded = up.transpose(1, 2).split([nope, v_head_dim], dim=-1)
+            if keys.shape[1] == 1 and keys.shape[-1] == mla.kv_lora_rank:  # the latent itself is stored
+                tensors["latent"], rotated = keys, values
+            else:  # older transformers store what the latent expands to
+                scale = getattr(listener.attention, "mla_scale_kv_lora", 1.0)
+                tensors["latent"] = listener.outputs["latent"].reshape(keys.shape[0], 1, keys.shape[2], -1) * scale
+                rotated = keys[:, :1, :, nope:]
+            tensors |= {"keys_nope": keys_nope, "values": expanded}
+        else:
+            tensors["values"] = values
+        if not rotated.shape[-1]:  # MLA without a rotary key
+            return CapturedLayer(layer_idx, tensors)
+        identified, reading, angles = self._identify(layer_idx, listener, rotated)
+        if identified and reading:
+            if identified.pairing is None:
+                tensors[prefix] = rotated
+            else:
+                tensors[f"{prefix}_pre_rope"] = _expand(reading.keys, rotated)
+                tensors[f"{prefix}_post_rope"] = rotated
+            if self.queries and listener:
+                tensors |= self._queries(listener, reading, identified, angles, mla.qk_nope_head_dim if mla else 0)
+        elif self.geometry.rope is None:
+            tensors[prefix] = rotated
+        else:
+            tensors[f"{prefix}_post_rope"] = rotated
+            self._say("keys before rotation could not be verified against the cache; after rotation only", layer_idx)
+        pairing = identified.pairing if identified else None
+        return CapturedLayer(layer_idx, tensors, angles if pairing else None, pairing)
+
+    def _identify(
+        self, layer_idx: int, listener: _Listener | None, stored: Tensor
+    ) -> tuple[_Identified | None, Reading | None, Angles | None]:
+        """The reading whose rotation is what was stored; found on the first batch, looked up afterwards."""
+        if listener is None or not listener.outputs:
+            return None, None, None
+        angles = None if listener.tables is None else angles_from(_to(listener.tables, stored.device))
+        known = layer_idx in self._identified
+        identified = self._identified.get(layer_idx)
+        for reading in listener.adapter.readings(listener.outputs, self.geometry.layers[layer_idx], stored.shape[2]):
+            if known:
+                if identified and reading.how == identified.how:
+                    return identified, reading, angles
+                continue
+            for pairing in (None, *(PAIRINGS if angles else ())):
+                if _reproduces(_expand(reading.keys, stored), stored, angles, pairing):
+                    self._identified[layer_idx] = found = _Identified(reading.how, pairing)
+                    return found, reading, angles
+        self._identified.setdefault(layer_idx, None)
+        return None, None, angles
+
+    def _queries(
+        self, listener: _Listener, reading: Reading, identified: _Identified, angles: Angles | None, nope: int
+    ) -> dict[str, Tensor]:
+        """Queries [batch, heads, seq, dim] in the keys' frames; of MLA the rotary part stands last."""
+        if reading.queries is None:
+            return {}
+        queries = reading.queries * getattr(listener.attention, "mla_scale_q_lora", 1.0)
+        if identified.pairing is None or angles is None:
+            return {"queries": queries}
+        turned = rotate(queries[..., nope:], angles, identified.pairing)
+        return {"queries_pre_rope": queries, "queries_post_rope": torch.cat((queries[..., :nope], turned), -1)}
+
+
+def check_layers(geometry: KVGeometry, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """The layers to look at, all that hold a cache by default. Raises `LayerError` naming what exists."""
+    if layers is None:
+        return geometry.cached_layers
+    chosen = tuple(dict.fromkeys(layers))
+    for layer_idx in chosen:
+        if not 0 <= layer_idx < geometry.num_hidden_layers:
+            raise LayerError(f"no layer {layer_idx}: the model has layers 0 to {geometry.num_hidden_layers - 1}")
+        if why := geometry.skipped.get(layer_idx):
+            raise LayerError(
+                f"layer {layer_idx} holds no KV cache ({why}); layers with one: {_listed(geometry.cached_layers)}"
+            )
+    if not chosen:
+        raise LayerError("no layers were named: use for example 0,6,12")
+    return chosen
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _tapped_cache(model: PreTrainedModel) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
+    """An ordinary dynamic cache, and the keys and values that each of its layers is given to store."""
+    cache = DynamicCache(config=model.config)
+    stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tap(layer_idx: int, layer: Any) -> None:
+        store = layer.update
+
+        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            stored[layer_idx] = (keys, values)
+            return store(keys, values, *args, **kwargs)
+
+        layer.update = update
+
+    for layer_idx, layer in enumerate(cache.layers):
+        if hasattr(layer, "update"):
+            tap(layer_idx, layer)
+    return cache, stored
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) and v.ndim == 3 for v in value)
+
+
+def _to(tables: Any, device: torch.device) -> Any:
+    return tables.to(device) if isinstance(tables, Tensor) else tuple(table.to(device) for table in tables)
+
+
+def _expand(keys: Tensor, stored: Tensor) -> Tensor:
+    """Repeat KV heads where an implementation stores a copy per query head."""
+    copies = stored.shape[1] // keys.shape[1] if keys.shape[1] else 1
+    return keys.repeat_interleave(copies, dim=1) if copies > 1 else keys
+
+
+def _reproduces(keys: Tensor, stored: Tensor, angles: Angles | None, pairing: Pairing | None) -> bool:
+    """Whether `keys`, rotated, are the stored ones, to the rounding of their dtype."""
+    if keys.shape != stored.shape or not keys.numel():
+        return False
+    if pairing is not None:
+        if angles is None or angles.rotary_dim > keys.shape[-1]:
+            return False
+        keys = rotate(keys.float(), angles, pairing)
+    error = (keys.float() - stored.float()).abs().amax()
+    return bool(error <= _TOLERANCE.get(stored.dtype, 5e-2) * stored.float().abs().amax())

@@ -1,0 +1,205 @@
+"""From moments to a `Spectrum` record: every statistic of THEORY 3, and a refusal wherever the data are too few.
+
+Rules (THEORY 3.1). Support is min(n_eff, distinct contexts) / p. Below 1 no rank exists that the data could show:
+ranks are refused. Below 10 they are given with a warning; statistics of the spectrum's tail (rank at 99 %, condition
+number) are refused below 10 and given with a warning below 50.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigencache.records import Interval, Scope, Spectrum
+from eigencache.spectral import spectrum as sp
+from eigencache.spectral.moments import Moments, SecondOrder
+
+REFUSED_BELOW, DOUBTFUL_BELOW, TAIL_DOUBTFUL_BELOW = 1, 10, 50
+MIN_SEQUENCES = 8  # to tell how much the sequences' means vary
+MIN_FOLDS = 8  # to resample
+LEADING = 8  # directions whose autocorrelation is measured
+REPLICATES = 500
+NULL_POINTS = 256
+WIDE = 512  # above it the halves' bases, of which only energies are taken, are found in float32
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a spectrum is of: everything without which its numbers mean nothing."""
+
+    layer_idx: int | None
+    head: int | None
+    kind: str
+    frame: str
+    scope: Scope
+
+
+def effective_vectors(moments: Moments, total: SecondOrder, basis: Tensor, eigenvalues: Tensor) -> float | None:
+    """n_eff = n / (1 + 2Σρ_k), the autocorrelation time estimated by batch means with sequences as the batches.
+
+    The variance of the sequences' means over what independent vectors would give is 1 + 2Σ(1 − k/T)ρ_k (Flegal &
+    Jones 2010); averaged over the leading directions with their eigenvalues as weights, and never below 1. None
+    with fewer than 8 sequences.
+    """
+    if moments.sequences < MIN_SEQUENCES or eigenvalues[0] <= 0:
+        return None
+    basis, eigenvalues = basis[:, :LEADING], eigenvalues[:LEADING]
+    between = (basis * (moments.between_sequences() @ basis)).sum(0) / (moments.sequences - 1)
+    time = float(between.sum() / eigenvalues.sum())
+    return total.count / max(1.0, time)
+
+
+def measure(
+    place: Place, moments: Moments, *, centred: bool, distinct_contexts: int, at_most: float | None = None, seed: int = 0
+) -> Spectrum:
+    """The spectrum of one place from its moments (one block), with statistics, support, refusals and intervals.
+
+    `at_most`: an upper bound of n_eff from elsewhere. Held-out energy, split-half agreement, null and intervals are
+    those of the centred spectrum; the uncentred one goes without.
+    """
+    total = moments.total()
+    centred_values, basis = sp.eigenbasis_of(total.covariance)
+    matrix = total.covariance if centred else total.second_moment
+    eigenvalues = centred_values if centred else sp.eigenvalues_of(matrix)
+    width, variances = moments.width, matrix.diagonal()
+    n_eff = effective_vectors(moments, total, basis, centred_values)
+    n_eff = min(n_eff, at_most) if n_eff and at_most else n_eff
+    support = min(n_eff or total.count, distinct_contexts) / width
+    refusals, warnings = _verdicts(support, width, n_eff, distinct_contexts)
+    constant = not bool(eigenvalues[0] > 0)
+    if constant:
+        refusals.append("every vector is the same: there is no spectrum")
+    rank_known, tail_known = support >= REFUSED_BELOW and not constant, support >= DOUBTFUL_BELOW and not constant
+    rank_90 = int(sp.rank_at(eigenvalues, 0.90)) if rank_known else None
+    points = [k - 1 for k in sp.energy_points(width)]
+    shares = sp.energy_shares(eigenvalues)
+    mean_norm = float(total.mean.norm())
+    halves = _halves(moments) if centred and not constant else None
+    edge = nulls = above = None
+    if centred and n_eff:
+        edge, nulls = sp.marchenko_pastur(float(eigenvalues.mean()), width / n_eff, min(width, NULL_POINTS))
+        above = int((eigenvalues > edge).sum())
+    intervals = _intervals(moments, total, basis, seed) if centred and rank_known else {}
+    return Spectrum(
+        **vars(place),
+        centred=centred,
+        width=width,
+        vectors=int(total.count),
+        effective_vectors=n_eff,
+        distinct_contexts=distinct_contexts,
+        support=support,
+        eigenvalues=eigenvalues.tolist(),
+        energy={k + 1: float(shares[k]) for k in points} if not constant else {},
+        held_out_energy=_held_out(halves, points) if halves else None,
+        rank_90=rank_90,
+        rank_95=int(sp.rank_at(eigenvalues, 0.95)) if rank_known else None,
+        rank_99=int(sp.rank_at(eigenvalues, 0.99)) if tail_known else None,
+        effective_rank=float(sp.effective_rank(eigenvalues)) if rank_known else None,
+        effective_rank_eigen=float(sp.effective_rank_eigen(eigenvalues)) if rank_known else None,
+        participation_ratio=float(sp.participation_ratio(eigenvalues)) if rank_known else None,
+        stable_rank=float(sp.stable_rank(eigenvalues)) if rank_known else None,
+        condition_number=sp.condition_number(eigenvalues) if tail_known else None,
+        mean_norm=mean_norm,
+        mean_share=mean_norm**2 / max(float(total.second_moment.trace()), math.ulp(0.0)),
+        spread=float(sp.spread(variances)),
+        spread_p95_p5=float(sp.spread_p95_p5(variances)),
+        null_edge=edge,
+        null_eigenvalues=None if nulls is None else nulls.tolist(),
+        above_null=above,
+        split_half=_split_half(halves, rank_90) if halves and rank_90 else None,
+        intervals=intervals,
+        refusals=refusals,
+        warnings=warnings,
+    )
+
+
+def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) -> tuple[list[str], list[str]]:
+    """What is refused and what is doubtful, in words with the figures."""
+    have = f"{contexts:,} distinct contexts" if n_eff is None or contexts < n_eff else f"{n_eff:,.0f} effective vectors"
+    behind = f"{have} for {width} dimensions"
+    if support < REFUSED_BELOW:
+        return [f"ranks refused: only {behind}"], []
+    if support < DOUBTFUL_BELOW:
+        return [f"rank at 99 % and condition number refused: {behind}"], [
+            f"ranks doubtful: {behind}, 10 per dimension needed"
+        ]
+    if support < TAIL_DOUBTFUL_BELOW:
+        return [], [f"tail doubtful: {behind}, 50 per dimension needed for rank at 99 % and condition number"]
+    return [], []
+
+
+def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Covariance and eigenbasis of the even and of the odd folds, each about its own mean."""
+    if int((moments.count > 0).sum()) < 2:
+        return None
+    result = []
+    for first in (0, 1):
+        covariance = moments.total(folds=range(first, moments.folds, 2)).covariance
+        fast = covariance.float() if moments.width > WIDE else covariance
+        result.append((covariance, sp.eigenbasis_of(fast)[1].double()))
+    return result[0], result[1]
+
+
+def _held_out(halves: tuple, points: list[int]) -> dict[int, float]:
+    """Energy of either half in the other half's basis, averaged."""
+    (first, first_basis), (second, second_basis) = halves
+    shares = torch.stack(
+        [
+            sp.energy_shares((basis * (matrix @ basis)).sum(0).clamp_min(0))
+            for matrix, basis in ((first, second_basis), (second, first_basis))
+        ]
+    ).mean(0)
+    return {k + 1: float(shares[k]) for k in points}
+
+
+def _split_half(halves: tuple, rank: int) -> float:
+    """Mean squared cosine of the principal angles between the halves' leading subspaces."""
+    return float(sp.principal_cosines(halves[0][1][:, :rank], halves[1][1][:, :rank]).square().mean())
+
+
+_INTERVALS = {
+    "effective_rank": sp.effective_rank,
+    "effective_rank_eigen": sp.effective_rank_eigen,
+    "participation_ratio": sp.participation_ratio,
+    "stable_rank": sp.stable_rank,
+    "rank_90": lambda values: sp.rank_at(values, 0.90),
+    "rank_95": lambda values: sp.rank_at(values, 0.95),
+}
+
+
+def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, seed: int) -> dict[str, Interval]:
+    """95 % intervals by a bootstrap over groups of whole sequences (the folds), eigenvalues moved to first order.
+
+    λ_i of a resample is taken as u_iᵀ C* u_i in the basis of all data (first-order perturbation). Decomposing each
+    resample anew would bias every rank downward, since a resample repeats some groups and lacks others.
+    """
+    folds = [f for f in range(moments.folds) if moments.count[f]]
+    if len(folds) < MIN_FOLDS:
+        return {}
+    counts = moments.count[folds]
+    means = (moments.mean[folds, 0] - total.mean).cpu()
+    scatters = (moments.total(folds=[fold]).scatter for fold in folds)
+    along, raw = map(torch.stack, zip(*(((basis * (s @ basis)).sum(0), s.diagonal()) for s in scatters), strict=True))
+    along, raw = along.cpu(), raw.cpu()
+    draws = np.random.default_rng(seed).multinomial(len(folds), [1 / len(folds)] * len(folds), REPLICATES)
+    weights = torch.from_numpy(draws).to(torch.float64)
+    n = (weights @ counts)[:, None]
+
+    def resampled(scatters: Tensor, offsets: Tensor) -> Tensor:
+        """Variances of every resample about its own mean, per direction [replicates, p]."""
+        second = weights @ (scatters + counts[:, None] * offsets.square())
+        mean = weights @ (counts[:, None] * offsets) / n
+        return (second / n - mean.square()).clamp_min(0)
+
+    values = resampled(along, means @ basis.cpu()).sort(-1, descending=True).values
+    variances = resampled(raw, means)
+    samples = {name: statistic(values).to(torch.float64) for name, statistic in _INTERVALS.items()}
+    samples["spread"] = sp.spread(variances)
+    shares = sp.energy_shares(values)
+    samples |= {f"energy@{k}": shares[:, k - 1] for k in sp.energy_points(moments.width)}
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: tuple(torch.quantile(sample, ends).tolist()) for name, sample in samples.items() if sample.isfinite().all()
+    }

@@ -1,0 +1,71 @@
+"""Rotary position embedding as an exact, invertible map: rotation undone and redone returns the vector.
+
+Pairs of a vector are rotated by n·θ_i (Su et al. 2021). Implementations differ in which numbers form a pair:
+`half` pairs i with i + r/2; `interleaved` pairs 2i with 2i + 1; `split` reads pairs 2i, 2i + 1 and writes them as
+i, i + r/2. Numbers beyond the rotary width pass unchanged. Scaled variants (YaRN, LongRoPE) multiply cos and sin
+by a common factor, which the inverse divides out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Pairing = Literal["half", "interleaved", "split"]
+PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """cos and sin of every pair's angle, [batch or 1, 1, seq, r / 2], already scaled where a model scales them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a vector are rotated."""
+        return 2 * self.cos.shape[-1]
+
+
+def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
+    """Angles from what a model hands to its attention layers: a complex table, or cos and sin [batch, seq, r or r/2].
+
+    A table that repeats itself, as two halves or in neighbours, has one entry per number and not per pair.
+    """
+    if isinstance(tables, Tensor):
+        return Angles(tables.real.unsqueeze(1), tables.imag.unsqueeze(1))
+    cos, sin = tables
+    half = cos.shape[-1] // 2
+    if half and torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(sin[..., :half], sin[..., half:]):
+        cos, sin = cos[..., :half], sin[..., :half]
+    elif half and torch.equal(cos[..., ::2], cos[..., 1::2]) and torch.equal(sin[..., ::2], sin[..., 1::2]):
+        cos, sin = cos[..., ::2], sin[..., ::2]
+    return Angles(cos.unsqueeze(1), sin.unsqueeze(1))
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # type: ignore[return-value]
+
+
+def _joined(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    return torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+
+
+def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
+    """R_n x for x [batch, heads, seq, d]: what a model does to its keys and queries."""
+    head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
+    first, second = _pairs(head, pairing != "half")
+    turned = first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin
+    return torch.cat((_joined(*turned, pairing == "interleaved"), tail), -1).to(x.dtype)
+
+
+def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
+    """The inverse of `rotate`."""
+    head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
+    first, second = _pairs(head, pairing == "interleaved")
+    cos, sin = angles.cos, angles.sin
+    scale = cos.square() + sin.square()
+    turned = (first * cos + second * sin) / scale, (second * cos - first * sin) / scale
+    return torch.cat((_joined(*turned, pairing != "half"), tail), -1).to(x.dtype)

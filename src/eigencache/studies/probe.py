@@ -1,0 +1,222 @@
+"""The probe: what a model caches on a text, how many directions of it matter, and what the data can support.
+
+One pass over the text, each batch captured and added to moments; every statistic is computed from those at the end.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import ModelError, StatisticsError, TokenizerMismatchError
+from eigencache.geometry import KINDS, kind_and_frame, tensor_name
+from eigencache.models.capture import Capture, CapturedLayer
+from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
+from eigencache.spectral.measure import measure
+from eigencache.studies.accumulate import Accumulator, shapes_of
+from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
+from eigencache.studies.provenance import Stopwatch
+
+Progress = Callable[[str, int, int], None]
+FrameChoice = Literal["pre", "post", "both"]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What to look at and how much; the defaults support ranks of vectors up to some hundreds of numbers."""
+
+    layers: tuple[int, ...] | None = None
+    frame: FrameChoice = "both"
+    scopes: tuple[Scope, ...] = SCOPES
+    batch_size: int = 8
+    seed: int = 0
+    memory: int = 4 * 2**30  # bytes for moments
+    demonstration: bool = True  # also the historic probe of four repeated sentences
+
+
+def _silent(_what: str, _done: int, _of: int) -> None: ...
+
+
+def probe_model(
+    loaded: LoadedModel, sequences: Sequences, settings: ProbeSettings | None = None, on_progress: Progress = _silent
+) -> ProbeRecord:
+    """Run the probe; `on_progress(what, done, of)` is called after every batch and every spectrum.
+
+    Raises `LayerError`, `NonFiniteError`, `NoCacheError`, `TokenizerMismatchError`, `ModelError` (more positions asked
+    than the model has), `StatisticsError` (memory).
+    """
+    settings = settings or ProbeSettings()
+    watch = Stopwatch()
+    check_fit(loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    contexts = sequences.corpus.distinct_8grams
+    with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
+        accumulator = _accumulate(capture, loaded.device, sequences, settings, watch, on_progress)
+        spectra = _spectra(accumulator, contexts, settings.seed, on_progress)
+        classic = classic_rows(spectra, "this text")
+        if settings.demonstration:
+            classic += _demonstration(capture, loaded, settings)
+        notes, style = list(capture.notes), capture.style
+    frames = _frame_comparisons(spectra)
+    unwanted = {"pre": "post_rope", "post": "pre_rope", "both": ""}[settings.frame]
+    spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
+    if not spectra:
+        raise StatisticsError(f"--frame {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
+    warnings = [*sequences.corpus.warnings, *loaded.geometry.notes, *notes, *accumulator.notes, *_support_warnings(spectra)]
+    options: dict[str, Any] = asdict(settings) | {
+        "layers": ",".join(map(str, settings.layers)) if settings.layers else "all",
+        "scopes": ",".join(settings.scopes),
+        "folds": accumulator.folds,
+    }
+    return ProbeRecord(
+        model=_model_record(loaded, style),
+        corpus=sequences.corpus,
+        run=watch.run(settings.seed, options),
+        spectra=spectra,
+        frames=frames,
+        classic=classic,
+        warnings=warnings,
+    )
+
+
+def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
+    """Raises when sequences are longer than the model's learned positions, or ids larger than its vocabulary."""
+    rows = loaded.embedded_ids
+    if largest_id >= rows:
+        raise TokenizerMismatchError(
+            f"{loaded.name}: the tokenizer gave id {largest_id}, the model embeds only {rows}: they do not belong together"
+        )
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions and max_length > positions and loaded.geometry.rope is None:
+        raise ModelError(
+            f"{loaded.name} has {positions} positions, sequences have {max_length}: use --max-length {positions}"
+        )
+
+
+def _accumulate(
+    capture: Capture,
+    device: torch.device,
+    sequences: Sequences,
+    settings: ProbeSettings,
+    watch: Stopwatch,
+    on_progress: Progress,
+) -> Accumulator:
+    accumulator, done = None, 0
+    for input_ids, attention_mask, indices in sequences.batches(settings.batch_size, pad_id=0):
+        lengths = attention_mask.sum(-1).tolist()
+        padded = min(lengths) < input_ids.shape[1]
+        with watch:
+            captured = capture.run(input_ids.to(device), attention_mask.to(device) if padded else None)
+        tensors = _by_name(captured)
+        if accumulator is None:
+            count = len(sequences.ids)
+            accumulator = Accumulator(shapes_of(tensors), settings.scopes, sequences=count, budget=settings.memory)
+        accumulator.add(tensors, indices, lengths)
+        done += len(indices)
+        on_progress("capturing", done, len(sequences.ids))
+    assert accumulator is not None  # `pack` never gives an empty text
+    return accumulator
+
+
+def _by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
+    """Tensor name → layer → tensor; keys first, before rotation first."""
+    tensors: dict[str, dict[int, torch.Tensor]] = {}
+    for layer in captured:
+        for name, tensor in layer.tensors.items():
+            tensors.setdefault(name, {})[layer.layer_idx] = tensor
+
+    def place(name: str) -> tuple[int, bool]:
+        kind, frame = kind_and_frame(name)
+        return KINDS.index(kind), frame == "post_rope"
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
+def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Progress) -> list[Spectrum]:
+    """Every spectrum, centred and not. Rotation adds no independent vectors: after it, n_eff is at most that before."""
+    places = list(accumulator.places())
+    spectra: list[Spectrum] = []
+    before: dict[tuple, float | None] = {}
+    for done, (place, moments) in enumerate(places, 1):
+        key = (place.layer_idx, place.head, place.kind, place.scope)
+        for centred in (True, False):
+            spectrum = measure(
+                place, moments, centred=centred, distinct_contexts=contexts, at_most=before.get(key), seed=seed
+            )
+            spectra.append(spectrum)
+        if place.frame == "pre_rope":
+            before[key] = spectrum.effective_vectors
+        on_progress("spectra", done, len(places))
+    return spectra
+
+
+def _demonstration(capture: Capture, loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
+    """The historic probe on four sentences repeated to fill 64 samples."""
+    ids = [loaded.tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in SENTENCES]
+    accumulator = None
+    for row in ids:
+        repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
+        tensors = _by_name(capture.run(repeated))
+        if accumulator is None:
+            accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=settings.memory)
+        accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
+    assert accumulator is not None
+    distinct = len({tuple(row[: i + 1]) for row in ids for i in range(len(row))})
+    return classic_rows(_spectra(accumulator, distinct, settings.seed, _silent), "four repeated sentences")
+
+
+def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
+    """Before against after rotation, per layer."""
+    found = {(s.kind, s.layer_idx, s.frame, s.centred): s for s in spectra if s.scope == "layer"}
+    comparisons = []
+    for (kind, layer_idx, frame, centred), post in found.items():
+        pre = found.get((kind, layer_idx, "pre_rope", True))
+        if frame != "post_rope" or not centred or pre is None or layer_idx is None:
+            continue
+        variance_post, variance_pre = sum(post.eigenvalues), sum(pre.eigenvalues)
+        comparisons.append(
+            FrameComparison(
+                layer_idx=layer_idx,
+                kind=kind,
+                spread_post_rope=post.spread,
+                spread_pre_rope=pre.spread,
+                spread_pre_rope_uncentred=found[kind, layer_idx, "pre_rope", False].spread,
+                variance_post_rope=variance_post,
+                variance_pre_rope=variance_pre,
+                rotated_mean_share=(variance_post - variance_pre) / variance_post if variance_post else 0.0,
+                rank_90_post_rope=post.rank_90,
+                rank_90_pre_rope=pre.rank_90,
+            )
+        )
+    return comparisons
+
+
+def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
+    """One line per tensor and scope for what the data cannot carry, with the worst case's figures."""
+    worst: dict[tuple[str, str], Spectrum] = {}
+    for s in spectra:
+        if s.centred and (s.refusals or s.warnings):
+            key = (tensor_name(s.kind, s.frame), s.scope)
+            worst[key] = min(worst.get(key, s), s, key=lambda one: one.support)
+    return [f"{name} at scope {scope}: {'; '.join(s.refusals + s.warnings)}" for (name, scope), s in worst.items()]
+
+
+def _model_record(loaded: LoadedModel, style: str) -> Model:
+    model = loaded.model
+    return Model(
+        name=loaded.name,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        parameters=model.num_parameters(),
+        sha256=fingerprint(model),
+        adapter=style,
+        geometry=loaded.geometry,
+    )
+
+
+def default_length(loaded: LoadedModel) -> int:
+    """512 tokens a sequence, or what the model has positions for."""
+    return min(512, getattr(loaded.model.config, "max_position_embeddings", None) or 512)
