@@ -27,6 +27,7 @@ _WITHOUT_CACHE = {
     "mlp": "MLP only",
     "dummy": "shares the cache of another layer",
 }
+_NEVER_ATTENDS = {"mamba": "mamba", "mamba2": "mamba2", "falcon_mamba": "mamba", "rwkv": "recurrent", "xlstm": "recurrent"}
 _OWN_CACHE = {"compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
 _LEARNED_OR_NO_ROTATION = {"gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "gpt_neo", "biogpt", "xglm", "openai-gpt"}
 
@@ -148,10 +149,12 @@ class KVGeometry(_Frozen):
         return "; ".join(parts)
 
 
-def _rope(config: Any, rotary_width: int) -> Rope | None:
-    """The rotation of `config`, or None for learned positions, ALiBi and models without positions."""
+def _rope(config: Any, layer: Layer) -> Rope | None:
+    """The rotation in this layer, or None for learned positions, ALiBi and models without positions."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if getattr(config, "alibi", False) or config.model_type in _LEARNED_OR_NO_ROTATION:
+        return None
+    if not getattr(config, "use_mem_rope", True):  # zamba2 states a rotation also where it uses none
         return None
     if not parameters and getattr(config, "rope_theta", None) is None and getattr(config, "rotary_dim", None) is None:
         return None
@@ -164,7 +167,8 @@ def _rope(config: Any, rotary_width: int) -> Rope | None:
             "its keys cannot be brought before rotation by this version; use a text-only model of the family"
         )
     partial = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
-    rotary_dim = getattr(config, "rotary_dim", None) or int(rotary_width * partial)
+    rotary_dim = getattr(config, "rotary_dim", None) or int(layer.head_dim * partial)
+    rotary_dim = layer.mla.qk_rope_head_dim if layer.mla else rotary_dim
     theta = parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None)
     return Rope(rope_type=parameters.pop("rope_type", "default"), theta=theta, rotary_dim=rotary_dim, scaling=parameters)
 
@@ -178,13 +182,20 @@ def _of_layer(config: Any, layer_idx: int) -> Any:
 def _layer_types(config: Any) -> list[str]:
     """One type name per layer, from whichever field the configuration states it in."""
     count = config.num_hidden_layers
+    if never := _NEVER_ATTENDS.get(config.model_type):
+        return [never] * count
     for field in ("layer_types", "layers_block_type", "block_types"):
         if types := getattr(config, field, None):
             return [types[i % len(types)] for i in range(count)]
-    if config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
-        return ["mamba"] * count
     sliding = getattr(_of_layer(config, 0), "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return ["sliding_attention" if sliding else "full_attention"] * count
+
+
+def _shares_cache(config: Any, layer_idx: int) -> bool:
+    """Whether the layer reads what an earlier one stored: the last ones in Gemma 3n and 4, listed in Mistral Large 4."""
+    sources = getattr(config, "kv_source_layers", None)
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return sources[layer_idx] != layer_idx if sources else layer_idx >= own
 
 
 def _key_value_heads(config: Any) -> int:
@@ -227,7 +238,7 @@ def geometry_from_config(config: Any) -> KVGeometry:
     for caches that hold something else than keys and values.
     """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    types = _layer_types(config)
+    types = ["dummy" if _shares_cache(config, i) else kind for i, kind in enumerate(_layer_types(config))]
     if own := _OWN_CACHE.intersection(types):
         raise UnsupportedArchitectureError(f"{config.model_type} keeps a cache of its own kind ({', '.join(sorted(own))})")
     if not any(kind not in _WITHOUT_CACHE for kind in types):
@@ -240,6 +251,8 @@ def geometry_from_config(config: Any) -> KVGeometry:
         else:
             layers.append(_layer(_of_layer(config, layer_idx), layer_idx, kind))
     first = next(layer for layer in layers if layer.cached)
+    rotated = next((layer for layer in layers if layer.attention == "full"), first)
+    rope = _rope(_of_layer(config, rotated.layer_idx), rotated)
     config = _of_layer(config, first.layer_idx)
     heads, kv_heads, mla = first.num_attention_heads, first.num_key_value_heads, first.mla
     if config.model_type == "falcon" and config.new_decoder_architecture:
@@ -255,7 +268,7 @@ def geometry_from_config(config: Any) -> KVGeometry:
         num_key_value_heads=kv_heads,
         head_dim=first.head_dim,
         layers=tuple(layers),
-        rope=_rope(config, mla.qk_rope_head_dim if mla else first.head_dim),
+        rope=rope,
         mla=mla,
         notes=tuple(notes),
     )

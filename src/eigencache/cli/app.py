@@ -1,12 +1,36 @@
 """The command line: one file per subcommand; a user's mistake ends in one line on stderr and exit code 2."""
 
-import os
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from eigencache.cli import compare, probe, report, score
 from eigencache.errors import EigencacheError
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print(f"eigencache: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def guarded(run: Callable[..., None]) -> Callable[..., None]:
+    """The command, with a user's mistakes and interruptions turned into one line and exit code 2."""
+
+    @functools.wraps(run)
+    def command(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except EigencacheError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted: nothing was written")
+
+    return command
+
 
 app = typer.Typer(
     name="eigencache",
@@ -17,23 +41,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (report, probe, compare, score):
-    app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(command.run)
+    app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(guarded(command.run))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line, by default on `sys.argv`; a traceback from here is always a defect of the program."""
-    try:
-        app(arguments, standalone_mode=True)
-    except EigencacheError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted: nothing was written")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-
-
-def fail(message: str) -> None:
-    """One line on stderr, exit code 2."""
-    print(f"eigencache: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    app(arguments)

@@ -11,7 +11,7 @@ from eigencache.studies.probe import Progress as OnProgress
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[OnProgress]:
-    """Yields `on_progress(what, done, of)`: one bar per `what`, gone when all is done; nothing without a terminal."""
+    """Yields `on_progress(what, done, of)`: one bar per `what`, gone when all is done; a line each without a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -26,6 +26,8 @@ def progress_bar(name: str) -> Iterator[OnProgress]:
         def on_progress(what: str, done: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(f"{name}: {what}", total=of)
+                if not console.is_terminal:
+                    console.print(f"{name}: {what}", markup=False, highlight=False)
             progress.update(tasks[what], completed=done)
 
         yield on_progress

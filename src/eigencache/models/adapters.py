@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from eigencache.geometry import Layer
 
-Outputs = Mapping[str, Tensor]
+Outputs = Mapping[str, Tensor]  # role → output of that submodule, "role.input" → what it was given
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LatentAttention:
         assert layer.mla is not None
         key_rope = outputs.get("key_rope", outputs["down"][..., layer.mla.kv_lora_rank :])
         queries = outputs["queries"].unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) if "queries" in outputs else None
-        yield Reading("behind the latent", key_rope.reshape(*key_rope.shape[:2], 1, -1).transpose(1, 2), queries)
+        yield Reading("behind the latent", key_rope.reshape(len(key_rope), 1, seq, -1), queries)
 
 
 @adapter
@@ -109,14 +110,27 @@ class SeparateProjections:
         return found if "keys" in found else {}
 
     def readings(self, outputs: Outputs, layer: Layer, seq: int) -> Iterator[Reading]:
-        """After the norm first; before it for models that normalise after rotation."""
+        """After the norm, if what it is given is the projection itself; before it otherwise.
+
+        A norm that comes after rotation would pass for keys that are never rotated.
+        """
         for stage in ("_normed", ""):
-            if (keys := outputs.get(f"keys{stage}")) is None:
+            if (keys := outputs.get(f"keys{stage}")) is None or (
+                stage and not self._norms_the_projection(outputs, layer, seq)
+            ):
                 continue
             for how, read in _layouts(keys, layer.head_dim, seq):
                 queries = outputs.get(f"queries{stage}")
                 matching = {} if queries is None else dict(_layouts(queries, layer.head_dim, seq))
                 yield Reading(how + (" normed" if stage else ""), read, matching.get(how))
+
+    @staticmethod
+    def _norms_the_projection(outputs: Outputs, layer: Layer, seq: int) -> bool:
+        (_, projected), *_ = _layouts(outputs["keys"], layer.head_dim, seq)
+        given = outputs["keys_normed.input"]
+        return any(
+            torch.equal(read, projected) for _, read in _layouts(given, layer.head_dim, seq) if read.shape == projected.shape
+        )
 
 
 @adapter

@@ -95,8 +95,8 @@ class Capture:
         self._handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
         for role, module in style.modules(attention).items():
 
-            def after(_module: nn.Module, _args: tuple, output: Tensor, role: str = role) -> None:
-                listener.outputs[role] = output
+            def after(_module: nn.Module, args: tuple, output: Tensor, role: str = role) -> None:
+                listener.outputs[role], listener.outputs[f"{role}.input"] = output, args[0]
 
             self._handles.append(module.register_forward_hook(after))
 

@@ -76,12 +76,14 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     logging.set_verbosity_error()
     try:
         with _one_line(spec):
-            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=resolved, output_loading_info=True, **options)
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # judged below, by name
+            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=resolved, **options)
             tokens = load_tokenizer(tokenizer) if tokenizer else AutoTokenizer.from_pretrained(source, **_gguf(options))
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{spec}: {len(missing)} weights are missing from the checkpoint, such as {missing[0]}")
+    for what, keys in (("missing from", report["missing_keys"]), ("of another shape in", report["mismatched_keys"])):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
+            raise ModelError(f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}")
     if device != "auto":
         model.to(device)  # type: ignore[arg-type]
     check_tokenizer(tokens, model)

@@ -131,12 +131,15 @@ def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) ->
 
 
 def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Covariance and eigenbasis of the even and of the odd folds, each about its own mean."""
-    if int((moments.count > 0).sum()) < 2:
+    """Covariance and eigenbasis of the even and of the odd folds, each about its own mean; None if one never varies."""
+    folds = [f for f in range(moments.folds) if moments.count[f]]
+    if len(folds) < 2:
         return None
     result = []
     for first in (0, 1):
-        covariance = moments.total(folds=range(first, moments.folds, 2)).covariance
+        covariance = moments.total(folds=folds[first::2]).covariance
+        if not covariance.any():
+            return None
         fast = covariance.float() if moments.width > WIDE else covariance
         result.append((covariance, sp.eigenbasis_of(fast)[1].double()))
     return result[0], result[1]

@@ -94,7 +94,7 @@ class Moments:
     def update(self, vectors: Tensor, lengths: Sequence[int] | None = None, fold: int = 0) -> None:
         """Add whole sequences to one fold: `vectors` [n, blocks, width], `lengths` of the sequences in them (sum n)."""
         lengths = list(lengths or [len(vectors)])
-        if vectors.shape[1:] != (self.blocks, self.width) or sum(lengths) != len(vectors):
+        if vectors.shape[1:] != (self.blocks, self.width) or sum(lengths) != len(vectors) or min(lengths) < 1:
             raise StatisticsError(
                 f"vectors {tuple(vectors.shape)}, sequences {lengths}: not of {self.blocks} x {self.width}"
             )

@@ -67,15 +67,19 @@ def condition_number(eigenvalues: Tensor) -> float:
     return math.sqrt(eigenvalues[0] / eigenvalues[-1]) if eigenvalues[-1] > floor else math.inf
 
 
+def _ratio(high: Tensor, low: Tensor) -> Tensor:
+    return torch.where(low > 0, high / low, math.inf)
+
+
 def spread(variances: Tensor) -> Tensor:
     """max std / min std over raw dimensions, [...]; infinite where a dimension never varies."""
-    return (variances.amax(-1) / variances.amin(-1)).sqrt()
+    return _ratio(variances.amax(-1), variances.amin(-1)).sqrt()
 
 
 def spread_p95_p5(variances: Tensor) -> Tensor:
     """95th / 5th percentile of the std over raw dimensions, [...]: the spread without its two extremes."""
     low, high = torch.quantile(variances.sqrt(), torch.tensor([0.05, 0.95], dtype=variances.dtype), dim=-1)
-    return high / low
+    return _ratio(high, low)
 
 
 def marchenko_pastur(variance: float, aspect: float, count: int) -> tuple[float, np.ndarray]:

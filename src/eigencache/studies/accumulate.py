@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eigencache.errors import NonFiniteError, StatisticsError
+from eigencache.errors import StatisticsError
 from eigencache.geometry import kind_and_frame
 from eigencache.records import Scope
 from eigencache.spectral.measure import Place
@@ -106,7 +106,7 @@ class Accumulator:
             store = self._stores.get(name) or self._open(name, tensors[name][columns[0].layer_idx].device)
             for fold, rows in rows_of.items():
                 kept = [lengths[row] for row in rows]
-                parts = [_vectors(tensors[name][c.layer_idx], rows, kept, name, c.layer_idx) for c in columns]
+                parts = [_vectors(tensors[name][c.layer_idx], rows, kept) for c in columns]
                 if store.joint:
                     joined = torch.cat([part.flatten(1).to(parts[0].device) for part in parts], -1)
                     store.moments[0].update(joined.unsqueeze(1), kept, fold)
@@ -152,14 +152,9 @@ def shapes_of(tensors: dict[str, dict[int, Tensor]]) -> dict[str, list[Columns]]
     return shapes
 
 
-def _vectors(tensor: Tensor, rows: list[int], lengths: list[int], name: str, layer_idx: int) -> Tensor:
-    """The rows' vectors without padding, [n, heads, dim]. Raises `NonFiniteError` with layer and head."""
+def _vectors(tensor: Tensor, rows: list[int], lengths: list[int]) -> Tensor:
+    """The rows' vectors without padding, [n, heads, dim]."""
     if all(length == tensor.shape[2] for length in lengths):
         chosen = tensor if len(rows) == len(tensor) else tensor[rows]
-        vectors = chosen.transpose(1, 2).flatten(0, 1)
-    else:
-        vectors = torch.cat([tensor[row, :, :length].transpose(0, 1) for row, length in zip(rows, lengths, strict=True)])
-    if not torch.stack(torch.aminmax(vectors)).isfinite().all():
-        head = int((~vectors.isfinite()).any(-1).any(0).nonzero()[0])
-        raise NonFiniteError(f"{name}: layer {layer_idx}, head {head} holds NaN or infinite values: try --dtype float32")
-    return vectors
+        return chosen.transpose(1, 2).flatten(0, 1)
+    return torch.cat([tensor[row, :, :length].transpose(0, 1) for row, length in zip(rows, lengths, strict=True)])

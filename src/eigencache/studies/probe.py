@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import ModelError, StatisticsError, TokenizerMismatchError
-from eigencache.geometry import KINDS, kind_and_frame, tensor_name
+from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
+from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
-from eigencache.spectral.measure import measure
+from eigencache.spectral.measure import DOUBTFUL_BELOW, measure
 from eigencache.studies.accumulate import Accumulator, shapes_of
 from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
 from eigencache.studies.provenance import Stopwatch
@@ -109,6 +109,7 @@ def _accumulate(
         padded = min(lengths) < input_ids.shape[1]
         with watch:
             captured = capture.run(input_ids.to(device), attention_mask.to(device) if padded else None)
+        check_finite(captured)
         tensors = _by_name(captured)
         if accumulator is None:
             count = len(sequences.ids)
@@ -118,6 +119,17 @@ def _accumulate(
         on_progress("capturing", done, len(sequences.ids))
     assert accumulator is not None  # `pack` never gives an empty text
     return accumulator
+
+
+def check_finite(captured: Iterable[CapturedLayer]) -> None:
+    """Raises `NonFiniteError` with the first layer, and the head in it, that holds NaN or infinite values."""
+    for layer in captured:
+        for name, tensor in layer.tensors.items():
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                head = int((~tensor.isfinite()).any(-1).any(-1).any(0).nonzero()[0])
+                raise NonFiniteError(
+                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values: try --dtype float32"
+                )
 
 
 def _by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
@@ -194,11 +206,14 @@ def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
 
 
 def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
-    """One line per tensor and scope for what the data cannot carry, with the worst case's figures."""
+    """One line per tensor and scope whose ranks the data cannot carry, with the worst case's figures.
+
+    Doubts about a spectrum's tail stay with the spectrum itself.
+    """
     worst: dict[tuple[str, str], Spectrum] = {}
     for s in spectra:
-        if s.centred and (s.refusals or s.warnings):
-            key = (tensor_name(s.kind, s.frame), s.scope)
+        if s.centred and s.support < DOUBTFUL_BELOW:
+            key = (s.name, s.scope)
             worst[key] = min(worst.get(key, s), s, key=lambda one: one.support)
     return [f"{name} at scope {scope}: {'; '.join(s.refusals + s.warnings)}" for (name, scope), s in worst.items()]
 

@@ -1,0 +1,5 @@
+"""`python -m eigencache` is the command line."""
+
+from eigencache.cli.app import main
+
+main()
