@@ -15,7 +15,7 @@ from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
-from eigencache.spectral.measure import DOUBTFUL_BELOW, measure
+from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure
 from eigencache.studies.accumulate import Accumulator, shapes_of
 from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
 from eigencache.studies.provenance import Stopwatch
@@ -206,16 +206,21 @@ def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
 
 
 def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
-    """One line per tensor and scope whose ranks the data cannot carry, with the worst case's figures.
+    """One line for ranks that are refused and one for doubtful ones, with the worst support of each tensor and scope.
 
     Doubts about a spectrum's tail stay with the spectrum itself.
     """
-    worst: dict[tuple[str, str], Spectrum] = {}
+    worst: dict[str, float] = {}
     for s in spectra:
         if s.centred and s.support < DOUBTFUL_BELOW:
-            key = (s.name, s.scope)
-            worst[key] = min(worst.get(key, s), s, key=lambda one: one.support)
-    return [f"{name} at scope {scope}: {'; '.join(s.refusals + s.warnings)}" for (name, scope), s in worst.items()]
+            place = f"{s.name} at scope {s.scope}"
+            worst[place] = min(worst.get(place, s.support), s.support)
+    bounds = (("refused", 0, REFUSED_BELOW), ("doubtful", REFUSED_BELOW, DOUBTFUL_BELOW))
+    lines = []
+    for verdict, low, high in bounds:
+        if places := [f"{place} ({support:.2g})" for place, support in worst.items() if low <= support < high]:
+            lines.append(f"ranks {verdict}, fewer than {high} independent vectors per dimension: {', '.join(places)}")
+    return lines
 
 
 def _model_record(loaded: LoadedModel, style: str) -> Model:

@@ -1,0 +1,69 @@
+"""Peak memory of a probe: independent of the number of tokens, and within 16 GiB at the width of a 7B model.
+
+    python benchmarks/probe_memory.py
+
+Each case runs in a process of its own. `tokens`: ref-llama at 25,000 to 200,000 tokens. `7B`: the moments of 32 layers
+with 8 x 128 KV heads, keys in two frames and values, at the scopes head and layer, fed with synthetic vectors, and
+the spectra of one layer.
+"""
+
+import subprocess
+import sys
+
+import torch
+from rich.console import Console
+
+from eigencache.report.table import Table
+
+LAYERS, HEADS, DIM = 32, 8, 128
+NAMES = ("keys_pre_rope", "keys_post_rope", "values")
+
+
+def probe_tokens(tokens: int) -> None:
+    """Probe ref-llama on so many tokens and print the peak in MB."""
+    from eigencache.corpora.sequences import pack
+    from eigencache.corpora.text import read_text
+    from eigencache.models.load import load
+    from eigencache.studies.probe import probe_model
+
+    loaded = load("ref-llama")
+    record = probe_model(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=512))
+    print(record.corpus.tokens, record.run.peak_memory_mb)
+
+
+def seven_billion() -> None:
+    """Feed the statistics of a 7B geometry and print the peak in MB."""
+    from eigencache.spectral.measure import measure
+    from eigencache.studies.accumulate import Accumulator, shapes_of
+    from eigencache.studies.probe import ProbeSettings
+    from eigencache.studies.provenance import peak_memory_mb
+
+    batch, length, sequences = 4, 512, 16
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: {i: torch.randn(batch, HEADS, length, DIM, generator=generator) for i in range(LAYERS)} for name in NAMES
+    }
+    accumulator = Accumulator(shapes_of(tensors), ("head", "layer"), sequences=sequences, budget=ProbeSettings().memory)
+    for start in range(0, sequences, batch):
+        accumulator.add(tensors, range(start, start + batch), [length] * batch)
+    for place, moments in accumulator.places():
+        if place.layer_idx == 0:
+            measure(place, moments, centred=True, distinct_contexts=sequences * length)
+    print(sequences * length, peak_memory_mb())
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        seven_billion() if sys.argv[1] == "7B" else probe_tokens(int(sys.argv[1]))
+        return
+    rows = []
+    for case in ("25000", "50000", "100000", "200000", "7B"):
+        output = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True).stdout
+        tokens, peak = output.split()[-2:]
+        name = "7B geometry, synthetic" if case == "7B" else "ref-llama"
+        rows.append((name, f"{int(tokens):,}", f"{float(peak) / 1024:.2f}"))
+    Console().print(Table("Peak memory of a probe", ("Model", "Tokens", "Peak GiB"), tuple(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Probe time over that of a plain forward pass on the same tokens, in one run.
+
+    python benchmarks/probe_speed.py [--tokens 131072] [--repeats 3] [MODEL …]
+
+A plain pass is `model(input_ids)` without gradients, in the probe's own batches, logits included. The two alternate;
+the ratio is that of their fastest repeats. The probe is the whole of `probe_model` at its default settings: capture,
+moments, spectra of every scope, intervals and the demonstration.
+"""
+
+import argparse
+import time
+
+import torch
+from rich.console import Console
+
+from eigencache.corpora.sequences import Sequences, pack
+from eigencache.corpora.text import read_text
+from eigencache.models.load import BUNDLED, LoadedModel, load
+from eigencache.report.table import Table
+from eigencache.studies.probe import ProbeSettings, default_length, probe_model
+
+
+def plain_pass(loaded: LoadedModel, sequences: Sequences, batch_size: int) -> float:
+    """Seconds of forward passes over all sequences."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        for input_ids, attention_mask, _ in sequences.batches(batch_size, pad_id=0):
+            loaded.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return time.perf_counter() - began
+
+
+def probe_pass(loaded: LoadedModel, sequences: Sequences) -> float:
+    """Seconds of one probe."""
+    began = time.perf_counter()
+    probe_model(loaded, sequences)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED))
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for name in args.models:
+        loaded = load(name)
+        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=default_length(loaded))
+        plain_pass(loaded, Sequences(sequences.ids[:8], sequences.corpus), 8)  # warm
+        times = [
+            (plain_pass(loaded, sequences, ProbeSettings().batch_size), probe_pass(loaded, sequences))
+            for _ in range(args.repeats)
+        ]
+        plain, probe = (min(column) for column in zip(*times, strict=True))
+        rows.append((name, f"{sequences.corpus.tokens:,}", f"{probe / plain:.2f}"))
+    note = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, fastest of {args.repeats}"
+    Console().print(Table("Probe over plain forward pass", ("Model", "Tokens", "Time ratio"), tuple(rows), notes=(note,)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every command as its user calls it, in a process of its own, on the bundled models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eigencache.models.load import BUNDLED
+from eigencache.records import ProbeRecord, ReportRecord
+
+ROOT = Path(__file__).parents[2]
+FEW = ("--tokens", "8192", "--max-length", "256")
+
+
+def run(*command: object, folder: Path) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "250"}
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=folder, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("model", BUNDLED)
+def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Path) -> None:
+    shown = run("-m", "eigencache", "probe", model, *FEW, "-o", "out.json", "--plot", "out.png", folder=tmp_path)
+    record = ProbeRecord.load(tmp_path / "out.json")
+    assert record.model.name == model
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert "values" in shown
+    assert "written: out.json" in shown
+    assert "stdlib:calibration" in record.corpus.name
+    assert all(warning.split(":")[0] in shown for warning in record.warnings)
+
+
+def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
+    for model in ("ref-gpt2", "ref-llama"):
+        run("-m", "eigencache", "probe", model, *FEW, "-o", f"{model}.json", folder=tmp_path)
+    shown = run(
+        "-m", "eigencache", "compare", "ref-gpt2.json", "ref-llama.json", "-o", "out.md", "--plot", "out.png", folder=tmp_path
+    )  # fmt: skip
+    table = (tmp_path / "out.md").read_text()
+    header = next(line for line in table.splitlines() if line.startswith("| Model"))
+    first = [cell.strip() for cell in header.strip("|").split("|")][:6]
+    assert first == ["Model", "K energy@32", "V energy@32", "K effective rank", "V effective rank", "Assessment"]
+    assert "ref-gpt2" in shown
+    assert "ref-llama" in shown
+    assert (tmp_path / "out.png").exists()
+
+
+def test_report_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
+    shown = run("-m", "eigencache", "report", "ref-llama", "ref-deepseek", *FEW, "-o", "out", folder=tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
+    assert "report.html" in shown
+    data = ReportRecord.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert [probe.model.name for probe in data.probes] == ["ref-llama", "ref-deepseek"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="?https?:', page)
+
+
+def test_score_prints_loss_and_copy_accuracy_and_writes_them(tmp_path: Path) -> None:
+    shown = run(
+        "-m", "eigencache", "score", "ref-llama", "--tokens", 4096, "--max-length", 512, "-o", "s.json", folder=tmp_path
+    )
+    (score,) = json.loads((tmp_path / "s.json").read_text())
+    assert f"{score['loss_nats']:.3f}" in shown
+    assert score["corpus"]["name"] == "stdlib:held-out"
+    assert 0 < score["copy_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "files", "says"),
+    [
+        ("kv_spectrum_probe", ["--output", "F.json", "--plot", "F.png", "--layers", "0,2"], ["F.json", "F.png"], "99"),
+        ("analyze_kv_variance", [], ["kv_variance_ref-llama.png"], "K/V"),
+        ("analyze_mla_kv_structure", [], ["mla_structure_ref-deepseek.png"], "latent"),
+    ],
+)
+def test_the_historic_entry_points_work(
+    script: str, options: list[str], files: list[str], says: str, tmp_path: Path
+) -> None:
+    model = "ref-deepseek" if "mla" in script else "ref-llama"
+    shown = run(ROOT / "scripts" / f"{script}.py", "--model", model, *options, folder=tmp_path)
+    assert says in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 8
+    (tmp_path / "example.py").write_text(example)
+    run("example.py", folder=tmp_path)
+
+
+def test_help_names_every_command_with_examples(tmp_path: Path) -> None:
+    overview = run("-m", "eigencache", "--help", folder=tmp_path)
+    for command in ("report", "probe", "compare", "score"):
+        assert command in overview
+        assert f"eigencache {command}" in run("-m", "eigencache", command, "--help", folder=tmp_path)

@@ -1,0 +1,115 @@
+"""95 % intervals by a bootstrap over groups of sequences: what they cover, how wide they are, and what they cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from simulated import MANY, PLACE, autoregressive, measured, moments_of, white
+
+from eigencache.records import Spectrum
+from eigencache.spectral import spectrum as sp
+from eigencache.spectral.measure import measure
+
+DECAY = np.exp(-np.arange(16) / 4.0)
+POWER_LAW = 1 / np.arange(1, 65.0)
+STATISTICS = {
+    "effective_rank": sp.effective_rank,
+    "effective_rank_eigen": sp.effective_rank_eigen,
+    "participation_ratio": sp.participation_ratio,
+    "stable_rank": sp.stable_rank,
+}
+
+
+def simulated(eigenvalues: np.ndarray, rho: float, folds: int, count: int, sequences: int = 64) -> Iterator[Spectrum]:
+    """Spectra of `count` data sets of one population, correlated along 64 vectors of every sequence."""
+    for seed in range(count):
+        data = autoregressive(seed, sequences, 64, len(eigenvalues), rho) * np.sqrt(eigenvalues)
+        yield measured(data, folds=folds)
+
+
+def population(eigenvalues: np.ndarray) -> dict[str, float]:
+    """What the statistics come to with ever more data."""
+    values = torch.from_numpy(eigenvalues)
+    energy = {f"energy@{k}": float(sp.energy_shares(values)[k - 1]) for k in sp.energy_points(len(values))[:-1]}
+    return {name: float(statistic(values)) for name, statistic in STATISTICS.items()} | energy
+
+
+def estimate(spectrum: Spectrum, name: str) -> float:
+    return spectrum.energy[int(name.removeprefix("energy@"))] if "@" in name else getattr(spectrum, name)
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "rho", "folds", "support"),
+    [
+        (DECAY, 0.0, 16, 250),
+        (DECAY, 0.0, 8, 250),
+        (DECAY, 0.7, 16, 48),
+        (POWER_LAW[:32], 0.3, 16, 70),
+        (POWER_LAW, 0.8, 16, 7.5),
+    ],
+    ids=["independent", "8 groups", "correlated", "power law", "few data"],
+)
+def test_intervals_cover_the_truth(eigenvalues: np.ndarray, rho: float, folds: int, support: float) -> None:
+    spectra = list(simulated(eigenvalues, rho, folds, count=70))
+    assert np.mean([spectrum.support for spectrum in spectra]) == pytest.approx(support, rel=0.05)
+    for name, truth in population(eigenvalues).items():
+        covered = [low <= truth <= high for low, high in (spectrum.intervals[name] for spectrum in spectra)]
+        assert np.mean(covered) >= 0.85, name
+
+
+def test_intervals_reach_as_far_as_the_bias_of_few_data_and_no_further_than_twice_that() -> None:
+    spectra = list(simulated(POWER_LAW, 0.8, folds=16, count=30))
+    truth = population(POWER_LAW)
+    for name, sign in (("effective_rank", -1), ("energy@32", 1), ("participation_ratio", 0)):
+        found = np.array([estimate(spectrum, name) for spectrum in spectra])
+        sampling, bias = 3.92 * found.std(), abs(found.mean() - truth[name])
+        assert np.sign(found.mean() - truth[name]) * abs(sign) == sign
+        assert bias > 0.6 * sampling if sign else bias < 0.2 * sampling  # what it is without the correction
+        width = np.mean([np.diff(spectrum.intervals[name]) for spectrum in spectra])
+        assert 0.75 * (sampling + bias) < width < 1.5 * (sampling + bias)
+
+
+def test_widths_shrink_with_the_root_of_the_number_of_sequences() -> None:
+    few, many = (list(simulated(DECAY, 0.5, 16, 10, sequences)) for sequences in (32, 128))
+    for name in population(DECAY):
+        widths = [np.mean([np.diff(spectrum.intervals[name]) for spectrum in spectra]) for spectra in (few, many)]
+        assert widths[0] / widths[1] == pytest.approx(2, rel=0.25), name
+
+
+def test_an_interval_holds_its_estimate_and_every_recorded_statistic_has_one() -> None:
+    spectrum = measured(white(0, 64, 64, 16) * np.sqrt(DECAY), folds=16)
+    points = [f"energy@{k}" for k in spectrum.energy]
+    assert set(spectrum.intervals) == {*STATISTICS, "rank_90", "rank_95", "spread", *points}
+    for name, (low, high) in spectrum.intervals.items():
+        assert low - 1e-9 <= estimate(spectrum, name) <= high + 1e-9, name
+
+
+@pytest.mark.parametrize(("folds", "known"), [(7, False), (8, True)])
+def test_fewer_than_eight_groups_give_no_interval(folds: int, known: bool) -> None:
+    assert bool(measured(white(0, 64, 20, 4), folds=folds).intervals) == known
+
+
+def test_empty_groups_are_not_resampled() -> None:
+    data = white(0, 8, 100, 4)
+    assert measured(data, folds=16).intervals == measured(data, folds=8).intervals
+    assert not measured(data[:7], folds=16).intervals
+
+
+def test_the_same_seed_gives_the_same_intervals_and_another_seed_others() -> None:
+    moments = moments_of(white(0, 32, 50, 6))
+    first, again, other = (
+        measure(PLACE, moments, centred=True, distinct_contexts=MANY, seed=seed).intervals for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_statistic_that_is_infinite_in_a_resample_has_no_interval() -> None:
+    data = white(0, 32, 50, 4)
+    data[..., 2] = 3.0
+    spectrum = measured(data)
+    assert "spread" not in spectrum.intervals
+    assert "effective_rank" in spectrum.intervals

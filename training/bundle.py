@@ -1,0 +1,99 @@
+"""Put trained models into the package: weights, tokenizer and a card whose figures are measured here and now.
+
+    python training/bundle.py --models build/models --data build/training
+
+Reads what `train.py` and `prepare.py` wrote; writes src/eigencache/bundled/NAME. The scores are those that
+`eigencache score` prints.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from eigencache.corpora.sequences import pack
+from eigencache.corpora.text import read_text
+from eigencache.models.load import BUNDLED, bundled_path, load
+from eigencache.studies.score import score_model
+
+MAX_BYTES = 12_000_000
+END_OF_TEXT = "<|endoftext|>"
+CARD = """---
+license: apache-2.0
+tags: [eigencache, reference]
+---
+# {name}
+
+A small {architecture} that stands for its family in measurements of the KV cache: {geometry}.
+It is real (trained, it predicts, it copies from its context) and small; it is not a useful language model.
+
+| | |
+|---|---|
+| parameters | {parameters:,} (bfloat16, {megabytes:.1f} MB) |
+| training text | Python sources: calibration modules of the standard library and {packages} open-source packages, {files:,} files, {corpus:,} tokens after deduplication; no held-out module |
+| tokens seen | {tokens:,} ({steps:,} steps, seed {seed}; sequences of 256, then 1,024, then 2,048 tokens) |
+| held-out loss | {loss:.3f} nats per token ({text}, {scored:,} tokens in sequences of {length:,}) |
+| by position | {positions} |
+| copy accuracy | {copy:.3f} (64 random tokens repeated) |
+
+The held-out figures are printed by `eigencache score {name}`. The recipe is in `training/`.
+"""  # noqa: E501
+
+
+def bundle(name: str, models: Path, data: Path) -> None:
+    """Copy one model into the package, score it there and write its card."""
+    target, source = bundled_path(name), models / name
+    target.mkdir(exist_ok=True)
+    for file in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(source / file, target)
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    wrapped.save_pretrained(target)
+    size = (target / "model.safetensors").stat().st_size
+    if size > MAX_BYTES:
+        raise SystemExit(f"{name}: {size:,} bytes of weights, more than {MAX_BYTES:,}")
+    loaded = load(name)
+    score = score_model(
+        loaded, pack(read_text("stdlib:held-out"), loaded.tokenizer, tokens=131_072, max_length=2048)
+    )
+    training, sources = (json.loads(path.read_text()) for path in (source / "training.json", data / "sources.json"))
+    ends = list(score.loss_by_position)
+    spans = ", ".join(f"{low}–{end}: {score.loss_by_position[end]:.3f}" for low, end in zip([0, *ends], ends, strict=False))
+    card = CARD.format(
+        name=name,
+        architecture=type(loaded.model).__name__,
+        geometry=loaded.geometry.describe(),
+        parameters=loaded.model.num_parameters(),
+        megabytes=size / 1e6,
+        packages=len(sources["wheels"]),
+        files=sources["files"],
+        corpus=sources["tokens"],
+        tokens=training["tokens"],
+        steps=training["steps"],
+        seed=training["seed"],
+        loss=score.loss_nats,
+        text=score.corpus.name,
+        scored=score.corpus.tokens,
+        length=score.corpus.max_length,
+        positions=spans,
+        copy=score.copy_accuracy,
+    )
+    (target / "README.md").write_text(card)
+    print(f"{name}: loss {score.loss_nats:.3f}, copy accuracy {score.copy_accuracy:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(BUNDLED))
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    args = parser.parse_args()
+    for name in args.names:
+        bundle(name, args.models, args.data)
+
+
+if __name__ == "__main__":
+    main()
