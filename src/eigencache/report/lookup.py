@@ -100,7 +100,7 @@ def spread_ratios(record: ProbeRecord, over: str | None, under: str | None, robu
             continue
         a, b = (s.spread_p95_p5, other.spread_p95_p5) if robust else (s.spread, other.spread)
         known = a not in (0, float("inf")) and b not in (0, float("inf"))
-        ratios[s.layer_idx] = Measured(a / b if known else None, bool(s.warnings or other.warnings))
+        ratios[s.layer_idx] = Measured(a / b if known else None, min(s.support, other.support) < ROOMY)
     return ratios
 
 
@@ -160,15 +160,5 @@ def honest_energy(record: ProbeRecord, kind: str) -> Measured:
 
 
 def loud_warnings(record: ProbeRecord) -> list[str]:
-    """All warnings of a record, once each, with one line that counts its doubtful and its refused spectra."""
-    warnings = list(dict.fromkeys([*record.warnings, *record.corpus.warnings]))
-    doubtful = sum(bool(s.warnings) for s in record.spectra)
-    refused = [s for s in record.spectra if s.refusals]
-    if doubtful:
-        warnings.append(f"{doubtful} of {len(record.spectra)} spectra rest on too little data: their numbers end in !")
-    if refused:
-        reason = refused[0].refusals[0]
-        warnings.append(
-            f"{len(refused)} of {len(record.spectra)} spectra refuse some numbers, printed as —; first: {reason}"
-        )
-    return warnings
+    """All warnings of a record, once each."""
+    return list(dict.fromkeys([*record.warnings, *record.corpus.warnings]))

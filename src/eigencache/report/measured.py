@@ -10,12 +10,14 @@ from eigencache.records import Interval, ProbeRecord, Spectrum
 ABSENT = "—"
 DOUBT = "!"
 LEGEND = (
-    "— the data cannot support this number; ! fewer than 10 independent vectors per dimension stand behind it; "
+    "— the data cannot support this number; "
+    "! fewer than 10 independent vectors per dimension stand behind it (50 for rank .99); "
     "(30/32) a mean over 30 of 32 layers, the others have no such number",
     "energy@k: share of the sum of all eigenvalues in the leading k; held-out: basis from one half of the sequences, "
     "energy on the other half, so it does not flatter",
 )
 ROOMY = 10.0  # independent vectors per dimension from which ranks are believed (THEORY 3.1)
+ROOMY_TAIL = 50.0  # the same for what the smallest eigenvalues decide: rank at 99 %, condition number
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Measured:
 NOTHING = Measured(None)
 
 
-def of_spectrum(spectrum: Spectrum, value: float | None, interval: str | None = None) -> Measured:
-    """One statistic of one spectrum: doubtful whenever the spectrum has warnings."""
-    return Measured(value, bool(spectrum.warnings), spectrum.intervals.get(interval) if interval else None)
+def of_spectrum(spectrum: Spectrum, value: float | None, interval: str | None = None, enough: float = ROOMY) -> Measured:
+    """One statistic of one spectrum: doubtful with fewer than `enough` independent vectors per dimension."""
+    return Measured(value, spectrum.support < enough, spectrum.intervals.get(interval) if interval else None)
 
 
 def over_layers(measured: Iterable[Measured], geometric: bool = False) -> Measured:

@@ -23,6 +23,7 @@ from eigencache.report.series import (
     energy_triples,
     head_maps,
     head_range,
+    held_out_eigenvalues,
     infinite_layers,
     rank_points,
     ratio_points,
@@ -85,7 +86,9 @@ def _draw_spectra(axes: Axes, record: ProbeRecord, name: str) -> None:
         named = len(spectra) <= 4 or position in (0, len(spectra) - 1)
         shade = shades(0.85 * position / max(1, len(spectra) - 1))
         axes.plot(x, y, color=shade, linewidth=1.2, label=f"layer {s.layer_idx}" if named else None)
+        axes.plot(*held_out_eigenvalues(s), ".", color=shade, markersize=4)
     if spectra:
+        axes.plot([], [], ".", color=_INK, markersize=4, label="held out, mean per octave")
         x, y = relative_null(min(spectra, key=lambda s: s.support))
         if x:
             axes.plot(x, y, ":", color=_INK, linewidth=1.2, label="white noise (Marchenko–Pastur)")

@@ -18,7 +18,7 @@ from eigencache.report.lookup import (
     pair,
     ratio_mean,
 )
-from eigencache.report.measured import ABSENT, DOUBT, Measured, of_spectrum, over_layers, short_names
+from eigencache.report.measured import ABSENT, DOUBT, ROOMY, Measured, of_spectrum, over_layers, short_names
 
 LIMIT = 512  # points of a line; longer ones are thinned, evenly on a log axis
 Points = tuple[list[float], list[float | None]]
@@ -52,6 +52,19 @@ def relative_null(spectrum: Spectrum) -> Points:
     return positions, [value / mean if value > 0 else None for value in null]
 
 
+def held_out_eigenvalues(spectrum: Spectrum) -> Points:
+    """λ / mean λ on text that the basis has not seen, one mean per octave of components, at the octave's centre."""
+    energy = spectrum.held_out_energy or {}
+    ends = sorted(energy)
+    centres: list[float] = []
+    means: list[float | None] = []
+    for low, high in zip([0, *ends], ends, strict=False):
+        share = energy[high] - energy.get(low, 0.0)
+        centres.append(math.sqrt((low + 1) * high))
+        means.append(share / (high - low) * spectrum.width if share > 0 else None)
+    return centres, means
+
+
 def energies(spectra: list[Spectrum], held_out: bool) -> Points:
     """k and energy@k, averaged over the given layers, at the k that all of them record."""
     if not spectra:
@@ -73,6 +86,12 @@ class HeadMap:
     marks: list[list[str]]
 
 
+def _mark(spectrum: Spectrum | None) -> str:
+    if spectrum is None or spectrum.effective_rank is None:
+        return ABSENT
+    return DOUBT if spectrum.support < ROOMY else ""
+
+
 def head_maps(record: ProbeRecord) -> list[HeadMap]:
     """One map per tensor that has heads of its own."""
     maps = []
@@ -87,7 +106,7 @@ def head_maps(record: ProbeRecord) -> list[HeadMap]:
         for layer in layers:
             row = [found.get((layer, head)) for head in heads]
             values.append([s.effective_rank / s.width if s and s.effective_rank is not None else None for s in row])
-            marks.append([ABSENT if s is None or s.effective_rank is None else DOUBT if s.warnings else "" for s in row])
+            marks.append([_mark(s) for s in row])
         maps.append(HeadMap(name, layers, heads, values, marks))
     return maps
 

@@ -19,7 +19,7 @@ from eigencache.report.lookup import (
     sensible_k,
     spread_ratios,
 )
-from eigencache.report.measured import LEGEND, NOTHING, Measured, count, factor, of_spectrum, over_layers, share
+from eigencache.report.measured import LEGEND, NOTHING, ROOMY_TAIL, Measured, count, factor, of_spectrum, over_layers, share
 from eigencache.report.table import Table
 
 __all__ = ["classic_table", "compare_table", "geometry_lines", "probe_table", "spread_table"]
@@ -46,7 +46,7 @@ def _statistics(spectrum: Spectrum, k: int) -> dict[str, Measured]:
         "energy": energy_at(spectrum, k),
         "held_out": held_out_at(spectrum, k),
         "rank_90": of_spectrum(spectrum, spectrum.rank_90, "rank_90"),
-        "rank_99": of_spectrum(spectrum, spectrum.rank_99, "rank_99"),
+        "rank_99": of_spectrum(spectrum, spectrum.rank_99, enough=ROOMY_TAIL),
         "effective_rank": of_spectrum(spectrum, spectrum.effective_rank, "effective_rank"),
         "spread": of_spectrum(spectrum, spectrum.spread),
         "mean_share": of_spectrum(spectrum, spectrum.mean_share),

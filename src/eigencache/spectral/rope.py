@@ -62,10 +62,11 @@ def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
 
 
 def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
-    """The inverse of `rotate`."""
+    """The inverse of `rotate`, in float32 at least: cos² + sin² of a 16-bit table is not 1."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
     first, second = _pairs(head, pairing == "interleaved")
-    cos, sin = angles.cos, angles.sin
+    cos, sin = angles.cos.to(dtype), angles.sin.to(dtype)
     scale = cos.square() + sin.square()
     turned = (first * cos + second * sin) / scale, (second * cos - first * sin) / scale
     return torch.cat((_joined(*turned, pairing != "half"), tail), -1).to(x.dtype)

@@ -1,0 +1,179 @@
+"""One self-contained offline page: interactive figures, every number behind them, and loud warnings first."""
+
+import base64
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from eigencache.records import ProbeRecord, ReportRecord, write_whole
+from eigencache.report.assess import RULE, assess
+from eigencache.report.comparison import classic_table, compare_table
+from eigencache.report.figures import Interactive, cross_figures, model_figures
+from eigencache.report.lookup import loud_warnings
+from eigencache.report.measured import LEGEND, short_names
+from eigencache.report.palette import DARK, LIGHT
+from eigencache.report.tables import geometry_lines, probe_table, spread_sentences, spread_table
+
+_LAYERS = {  # shades from the first layer to the last
+    "light": [[68, 1, 84], [59, 82, 139], [33, 145, 140], [70, 160, 80]],
+    "dark": [[180, 150, 255], [110, 170, 255], [80, 210, 190], [210, 230, 100]],
+}
+_METHOD = (
+    ("energy@k", "share of the sum of all eigenvalues in the leading k; held-out: basis from one half of the sequences, "
+     "energy on the other half, both ways, averaged"),
+    ("effective rank", "exp(−Σ p ln p), p = σ/Σσ, σ the singular values (Roy & Vetterli 2007)"),
+    ("independent vectors", "n ÷ autocorrelation time of the leading directions (batch means over sequences), or the "
+     "distinct 8-token contexts where those are fewer; after rotation never more than before it"),
+    ("null", "white noise of the same total variance: Marchenko–Pastur with γ = dimensions ÷ independent vectors"),
+    ("intervals", "95 %, bootstrap over groups of whole sequences"),
+    ("spread", "largest over smallest standard deviation of the raw dimensions; p95/p5 beside it"),
+    ("! and —", "fewer than 10 independent vectors per dimension; the data cannot support the number"),
+)  # fmt: skip
+
+
+def write_report(records: list[ProbeRecord], path: str | Path) -> None:
+    """Write the page, whole or not at all. Raises `OutputError`."""
+    write_whole(path, page(records).encode())
+
+
+def page(records: list[ProbeRecord]) -> str:
+    """The page as one string that loads nothing from anywhere."""
+    names = short_names(records)
+    sections = [(name, record, model_figures(record)) for name, record in zip(names, records, strict=True)]
+    across = cross_figures(records)
+    figures = {figure.name: figure.data for figure in across}
+    figures |= {f"{name}-{figure.name}": figure.data for name, _, found in sections for figure in found}
+    everything = ReportRecord(probes=records).model_dump_json().encode()
+    scripts = [
+        _json("figures", figures),
+        _json("palette", {"light": LIGHT, "dark": DARK, "layers": _LAYERS}),
+        f'<script type="application/gzip" id="records">{_packed(everything)}</script>',
+        f"<script>{get_plotlyjs()}</script>",
+        f"<script>{_asset('page.js')}</script>",
+    ]
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in names)
+    body = [
+        '<header><h1>What the KV cache holds</h1><p class="lead">Spectra of keys, values and latents as these models cache '
+        "them, with the data behind every number. What the data cannot support is refused or marked.</p>"
+        f'<nav>{links}<a href="#method">method</a><button id="theme" type="button">Dark</button>'
+        '<button id="json" type="button">All numbers (JSON)</button></nav></header><main>',
+        _warnings(f"{name}: {warning}" for name, record, _ in sections for warning in loud_warnings(record)),
+        "<h2>Models compared</h2>",
+        _assessments(records, names),
+        replace(compare_table(records), notes=LEGEND).html(),
+        _grid(across, ""),
+        "<h2>What a repeated text does</h2><p>The historic probe: centred, post-RoPE, heads joined, in-sample, on four "
+        "sentences repeated to fill 64 samples. Such a probe measures its own text. Beside it the same figure on this "
+        "text, and the figure that does not flatter.</p>",
+        *(classic_table(record).html() for record in records),
+        *(_section(name, record, found) for name, record, found in sections),
+        _method(),
+        "</main>",
+        _footer(records),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1"><title>Eigencache report</title>'
+        f"<style>{_asset('page.css')}</style></head><body>{''.join(body)}{''.join(scripts)}</body></html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return (resources.files("eigencache.report.assets") / name).read_text(encoding="utf8")
+
+
+def _packed(data: bytes) -> str:
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
+
+
+def _json(identity: str, data: Any) -> str:
+    """Data inside a script element: no string in it can end the element."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{identity}">{text}</script>'
+
+
+def _anchor(name: str) -> str:
+    return escape("model-" + "".join(c if c.isalnum() else "-" for c in name), quote=True)
+
+
+def _warnings(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    if not items:
+        return ""
+    return f'<section class="warnings" role="note"><h3>What the data cannot support</h3><ul>{items}</ul></section>'
+
+
+def _assessments(records: list[ProbeRecord], names: list[str]) -> str:
+    found = [(name, assess(record)) for name, record in zip(names, records, strict=True)]
+    rows = (f"<dt>{escape(n)}</dt><dd><b>{escape(a.verdict)}</b>: {escape('; '.join(a.reasons))}</dd>" for n, a in found)
+    return f'<div class="card"><dl>{"".join(rows)}</dl><p class="note">{escape(RULE)}</p></div>'
+
+
+def _grid(figures: list[Interactive], prefix: str) -> str:
+    return f'<div class="grid">{"".join(_figure(figure, prefix + figure.name) for figure in figures)}</div>'
+
+
+def _figure(figure: Interactive, key: str) -> str:
+    key, title = escape(key, quote=True), escape(figure.title)
+    return (
+        f'<figure class="figure"><h3>{title}</h3><p class="says">{escape(figure.says)}</p>'
+        f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}: {escape(figure.says, quote=True)}"></div>'
+        f'<div class="foot"><button type="button" data-csv="{key}">CSV</button></div></figure>'
+    )
+
+
+def _section(name: str, record: ProbeRecord, figures: list[Interactive]) -> str:
+    corpus = record.corpus
+    facts = (
+        ("text", f"{corpus.name}, sha256 {corpus.sha256[:16]}"),
+        ("tokens", f"{corpus.tokens:,} in {corpus.sequences:,} sequences of at most {corpus.max_length:,}"),
+        ("distinct", f"{corpus.distinct_token_ids:,} token ids, {corpus.distinct_8grams:,} 8-token contexts, "
+         f"{corpus.repetition:.1%} repeated"),
+    )  # fmt: skip
+    lines = "".join(f"<li>{escape(line)}</li>" for line in geometry_lines(record))
+    sentences = "".join(f"<p>{escape(sentence)}.</p>" for sentence in (*_rotation(record), *spread_sentences(record)))
+    return (
+        f'<h2 id="{_anchor(name)}">{escape(name)}</h2><div class="card"><ul>{lines}</ul>{_facts(facts)}</div>'
+        f"{_warnings(loud_warnings(record))}{_grid(figures, f'{name}-')}{sentences}"
+        f"{probe_table(record).html()}{spread_table(record).html()}"
+    )
+
+
+def _rotation(record: ProbeRecord) -> tuple[str, ...]:
+    """How much of the keys' spread is rotation, in one sentence of this record's numbers."""
+    if not record.frames:
+        return ()
+    shares = [frame.rotated_mean_share for frame in record.frames]
+    mean = sum(shares) / len(shares)
+    return (
+        f"Rotation turns the keys' shared mean into variance: it makes {mean:.0%} of the variance after rotation "
+        f"(mean of layers; {min(shares):.0%} to {max(shares):.0%}), which undoing the rotation and the mean removes",
+    )
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(term)}</dt><dd>{escape(text)}</dd>' for term, text in facts)}</dl>"
+
+
+def _method() -> str:
+    return f'<h2 id="method">Method</h2><div class="card">{_facts(_METHOD)}</div>'
+
+
+def _footer(records: list[ProbeRecord]) -> str:
+    rows = []
+    for record in records:
+        run = record.run
+        settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
+        rows.append(
+            f"{record.model.name}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "
+            f"{run.peak_memory_mb:,.0f} MB, {run.machine}; eigencache {run.eigencache}, torch {run.torch}, transformers "
+            f"{run.transformers}, Python {run.python}; seed {run.seed}; {settings}; {run.started}"
+        )
+    return f"<footer>{''.join(f'<p>{escape(row)}</p>' for row in rows)}</footer>"
