@@ -170,10 +170,11 @@ def rotation_figure(record: ProbeRecord) -> Interactive | None:
 
 
 def model_figures(record: ProbeRecord) -> list[Interactive]:
-    """Every figure of one model, in the order of the page."""
+    """Every figure of one model that has something to show, in the order of the page."""
     rotation = rotation_figure(record)
     rest = [spread_figure(record), *([rotation] if rotation else [])]
-    return [*spectra_figures(record), energy_figure(record), *head_figures(record), *rest]
+    figures = [*spectra_figures(record), energy_figure(record), *head_figures(record), *rest]
+    return [figure for figure in figures if figure.traces]
 
 
 def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
