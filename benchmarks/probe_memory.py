@@ -53,6 +53,7 @@ def seven_billion() -> None:
 
 
 def main() -> None:
+    """Run the benchmark and print its table."""
     if sys.argv[1:]:
         seven_billion() if sys.argv[1] == "7B" else probe_tokens(int(sys.argv[1]))
         return

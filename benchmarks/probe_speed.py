@@ -37,6 +37,7 @@ def probe_pass(loaded: LoadedModel, sequences: Sequences) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(BUNDLED))
     parser.add_argument("--tokens", type=int, default=131_072)

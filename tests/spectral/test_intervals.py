@@ -11,7 +11,7 @@ from simulated import MANY, PLACE, autoregressive, measured, moments_of, white
 
 from eigencache.records import Spectrum
 from eigencache.spectral import spectrum as sp
-from eigencache.spectral.measure import measure
+from eigencache.spectral.measure import REPLICATES, measure
 
 POPULATIONS = {
     "decay": np.exp(-np.arange(16) / 4.0),
@@ -71,6 +71,36 @@ def test_intervals_are_as_wide_as_chance_and_the_bias_of_few_data_together(stati
     assert sign * bias > 0.5 * chance if sign else abs(bias) < 0.2 * chance
     width = np.mean([np.diff(spectrum.intervals[statistic]) for spectrum in spectra])
     assert 0.75 < width / (chance + abs(bias)) < 1.5
+
+
+def test_intervals_reach_further_to_the_side_of_the_bias() -> None:
+    spectra = simulated("power law of 64", 0.8, 16, 60)
+    below, above = np.mean(
+        [
+            (s.effective_rank - s.intervals["effective_rank"][0], s.intervals["effective_rank"][1] - s.effective_rank)
+            for s in spectra
+        ],
+        axis=0,
+    )
+    assert above > 2 * below
+
+
+def test_a_resample_is_the_groups_drawn_and_its_variances_are_about_its_own_mean() -> None:
+    data = white(0, 16, 30, 4) * np.array([2, 1, 1, 0.5]) + 3 * white(1, 16, 1, 4)  # groups differ in their means
+    groups = data.reshape(8, 60, 4)
+    basis = np.linalg.eigh(np.cov(data.reshape(-1, 4).T))[1]
+
+    def stable_rank(vectors: np.ndarray, basis: np.ndarray) -> float:
+        variances = (vectors.reshape(-1, 4) @ basis).var(0)
+        return variances.sum() / variances.max()
+
+    draws = np.random.default_rng(0).multinomial(8, [1 / 8] * 8, REPLICATES)
+    low, high = np.quantile([stable_rank(np.repeat(groups, draw, axis=0), basis) for draw in draws], [0.025, 0.975])
+    halves = (groups[first::2] for first in (0, 1))
+    halved = np.mean([stable_rank(half, np.linalg.eigh(np.cov(half.reshape(-1, 4).T))[1]) for half in halves])
+    bias = halved - stable_rank(groups, basis)
+    expected = min(low, low - bias), max(high, high - bias)
+    assert measured(data, folds=8).intervals["stable_rank"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_widths_shrink_with_the_root_of_the_number_of_sequences() -> None:

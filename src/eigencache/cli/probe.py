@@ -77,7 +77,7 @@ def run(
     from eigencache.report.tables import geometry_lines, probe_table, spread_table
     from eigencache.studies.probe import ProbeSettings
 
-    scopes = tuple(s for s in SCOPES if scope is None or s in scope)
+    scopes = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)
     settings = ProbeSettings(numbers, frame.value, scopes, batch_size, seed, int(memory * 2**30))
     record = measure_model(
         model, settings, text=text, tokens=tokens, max_length=max_length, tokenizer=tokenizer, device=device, dtype=dtype

@@ -77,7 +77,8 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     try:
         with _one_line(spec):
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # judged below, by name
-            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=resolved, **options)
+            found: Any = AutoModelForCausalLM.from_pretrained(source, dtype=resolved, **options)
+            model, report = found
             tokens = load_tokenizer(tokenizer) if tokenizer else AutoTokenizer.from_pretrained(source, **_gguf(options))
     finally:
         logging.set_verbosity(verbosity)
@@ -85,7 +86,7 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
         if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
             raise ModelError(f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}")
     if device != "auto":
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     check_tokenizer(tokens, model)
     return LoadedModel(spec, model.eval(), tokens, with_evidence(geometry, model))
 

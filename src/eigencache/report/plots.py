@@ -6,6 +6,7 @@ support is not drawn; panels that rest on little data say so.
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -193,7 +194,7 @@ def plot_probe(record: ProbeRecord) -> Figure:
     names, maps = record.names, head_maps(record)
     columns = max(2, len(names))
     figure = _figure(4.2 * columns, 12.5 if maps else 8.6, _heading(record))
-    rows = figure.subfigures(3 if maps else 2, 1)
+    rows: Any = figure.subfigures(3 if maps else 2, 1)
     for axes, name in zip(rows[0].subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _draw_spectra(axes, record, name)
     left, right = rows[1].subplots(1, 2)
@@ -202,7 +203,7 @@ def plot_probe(record: ProbeRecord) -> Figure:
     if maps:
         rows[2].suptitle("effective rank ÷ width, centred, per head", fontsize=10, color=_INK)
         for i, (axes, chart) in enumerate(zip(rows[2].subplots(1, len(maps), squeeze=False)[0], maps, strict=True)):
-            _draw_heads(rows[2], axes, chart, head_range(maps), bar=i == len(maps) - 1)  # type: ignore[arg-type]
+            _draw_heads(rows[2], axes, chart, head_range(maps), bar=i == len(maps) - 1)
     return figure
 
 
@@ -219,7 +220,7 @@ def _draw_triples(axes: Axes, records: list[ProbeRecord]) -> None:
         axes.plot([min(found, default=0), max(found, default=0)], [y, y], color=_FAINT, linewidth=3, zorder=1)
         for value, (shape, face, label) in zip((line.repeated, line.own), styles, strict=True):
             if value is not None:
-                colours = {"color": _INK} if shape == "x" else {"facecolors": face, "edgecolors": colour}
+                colours: dict[str, Any] = {"color": _INK} if shape == "x" else {"facecolors": face, "edgecolors": colour}
                 axes.scatter([value], [y], marker=shape, s=40, zorder=2, label=label if y == 0 else None, **colours)
         if line.honest.value is not None:
             label = "held out, pre-RoPE" if y == 0 else None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from eigencache.report.lookup import (
 from eigencache.report.measured import ABSENT, DOUBT, ROOMY, Measured, of_spectrum, over_layers, short_names
 
 LIMIT = 512  # points of a line; longer ones are thinned, evenly on a log axis
-Points = tuple[list[float], list[float | None]]
+Points = tuple[list[float], list[Any]]  # x, and y: a number, or None for a gap
 
 
 def thin(length: int, limit: int = LIMIT) -> list[int]:
