@@ -31,6 +31,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "gemma2": ("gemma2", {}, ("GQA", 26, 4, 256, 256, 26 * 2 * 1024)),
     "gemma3_text": ("gemma3_text", {}, ("GQA", 26, 4, 256, 256, 26 * 2 * 1024)),
     "gemma3n_text": ("gemma3n_text", {}, ("GQA", 20, 2, 256, 256, 20 * 2 * 512)),
+    "gemma4_text": ("gemma4_text", {}, ("GQA", 30, 4, 256, 128, (25 * 256 + 5 * 512) * 2 * 4)),
     "phi3": ("phi3", {}, ("MHA", 32, 32, 96, 96, 32 * 2 * 3072)),
     "falcon, one head": ("falcon", {}, ("MQA", 32, 1, 64, 64, 32 * 2 * 64)),
     "falcon, all heads": ("falcon", {"multi_query": False}, ("MHA", 32, 71, 64, 64, 32 * 2 * 4544)),
@@ -70,6 +71,10 @@ def test_llama_of_eight_billion_takes_131072_bytes_per_token_at_half_its_width()
     assert "131072 bytes per token at 16 bit, KV width / hidden size 0.50" in geometry.describe()
 
 
+def test_the_width_ratio_counts_layers_with_a_cache_alone() -> None:
+    assert geometry_of("qwen3_next").width_ratio == 2 * 2 * 256 / 2048
+
+
 def test_a_latent_is_counted_as_stored_and_as_expanded() -> None:
     geometry = geometry_of("deepseek_v3")
     assert geometry.values_per_token == 61 * 576
@@ -85,6 +90,7 @@ def test_a_latent_is_counted_as_stored_and_as_expanded() -> None:
         ("llama", {}, {None: 32}),
         ("mistral", {}, {4096: 32}),
         ("qwen2", {}, {None: 32}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 128}, {128: 24}),
         ("gemma2", {}, {4096: 13, None: 13}),
         ("gemma3_text", {"sliding_window": 512}, {512: 22, None: 4}),
         ("gpt_oss", {}, {128: 18, None: 18}),
@@ -94,6 +100,12 @@ def test_a_latent_is_counted_as_stored_and_as_expanded() -> None:
 def test_windows_are_those_of_each_layer(model_type: str, options: dict[str, Any], windows: dict[int | None, int]) -> None:
     found = [layer.window for layer in geometry_of(model_type, **options).layers]
     assert {window: found.count(window) for window in found} == windows
+
+
+def test_a_window_that_is_stated_and_not_used_is_none() -> None:
+    config = CONFIG_MAPPING["qwen3_moe"](use_sliding_window=False)
+    config.sliding_window = 128
+    assert {layer.window for layer in geometry_from_config(config).layers} == {None}
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,12 @@ def bundle(name: str, models: Path, data: Path) -> None:
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     wrapped.save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)
     size = (target / "model.safetensors").stat().st_size
     if size > MAX_BYTES:
         raise SystemExit(f"{name}: {size:,} bytes of weights, more than {MAX_BYTES:,}")
     loaded = load(name)
-    score = score_model(
-        loaded, pack(read_text("stdlib:held-out"), loaded.tokenizer, tokens=131_072, max_length=2048)
-    )
+    score = score_model(loaded, pack(read_text("stdlib:held-out"), loaded.tokenizer, tokens=131_072, max_length=2048))
     training, sources = (json.loads(path.read_text()) for path in (source / "training.json", data / "sources.json"))
     ends = list(score.loss_by_position)
     spans = ", ".join(f"{low}–{end}: {score.loss_by_position[end]:.3f}" for low, end in zip([0, *ends], ends, strict=False))

@@ -38,9 +38,8 @@ def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Pat
 def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
     for model in ("ref-gpt2", "ref-llama"):
         run("-m", "eigencache", "probe", model, *FEW, "-o", f"{model}.json", folder=tmp_path)
-    shown = run(
-        "-m", "eigencache", "compare", "ref-gpt2.json", "ref-llama.json", "-o", "out.md", "--plot", "out.png", folder=tmp_path
-    )  # fmt: skip
+    files = ("ref-gpt2.json", "ref-llama.json", "-o", "out.md", "--plot", "out.png")
+    shown = run("-m", "eigencache", "compare", *files, folder=tmp_path)
     table = (tmp_path / "out.md").read_text()
     header = next(line for line in table.splitlines() if line.startswith("| Model"))
     first = [cell.strip() for cell in header.strip("|").split("|")][:6]

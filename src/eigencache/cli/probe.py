@@ -71,13 +71,13 @@ def run(
     from rich.console import Console
 
     from eigencache.cli.measuring import measure_model
-    from eigencache.records import SCOPES
+    from eigencache.records import SCOPES, Scope
     from eigencache.report.comparison import classic_table
     from eigencache.report.plots import plot_probe, plot_spread, save_figure
     from eigencache.report.tables import geometry_lines, probe_table, spread_table
     from eigencache.studies.probe import ProbeSettings
 
-    scopes = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)
+    scopes: tuple[Scope, ...] = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)
     settings = ProbeSettings(numbers, frame.value, scopes, batch_size, seed, int(memory * 2**30))
     record = measure_model(
         model, settings, text=text, tokens=tokens, max_length=max_length, tokenizer=tokenizer, device=device, dtype=dtype

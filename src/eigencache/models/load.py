@@ -72,8 +72,10 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     with _one_line(spec):
         config = AutoConfig.from_pretrained(source, **{k: v for k, v in options.items() if k == "gguf_file"})
     geometry = geometry_from_config(config)
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if spec in BUNDLED:
+        logging.disable_progress_bar()
     try:
         with _one_line(spec):
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # judged below, by name
@@ -82,6 +84,8 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
             tokens = load_tokenizer(tokenizer) if tokenizer else AutoTokenizer.from_pretrained(source, **_gguf(options))
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     for what, keys in (("missing from", report["missing_keys"]), ("of another shape in", report["mismatched_keys"])):
         if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
             raise ModelError(f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}")
@@ -190,7 +194,8 @@ def _gguf(options: dict[str, Any]) -> dict[str, Any]:
 
 def _dtype(dtype: str | None, device: str) -> Any:
     if dtype is None:
-        return torch.float32 if device == "cpu" else "auto"
+        on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        return torch.float32 if on_cpu else "auto"
     if dtype not in ("float32", "bfloat16", "float16", "float64", "auto"):
         raise ModelError(f"--dtype {dtype}: use float32, bfloat16, float16, float64 or auto")
     return dtype if dtype == "auto" else getattr(torch, dtype)
