@@ -5,7 +5,7 @@
 | ref-gpt2 | MHA, learned positions | 2.0 | GPT-2: 2.0 |
 | ref-llama | GQA, RoPE | 0.5 | Llama-3-8B: 0.5 |
 | ref-qwen2 | GQA, RoPE, biases on Q, K and V | 0.4 | Qwen2.5: 0.29 |
-| ref-deepseek | MLA, latent and rotary key | 0.31 | DeepSeek-V2-Lite: 0.28 |
+| ref-deepseek | MLA, latent and rotary key | 0.33 | DeepSeek-V2-Lite: 0.28 |
 """
 
 from transformers import DeepseekV2Config, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
@@ -40,8 +40,8 @@ def config_of(name: str) -> PreTrainedConfig:
             )  # fmt: skip
         case "ref-deepseek":
             return DeepseekV2Config(
-                **_SHARED, hidden_size=256, intermediate_size=688, num_hidden_layers=6,
-                num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=64, q_lora_rank=None,
+                **_SHARED, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
+                num_attention_heads=8, num_key_value_heads=8, kv_lora_rank=48, q_lora_rank=None,
                 qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
                 n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=1, first_k_dense_replace=6,
             )  # fmt: skip

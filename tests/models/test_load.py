@@ -30,7 +30,7 @@ def test_a_bundled_name_and_its_folder_are_the_same_model(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "attention", "ratio"),
-    [("ref-gpt2", "MHA", 2.0), ("ref-llama", "GQA", 0.5), ("ref-qwen2", "GQA", 0.4), ("ref-deepseek", "MLA", 0.3125)],
+    [("ref-gpt2", "MHA", 2.0), ("ref-llama", "GQA", 0.5), ("ref-qwen2", "GQA", 0.4), ("ref-deepseek", "MLA", 1 / 3)],
 )
 def test_a_bundled_model_has_the_width_of_its_family(name: str, attention: str, ratio: float) -> None:
     geometry = load(name).geometry

@@ -51,6 +51,32 @@ def effective_vectors(moments: Moments, total: SecondOrder, basis: Tensor, eigen
     return total.count / max(1.0, time)
 
 
+@dataclass(frozen=True)
+class _Decomposed:
+    """What the centred and the uncentred spectrum of one place share."""
+
+    total: SecondOrder
+    eigenvalues: Tensor
+    basis: Tensor
+    n_eff: float | None
+
+
+def _decomposed(moments: Moments, at_most: float | None) -> _Decomposed:
+    total = moments.total()
+    eigenvalues, basis = sp.eigenbasis_of(total.covariance)
+    n_eff = effective_vectors(moments, total, basis, eigenvalues)
+    return _Decomposed(total, eigenvalues, basis, min(n_eff, at_most) if n_eff and at_most else n_eff)
+
+
+def measure_both(
+    place: Place, moments: Moments, *, distinct_contexts: int, at_most: float | None = None, seed: int = 0
+) -> tuple[Spectrum, Spectrum]:
+    """The centred and the uncentred spectrum of one place, as `measure` gives them, decomposing what they share once."""
+    shared = _decomposed(moments, at_most)
+    centred, uncentred = (_spectrum(place, moments, shared, c, distinct_contexts, seed) for c in (True, False))
+    return centred, uncentred
+
+
 def measure(
     place: Place, moments: Moments, *, centred: bool, distinct_contexts: int, at_most: float | None = None, seed: int = 0
 ) -> Spectrum:
@@ -59,13 +85,16 @@ def measure(
     `at_most`: an upper bound of n_eff from elsewhere. Held-out energy, split-half agreement, null and intervals are
     those of the centred spectrum; the uncentred one goes without.
     """
-    total = moments.total()
-    centred_values, basis = sp.eigenbasis_of(total.covariance)
+    return _spectrum(place, moments, _decomposed(moments, at_most), centred, distinct_contexts, seed)
+
+
+def _spectrum(
+    place: Place, moments: Moments, shared: _Decomposed, centred: bool, distinct_contexts: int, seed: int
+) -> Spectrum:
+    total, basis, n_eff = shared.total, shared.basis, shared.n_eff
     matrix = total.covariance if centred else total.second_moment
-    eigenvalues = centred_values if centred else sp.eigenvalues_of(matrix)
+    eigenvalues = shared.eigenvalues if centred else sp.eigenvalues_of(matrix)
     width, variances = moments.width, matrix.diagonal()
-    n_eff = effective_vectors(moments, total, basis, centred_values)
-    n_eff = min(n_eff, at_most) if n_eff and at_most else n_eff
     support = min(n_eff or total.count, distinct_contexts) / width
     refusals, warnings = _verdicts(support, width, n_eff, distinct_contexts)
     constant = not bool(eigenvalues[0] > 0)
@@ -100,7 +129,7 @@ def measure(
         effective_rank_eigen=float(sp.effective_rank_eigen(eigenvalues)) if rank_known else None,
         participation_ratio=float(sp.participation_ratio(eigenvalues)) if rank_known else None,
         stable_rank=float(sp.stable_rank(eigenvalues)) if rank_known else None,
-        condition_number=sp.condition_number(eigenvalues) if tail_known else None,
+        condition_number=sp.condition_number(eigenvalues, moments.precision) if tail_known else None,
         mean_norm=mean_norm,
         mean_share=mean_norm**2 / max(float(total.second_moment.trace()), math.ulp(0.0)),
         spread=float(sp.spread(variances)),

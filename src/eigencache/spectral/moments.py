@@ -85,6 +85,7 @@ class Moments:
         self.between = torch.zeros(blocks, width, width, **options)
         self._total_mean = torch.zeros(blocks, width, **options)
         self.sequences = 0
+        self.precision = 0.0  # ε of the coarsest products so far: eigenvalues below ε λ₁ are rounding
 
     @staticmethod
     def nbytes(width: int, blocks: int = 1, folds: int = 1) -> int:
@@ -102,6 +103,7 @@ class Moments:
         before, total_before = float(self.count[fold]), float(self.count.sum())
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         origin = self.mean[fold].clone() if before else vectors.to(torch.float64).mean(0)
+        self.precision = max(self.precision, torch.finfo(dtype).eps)
         x = vectors.to(dtype) - origin.to(dtype)
         origin = origin.to(dtype).to(torch.float64)  # what was really subtracted
         sums = torch.stack([part.sum(0, dtype=torch.float64) for part in x.split(lengths)])
@@ -131,6 +133,7 @@ class Moments:
                 _combine(float(self.count[fold]), self.mean[fold], self.scatter[fold], n, shift, other.scatter[fold])
         self.count += other.count
         self.sequences += other.sequences
+        self.precision = max(self.precision, other.precision)
 
     def part(self, block: int, start: int = 0, stop: int | None = None) -> "Moments":
         """The moments of dimensions start:stop of one block, sharing memory: heads are parts of their layer."""
@@ -141,7 +144,7 @@ class Moments:
         view.scatter = self.scatter[:, block : block + 1, columns, columns]
         view.between = self.between[block : block + 1, columns, columns]
         view._total_mean = self._total_mean[block : block + 1, columns]
-        view.width = view.mean.shape[-1]
+        view.width, view.precision = view.mean.shape[-1], self.precision
         return view
 
     def total(self, block: int = 0, folds: Sequence[int] | None = None) -> SecondOrder:

@@ -61,9 +61,12 @@ def stable_rank(eigenvalues: Tensor) -> Tensor:
     return eigenvalues.sum(-1) / eigenvalues[..., 0]
 
 
-def condition_number(eigenvalues: Tensor) -> float:
-    """√(λ₁/λ_p); infinite where the last eigenvalue is zero or rounding noise (below p ε λ₁)."""
-    floor = eigenvalues[0] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+def condition_number(eigenvalues: Tensor, precision: float = 0.0) -> float:
+    """√(λ₁/λ_p); infinite where the last eigenvalue is zero or rounding noise.
+
+    Noise is what lies below p ε λ₁ of the decomposition's own ε, or below `precision` · λ₁ of the products before it.
+    """
+    floor = eigenvalues[0] * max(len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps, precision)
     return math.sqrt(eigenvalues[0] / eigenvalues[-1]) if eigenvalues[-1] > floor else math.inf
 
 

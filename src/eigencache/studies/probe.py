@@ -15,7 +15,7 @@ from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
-from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure
+from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
 from eigencache.studies.accumulate import Accumulator, shapes_of
 from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
 from eigencache.studies.provenance import Stopwatch
@@ -153,13 +153,10 @@ def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Pr
     before: dict[tuple, float | None] = {}
     for done, (place, moments) in enumerate(places, 1):
         key = (place.layer_idx, place.head, place.kind, place.scope)
-        for centred in (True, False):
-            spectrum = measure(
-                place, moments, centred=centred, distinct_contexts=contexts, at_most=before.get(key), seed=seed
-            )
-            spectra.append(spectrum)
+        both = measure_both(place, moments, distinct_contexts=contexts, at_most=before.get(key), seed=seed)
+        spectra += both
         if place.frame == "pre_rope":
-            before[key] = spectrum.effective_vectors
+            before[key] = both[0].effective_vectors
         on_progress("spectra", done, len(places))
     return spectra
 
