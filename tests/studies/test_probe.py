@@ -77,13 +77,13 @@ def test_a_planted_rank_comes_back_from_the_model(loaded, sequences) -> None:
     model = copy.deepcopy(loaded("llama").model)
     torch.manual_seed(0)
     with torch.no_grad():
-        projection = model.model.layers[1].self_attn.v_proj
+        projection = model.model.layers[0].self_attn.v_proj
         weight, rank = projection.weight, 3
         left, right = torch.randn(weight.shape[0], rank), torch.randn(rank, weight.shape[1])
         weight.copy_(left @ right)
     record = probe_model(loaded(model), sequences(*[200] * 40), SETTINGS)
-    (planted,) = record.select("values", "layer", 1)
-    (full,) = record.select("values", "layer", 0)
+    (planted,) = record.select("values", "layer", 0)
+    (full,) = record.select("keys_pre_rope", "layer", 0)
     assert planted.rank_99 is not None
     assert planted.rank_99 <= rank < full.rank_99
     assert planted.condition_number == np.inf
