@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from eigencache.errors import LayerError, NoCacheError, UnsupportedArchitectureError
-from eigencache.geometry import KVGeometry
+from eigencache.geometry import MLA, KVGeometry
 from eigencache.models.adapters import Adapter, Reading, adapter_for
 from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, rotate
 
@@ -137,40 +137,21 @@ class Capture:
             layers.append(layer_idx)
 
     def _assemble(self, layer_idx: int, keys: Tensor, values: Tensor) -> CapturedLayer:
-        listener, kind = self._listeners.get(layer_idx), self.geometry.model_type
-        rotated, tensors = keys, {}
-        prefix = "keys"
+        listener, prefix = self._listeners.get(layer_idx), "keys"
+        tensors, rotated = {"values": values}, keys
         if mla := self.geometry.layers[layer_idx].mla:
-            if listener is None:
-                raise UnsupportedArchitectureError(f"{kind}: layer {layer_idx} has no latent projections of the usual names")
-            nope = getattr(listener.attention, "qk_nope_head_dim", mla.qk_nope_head_dim)
-            v_head_dim = getattr(listener.attention, "v_head_dim", mla.v_head_dim)
-            prefix, up, width = "key_rope", listener.outputs["up"], nope + v_head_dim
-            if up.shape[-1] % width:
-                raise UnsupportedArchitectureError(
-                    f"{kind}: layer {layer_idx} expands its latent to {up.shape[-1]} numbers, not to heads of {width}"
-                )
-            up = up.reshape(keys.shape[0], keys.shape[2], -1, width)
-            keys_nope, expanded = up.transpose(1, 2).split([nope, v_head_dim], dim=-1)
-            if keys.shape[1] == 1 and keys.shape[-1] == mla.kv_lora_rank:  # the latent itself is stored
-                tensors["latent"], rotated = keys, values
-            else:  # older transformers store what the latent expands to
-                scale = getattr(listener.attention, "mla_scale_kv_lora", 1.0)
-                tensors["latent"] = listener.outputs["latent"].reshape(keys.shape[0], 1, keys.shape[2], -1) * scale
-                rotated = keys[:, :1, :, nope:]
-            tensors |= {"keys_nope": keys_nope, "values": expanded}
-        else:
-            tensors["values"] = values
+            prefix = "key_rope"
+            tensors, rotated = self._latent(layer_idx, listener, mla, keys, values)
         if not rotated.shape[-1]:  # MLA without a rotary key
             return CapturedLayer(layer_idx, tensors)
         identified, reading, angles = self._identify(layer_idx, listener, rotated)
-        if identified and reading:
+        if identified and reading and listener:
             if identified.pairing is None:
                 tensors[prefix] = rotated
             else:
                 tensors[f"{prefix}_pre_rope"] = _expand(reading.keys, rotated)
                 tensors[f"{prefix}_post_rope"] = rotated
-            if self.queries and listener:
+            if self.queries:
                 tensors |= self._queries(listener, reading, identified, angles, mla.qk_nope_head_dim if mla else 0)
         elif self.geometry.rope is None:
             tensors[prefix] = rotated
@@ -179,6 +160,29 @@ class Capture:
             self._say("keys before rotation could not be verified against the cache; after rotation only", layer_idx)
         pairing = identified.pairing if identified else None
         return CapturedLayer(layer_idx, tensors, angles if pairing else None, pairing)
+
+    def _latent(
+        self, layer_idx: int, listener: _Listener | None, mla: MLA, keys: Tensor, values: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Latent, expanded keys and values of an MLA layer, and its rotary key [batch, 1, seq, rope] as stored."""
+        kind = self.geometry.model_type
+        if listener is None:
+            raise UnsupportedArchitectureError(f"{kind}: layer {layer_idx} has no latent projections of the usual names")
+        attention, up = listener.attention, listener.outputs["up"]
+        nope = getattr(attention, "qk_nope_head_dim", mla.qk_nope_head_dim)
+        v_head_dim = getattr(attention, "v_head_dim", mla.v_head_dim)
+        if up.shape[-1] % (nope + v_head_dim):
+            raise UnsupportedArchitectureError(
+                f"{kind}: layer {layer_idx} expands its latent to {up.shape[-1]} numbers, not heads of {nope} + {v_head_dim}"
+            )
+        up = up.reshape(keys.shape[0], keys.shape[2], -1, nope + v_head_dim)
+        keys_nope, expanded = up.transpose(1, 2).split([nope, v_head_dim], dim=-1)
+        if keys.shape[1] == 1 and keys.shape[-1] == mla.kv_lora_rank:  # the latent itself is stored
+            latent, rotated = keys, values
+        else:  # older transformers store what the latent expands to
+            latent = listener.outputs["latent"].unsqueeze(1) * getattr(attention, "mla_scale_kv_lora", 1.0)
+            rotated = keys[:, :1, :, nope:]
+        return {"latent": latent, "keys_nope": keys_nope, "values": expanded}, rotated
 
     def _identify(
         self, layer_idx: int, listener: _Listener | None, stored: Tensor
