@@ -9,7 +9,7 @@ import pytest
 import torch
 from simulated import MANY, PLACE, measured, moments_of, planted, white
 
-from eigencache.spectral.measure import measure
+from eigencache.spectral.measure import measure, measure_both
 from eigencache.spectral.moments import Moments
 
 RANKS = (
@@ -130,6 +130,22 @@ def test_an_uncentred_spectrum_has_the_mean_as_a_direction_and_no_null_halves_or
         assert getattr(uncentred, field) is None
     assert centred.intervals
     assert not uncentred.intervals
+
+
+def test_measuring_both_centrings_at_once_gives_the_same_two_spectra() -> None:
+    moments = moments_of(white(0, 16, 40, 6) * np.geomspace(3, 0.1, 6) + 2)
+    options = {"distinct_contexts": 500, "at_most": 300.0, "seed": 4}
+    assert measure_both(PLACE, moments, **options) == tuple(
+        measure(PLACE, moments, centred=centred, **options) for centred in (True, False)
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_condition_number_of_data_in_a_subspace_is_infinite_in_either_precision(dtype: type) -> None:
+    for seed in range(8):
+        assert math.isinf(measured(planted(seed, 16, 100, 6, [4.0, 2.0, 1.0]).astype(dtype)).condition_number)
+    full = white(0, 64, 100, 6) * np.array([100, 1, 1, 1, 1, 0.1])
+    assert measured(full.astype(dtype)).condition_number == pytest.approx(1000, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

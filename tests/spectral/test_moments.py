@@ -194,6 +194,19 @@ def test_an_empty_part_changes_nothing_and_is_filled_by_a_merge() -> None:
     assert_same(empty, before)
 
 
+def test_the_coarsest_precision_of_all_products_is_kept() -> None:
+    fine, coarse = Moments(3), Moments(3)
+    assert fine.precision == 0
+    fine.update(data_of(0, 20, 1, 3))
+    assert fine.precision == torch.finfo(torch.float64).eps
+    coarse.update(data_of(0, 20, 1, 3, torch.bfloat16))
+    for moments in (coarse, coarse.part(0, 1)):
+        assert moments.precision == torch.finfo(torch.float32).eps
+    coarse.update(data_of(0, 20, 1, 3))
+    fine.merge(coarse)
+    assert fine.precision == coarse.precision == torch.finfo(torch.float32).eps
+
+
 def test_folds_are_combined_on_demand() -> None:
     x = data_of(1, 60, 1, 4)
     moments = Moments(4, folds=4)
