@@ -162,25 +162,21 @@ def test_damaged_and_missing_records_are_named(tmp_path: Path) -> None:
     assert "absent.json: cannot be read" in error_of(run("compare", tmp_path / "absent.json"))
 
 
+def _accept_interrupts() -> None:
+    """A process started in the background may inherit that it ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "eigencache",
-        "probe",
-        "ref-llama",
-        "--tokens",
-        "2000000",
-        "-o",
-        str(tmp_path / "out.json"),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(None))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "capturing" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=120)
+    command = [sys.executable, "-m", "eigencache", "probe", "ref-llama", "--tokens", "2000000", "-o", tmp_path / "out.json"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=_environment(None), preexec_fn=_accept_interrupts, **pipes) as process:
+        assert any("capturing" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 2
     assert rest.strip() == "eigencache: error: interrupted: nothing was written"
     assert not list(tmp_path.iterdir())

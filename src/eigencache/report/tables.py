@@ -125,8 +125,8 @@ def _cached(record: ProbeRecord) -> tuple[tuple[str, ...], tuple[tuple[str, str,
     if chosen.key_before is None or chosen.key_cached is None or chosen.value is None:
         return tuple(record.names), ()
     if not chosen.rotated:
-        return (chosen.key_before, chosen.value), (("K / V", chosen.key_before, chosen.value),)
-    ratios = (("K / V pre-RoPE", chosen.key_before, chosen.value), ("K / V post-RoPE", chosen.key_cached, chosen.value))
+        return (chosen.key_before, chosen.value), (("K/V", chosen.key_before, chosen.value),)
+    ratios = (("K/V pre-RoPE", chosen.key_before, chosen.value), ("K/V post-RoPE", chosen.key_cached, chosen.value))
     return (chosen.key_before, chosen.key_cached, chosen.value), ratios
 
 
