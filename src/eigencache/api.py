@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "stdlib"
-DEFAULT_TOKENS = 65_536
+DEFAULT_TOKENS = 131_072
 
 
 def probe(

@@ -46,7 +46,7 @@ def run(
         str, typer.Argument(help="ref-gpt2, ref-llama, ref-qwen2, ref-deepseek, a folder, a .gguf file or a hub name.")
     ],
     layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, such as 0,6,12.")] = None,
-    tokens: Tokens = 65_536,
+    tokens: Tokens = 131_072,
     text: Text = "stdlib",
     frame: Annotated[FrameName, typer.Option("--frame", help="Keys before rotation, after it, or both.")] = FrameName.both,
     scope: Annotated[

@@ -18,7 +18,7 @@ EXAMPLES = """
 def run(
     models: Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")] = None,
     text: Text = "stdlib",
-    tokens: Tokens = 65_536,
+    tokens: Tokens = 131_072,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html and report.json.")] = Path(
         "eigencache-report"
     ),
