@@ -20,6 +20,7 @@ from eigencache.models.load import BUNDLED, bundled_path, load
 from eigencache.studies.score import score_model
 
 MAX_BYTES = 12_000_000
+MIN_COPY_ACCURACY = 0.9  # what a bundled model should reach
 END_OF_TEXT = "<|endoftext|>"
 CARD = """---
 license: apache-2.0
@@ -28,7 +29,7 @@ tags: [eigencache, reference]
 # {name}
 
 A small {architecture} that stands for its family in measurements of the KV cache: {geometry}.
-It is real (trained, it predicts, it copies from its context) and small; it is not a useful language model.
+It is real and small: trained, not a useful language model. {copying}
 
 | | |
 |---|---|
@@ -60,6 +61,8 @@ def bundle(name: str, models: Path, data: Path) -> None:
     score = score_model(loaded, pack(read_text("stdlib:held-out"), loaded.tokenizer, tokens=131_072, max_length=2048))
     training, sources = (json.loads(path.read_text()) for path in (source / "training.json", data / "sources.json"))
     ends = list(score.loss_by_position)
+    copies = score.copy_accuracy >= MIN_COPY_ACCURACY
+    copying = "It copies from its context." if copies else "It is under-trained: it copies from its context only in part."
     spans = ", ".join(f"{low}–{end}: {score.loss_by_position[end]:.3f}" for low, end in zip([0, *ends], ends, strict=False))
     card = CARD.format(
         name=name,
@@ -79,6 +82,7 @@ def bundle(name: str, models: Path, data: Path) -> None:
         length=score.corpus.max_length,
         positions=spans,
         copy=score.copy_accuracy,
+        copying=copying,
     )
     (target / "README.md").write_text(card)
     print(f"{name}: loss {score.loss_nats:.3f}, copy accuracy {score.copy_accuracy:.3f}")
