@@ -33,10 +33,10 @@ def probe_tokens(tokens: int) -> None:
 
 def seven_billion() -> None:
     """Feed the statistics of a 7B geometry and print the peak in MB."""
+    from eigencache.provenance import peak_memory_mb
     from eigencache.spectral.measure import measure
     from eigencache.studies.accumulate import Accumulator, shapes_of
     from eigencache.studies.probe import ProbeSettings
-    from eigencache.studies.provenance import peak_memory_mb
 
     batch, length, sequences = 4, 512, 16
     generator = torch.Generator().manual_seed(0)

@@ -35,7 +35,7 @@ It is real and small: trained, not a useful language model. {copying}
 |---|---|
 | parameters | {parameters:,} (bfloat16, {megabytes:.1f} MB) |
 | training text | Python sources: calibration modules of the standard library and {packages} open-source packages, {files:,} files, {corpus:,} tokens after deduplication; no held-out module |
-| tokens seen | {tokens:,} ({steps:,} steps, seed {seed}; sequences of 256, then 1,024, then 2,048 tokens) |
+| tokens seen | {tokens:,} ({runs}; each in sequences of 256, then 1,024, then 2,048 tokens) |
 | held-out loss | {loss:.3f} nats per token ({text}, {scored:,} tokens in sequences of {length:,}) |
 | by position | {positions} |
 | copy accuracy | {copy:.3f} (64 random tokens repeated) |
@@ -74,8 +74,7 @@ def bundle(name: str, models: Path, data: Path) -> None:
         files=sources["files"],
         corpus=sources["tokens"],
         tokens=training["tokens"],
-        steps=training["steps"],
-        seed=training["seed"],
+        runs=", then ".join(f"{run['tokens']:,} with seed {run['seed']}" for run in training["runs"]),
         loss=score.loss_nats,
         text=score.corpus.name,
         scored=score.corpus.tokens,

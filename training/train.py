@@ -1,12 +1,14 @@
 """Train one bundled model: steps, not wall-clock; resumable; the last part on sequences of 2,048 tokens.
 
     python training/train.py ref-llama --data build/training --tokens 12e6
+    python training/train.py ref-llama --data build/training --tokens 12e6 --start build/models/ref-llama --seed 1
 
 Muon for the matrices, AdamW for the rest, bf16 autocast, constant learning rate and then a linear
 decay. One sequence in five carries in-context copying (a real span, then the same span again; or random
 tokens repeated), so that induction is learnt. Every batch is a function of (seed, step) alone: a run
 that is stopped continues from its last checkpoint to the same weights. Writes OUT/NAME in Hugging
-Face format, bf16, and OUT/NAME/training.json.
+Face format, bf16, and OUT/NAME/training.json. `--start` trains finished weights further: a whole new schedule,
+which wants another seed, and both runs are recorded.
 """
 
 import argparse
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=12e6)
     parser.add_argument("--tokens-per-step", type=int, default=MAX_LENGTH)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a finished model's folder to train further, with a seed it has not seen")
     parser.add_argument("--threads", type=int, default=1, help="one thread and two processes beat two threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -93,6 +96,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = np.memmap(args.data / "train.bin", dtype=np.uint16, mode="r")
     model = AutoModelForCausalLM.from_config(config_of(args.name), attn_implementation="sdpa").to(device)
+    runs = []
+    if args.start:
+        runs = json.loads((args.start / "training.json").read_text())["runs"]
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32).state_dict())
     optims = optimizers(model)
     steps = int(args.tokens) // args.tokens_per_step
     args.out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,8 @@ def main() -> None:
     folder = args.out / args.name
     model.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(args.data / "tokenizer.json", folder)
-    summary = {"tokens": steps * args.tokens_per_step, "steps": steps, "seed": args.seed, "train_loss": mean}
+    runs.append({"tokens": steps * args.tokens_per_step, "seed": args.seed, "train_loss": mean})
+    summary = {"tokens": sum(run["tokens"] for run in runs), "runs": runs}
     (folder / "training.json").write_text(json.dumps(summary, indent=1))
     checkpoint.unlink(missing_ok=True)
 

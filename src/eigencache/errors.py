@@ -47,3 +47,11 @@ class OutputError(EigencacheError):
 
 class StatisticsError(EigencacheError):
     """A statistic was asked of data that cannot support it."""
+
+
+class CodecError(EigencacheError):
+    """A codec and a cache do not fit each other, or a cache cannot be encoded without loss of a value."""
+
+
+class BudgetError(EigencacheError):
+    """A budget is no loss that could be allowed."""

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eigencache.errors import OutputError, RecordError
 from eigencache.geometry import KVGeometry, tensor_name
 
-SCHEMA = "eigencache.probe/1"
 Scope = Literal["head", "layer", "all"]
 SCOPES: tuple[Scope, ...] = ("head", "layer", "all")
 Interval = tuple[float, float]
@@ -25,6 +24,28 @@ class Record(BaseModel):
     """Base of all records: unknown fields are refused, infinities survive JSON."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", val_json_bytes="utf8")
+
+
+class StoredRecord(Record):
+    """A record that is a file of its own: it names its schema, and is read back equal or refused."""
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; the file appears whole or not at all."""
+        write_whole(path, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read back what `save` wrote. Raises `RecordError`, naming the file and the first field at fault."""
+        path = Path(path)
+        schema = cls.model_fields["schema_version"].default
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise RecordError(f"{path}: not a record of schema {schema}: {where}: {first['msg']}") from error
 
 
 class Spectrum(Record):
@@ -152,10 +173,10 @@ class ScoreRecord(Record):
     run: Run
 
 
-class ProbeRecord(Record):
+class ProbeRecord(StoredRecord):
     """Everything one probe of one model found."""
 
-    schema_version: Literal["eigencache.probe/1"] = SCHEMA
+    schema_version: Literal["eigencache.probe/1"] = "eigencache.probe/1"
     model: Model
     corpus: Corpus
     run: Run
@@ -188,25 +209,8 @@ class ProbeRecord(Record):
         """The captured tensors in the order of capture, such as `keys_pre_rope`, `keys_post_rope`, `values`."""
         return list(dict.fromkeys(s.name for s in self.spectra))
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON; the file appears whole or not at all."""
-        write_whole(path, self.model_dump_json(indent=1).encode())
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read back what `save` wrote. Raises `RecordError`, naming the file and the first field at fault."""
-        path = Path(path)
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise RecordError(f"{path}: not a record of schema {SCHEMA}: {where}: {first['msg']}") from error
-
-
-class ReportRecord(Record):
+class ReportRecord(StoredRecord):
     """The probes behind one report."""
 
     schema_version: Literal["eigencache.report/1"] = "eigencache.report/1"

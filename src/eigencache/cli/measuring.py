@@ -2,7 +2,7 @@
 
 from eigencache.cli.progress import progress_bar
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.corpora.text import read_text
+from eigencache.corpora.text import Text, read_text
 from eigencache.models.load import LoadedModel, load
 from eigencache.records import ProbeRecord
 from eigencache.studies.probe import ProbeSettings, default_length, probe_model
@@ -21,15 +21,23 @@ def load_with_text(
     """A model and the sequences of a text in its tokens."""
     source = read_text(text)
     loaded = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
-    with progress_bar(model) as on_progress:
-        sequences = pack(
+    return loaded, _packed(loaded, source, tokens, max_length or default_length(loaded))
+
+
+def pack_with_progress(loaded: LoadedModel, text: str, tokens: int, max_length: int) -> Sequences:
+    """The sequences of another text in the tokens of a model that is loaded."""
+    return _packed(loaded, read_text(text), tokens, max_length)
+
+
+def _packed(loaded: LoadedModel, source: Text, tokens: int, max_length: int) -> Sequences:
+    with progress_bar(loaded.name) as on_progress:
+        return pack(
             source,
             loaded.tokenizer,
             tokens=tokens,
-            max_length=max_length or default_length(loaded),
-            on_progress=lambda done, of: on_progress("tokenising", done, of or done),
+            max_length=max_length,
+            on_progress=lambda done, of: on_progress(f"tokenising {source.name}", done, of or done),
         )
-    return loaded, sequences
 
 
 def measure_model(model: str, settings: ProbeSettings, **options: object) -> ProbeRecord:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eigencache.errors import LayerError, OutputError
+from eigencache.errors import CorpusError, LayerError, OutputError, StatisticsError
 
 Text = Annotated[
     str,
@@ -32,6 +32,29 @@ def layer_numbers(layers: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in layers.split(","))
     except ValueError as error:
         raise LayerError(f"--layers {layers}: give numbers with commas between them, such as 0,6,12") from error
+
+
+def rank_numbers(ranks: str | None) -> tuple[int | None, ...] | None:
+    """`8,16,full` → (8, 16, None); None stays None. Raises `StatisticsError`."""
+    if ranks is None:
+        return None
+    try:
+        numbers = tuple(None if part.strip() == "full" else int(part) for part in ranks.split(","))
+    except ValueError as error:
+        raise StatisticsError(
+            f"--ranks {ranks}: give numbers with commas between them, or full, such as 8,16,full"
+        ) from error
+    if low := [number for number in numbers if number is not None and number < 1]:
+        raise StatisticsError(f"--ranks {ranks}: {low[0]} is no rank; ranks begin at 1")
+    return numbers
+
+
+def length_numbers(lengths: str) -> tuple[int, ...]:
+    """`256,1024` → (256, 1024). Raises `CorpusError`."""
+    try:
+        return tuple(int(part) for part in lengths.split(","))
+    except ValueError as error:
+        raise CorpusError(f"--lengths {lengths}: give numbers with commas between them, such as 256,1024") from error
 
 
 def check_writable(*paths: Path | None) -> None:

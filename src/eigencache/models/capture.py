@@ -108,6 +108,11 @@ class Capture:
         }
         return ", ".join(sorted(styles))
 
+    @property
+    def readings(self) -> dict[int, str]:
+        """Layer → which reading of its projection was verified against the cache; after the first `run`."""
+        return {layer_idx: found.how for layer_idx, found in self._identified.items() if found}
+
     @torch.no_grad()
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[CapturedLayer]:
         """One forward pass over `input_ids` [batch, seq], right-padded where `attention_mask` is 0; no logits are made.
@@ -115,7 +120,7 @@ class Capture:
         Tensors are those of the pass itself, in the model's dtype, on the devices of their layers.
         Raises `NoCacheError` when nothing was stored.
         """
-        cache, stored = _tapped_cache(self.model)
+        cache, stored = tapped_cache(self.model)
         for listener in self._listeners.values():
             listener.outputs.clear()
         self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
@@ -239,8 +244,11 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _tapped_cache(model: PreTrainedModel) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
-    """An ordinary dynamic cache, and the keys and values that each of its layers is given to store."""
+def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
+    """An ordinary dynamic cache, and the keys and values that each of its layers is given to store.
+
+    `track`: these keep their gradients in a backward pass.
+    """
     cache = DynamicCache(config=model.config)
     stored: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -248,6 +256,10 @@ def _tapped_cache(model: PreTrainedModel) -> tuple[DynamicCache, dict[int, tuple
         store = layer.update
 
         def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if track:
+                keys, values = (x if x.requires_grad else x.detach().requires_grad_() for x in (keys, values))
+                keys.retain_grad()
+                values.retain_grad()
             stored[layer_idx] = (keys, values)
             return store(keys, values, *args, **kwargs)
 

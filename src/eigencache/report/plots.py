@@ -45,13 +45,14 @@ def _heading(record: ProbeRecord, scope: str = "centred, heads of a layer joined
     return f"{short_names([record])[0]} on {record.corpus.name}, {record.corpus.tokens:,} tokens; {scope}{loud}"
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches, with a heading."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11, color=_INK)
     return figure
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, labels, light grid and readable sizes."""
     axes.set_title(title, fontsize=10, color=_INK)
     axes.set_xlabel(x, fontsize=9, color=_INK)
@@ -73,7 +74,8 @@ def _doubt(record: ProbeRecord, name: str) -> str:
     return f" !\n{lowest:.2g} independent vectors per dimension" if lowest < ROOMY else ""
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """A legend where something has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
 
@@ -94,8 +96,8 @@ def _draw_spectra(axes: Axes, record: ProbeRecord, name: str) -> None:
         if x:
             axes.plot(x, y, ":", color=_INK, linewidth=1.2, label="white noise (Marchenko–Pastur)")
     axes.set(xscale="log", yscale="log", ylim=tuple(10.0**v for v in spectrum_range(record)))
-    _dress(axes, f"{name}{_doubt(record, name)}", "component", "eigenvalue ÷ mean eigenvalue")
-    _legend(axes)
+    dress(axes, f"{name}{_doubt(record, name)}", "component", "eigenvalue ÷ mean eigenvalue")
+    legend(axes)
 
 
 def _draw_energy(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
@@ -111,8 +113,8 @@ def _draw_energy(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
             style = {"linestyle": "--" if held_out else "-", "marker": mark(name), "markersize": 3.5}
             axes.plot(x, y, color=LIGHT[tone(name)], linewidth=1.4, label=label, **style)
     axes.set(xscale="log", ylim=(0, 1.02))
-    _dress(axes, "energy, mean of layers", "k (components)", "share of energy in the leading k")
-    _legend(axes) if drawn else _say(axes, _NOTHING)
+    dress(axes, "energy, mean of layers", "k (components)", "share of energy in the leading k")
+    legend(axes) if drawn else _say(axes, _NOTHING)
 
 
 def _draw_spread(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
@@ -125,8 +127,8 @@ def _draw_spread(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
         axes.plot(*spreads(record, name, robust=True), linestyle="--", label=f"{name}, p95/p5", alpha=0.8, **shape)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _dress(axes, "spread of standard deviations over raw dimensions", "layer", "largest ÷ smallest std")
-    _legend(axes)
+    dress(axes, "spread of standard deviations over raw dimensions", "layer", "largest ÷ smallest std")
+    legend(axes)
 
 
 def _draw_heads(figure: Figure, axes: Axes, chart: HeadMap, limits: tuple[float, float], bar: bool) -> None:
@@ -136,7 +138,7 @@ def _draw_heads(figure: Figure, axes: Axes, chart: HeadMap, limits: tuple[float,
     for y, row in enumerate(chart.marks):
         for x, word in enumerate(row):
             axes.text(x, y, word, ha="center", va="center", fontsize=8, color="#c2541b" if chart.values[y][x] else _INK)
-    _dress(axes, chart.name, "KV head", "layer")
+    dress(axes, chart.name, "KV head", "layer")
     axes.grid(False)
     for axis, labels in ((axes.xaxis, chart.heads), (axes.yaxis, chart.layers)):
         step = max(1, len(labels) // 12)
@@ -155,7 +157,7 @@ def _spread_names(record: ProbeRecord) -> list[str]:
 def plot_spectra(record: ProbeRecord) -> Figure:
     """One panel per tensor: eigenvalues of every layer against the white-noise null."""
     names = record.names
-    figure = _figure(max(6.0, 4.2 * len(names)), 4.2, f"Spectra: {_heading(record)}")
+    figure = new_figure(max(6.0, 4.2 * len(names)), 4.2, f"Spectra: {_heading(record)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _draw_spectra(axes, record, name)
     return figure
@@ -163,7 +165,7 @@ def plot_spectra(record: ProbeRecord) -> Figure:
 
 def plot_energy(record: ProbeRecord) -> Figure:
     """How much energy the leading k components hold, in-sample (solid) and on unseen sequences (dashed)."""
-    figure = _figure(7.5, 5, f"Energy: {_heading(record)}")
+    figure = new_figure(7.5, 5, f"Energy: {_heading(record)}")
     _draw_energy(figure.subplots(), record, record.names)
     return figure
 
@@ -171,7 +173,7 @@ def plot_energy(record: ProbeRecord) -> Figure:
 def plot_heads(record: ProbeRecord) -> Figure:
     """One heat map per tensor, all on one colour scale."""
     maps = head_maps(record)
-    figure = _figure(
+    figure = new_figure(
         max(5.5, 3.6 * len(maps) + 0.8), 4.2, f"Effective rank ÷ width: {_heading(record, 'centred, per head')}"
     )
     if not maps:
@@ -184,7 +186,7 @@ def plot_heads(record: ProbeRecord) -> Figure:
 
 def plot_spread(record: ProbeRecord) -> Figure:
     """K against V per layer, before and after rotation."""
-    figure = _figure(8, 5, f"Spread: {_heading(record)}")
+    figure = new_figure(8, 5, f"Spread: {_heading(record)}")
     _draw_spread(figure.subplots(), record, _spread_names(record))
     return figure
 
@@ -193,7 +195,7 @@ def plot_probe(record: ProbeRecord) -> Figure:
     """The whole record on one sheet: spectra, energy, spread and heads."""
     names, maps = record.names, head_maps(record)
     columns = max(2, len(names))
-    figure = _figure(4.2 * columns, 12.5 if maps else 8.6, _heading(record))
+    figure = new_figure(4.2 * columns, 12.5 if maps else 8.6, _heading(record))
     rows: Any = figure.subfigures(3 if maps else 2, 1)
     for axes, name in zip(rows[0].subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _draw_spectra(axes, record, name)
@@ -227,8 +229,8 @@ def _draw_triples(axes: Axes, records: list[ProbeRecord]) -> None:
             axes.scatter([line.honest.value], [y], marker="o", s=40, color=colour, zorder=3, label=label)
     axes.set_yticks(range(len(lines)), [line.label + (" !" if line.honest.doubtful else "") for line in lines])
     axes.set(xlim=(0, 1.03), ylim=(len(lines) - 0.4, -1.2 - 0.25 * len(lines)))
-    _dress(axes, "energy@32, mean of layers", "share of energy in the leading 32 components", "")
-    _legend(axes) if lines else _say(axes, "no tensor is wider than 32")
+    dress(axes, "energy@32, mean of layers", "share of energy in the leading 32 components", "")
+    legend(axes) if lines else _say(axes, "no tensor is wider than 32")
 
 
 def _draw_points(axes: Axes, records: list[ProbeRecord], points: list, title: str, unit: str) -> None:
@@ -244,14 +246,14 @@ def _draw_points(axes: Axes, records: list[ProbeRecord], points: list, title: st
             )
     axes.set_yticks(range(len(models)), models)
     axes.set_ylim(len(models) - 0.4, -1.2 - 0.25 * len(models))
-    _dress(axes, title, unit, "")
-    _legend(axes)
+    dress(axes, title, unit, "")
+    legend(axes)
 
 
 def plot_compare(records: list[ProbeRecord]) -> Figure:
     """All models beside each other: energy@32 three ways, effective rank, and the spread of K against V."""
     height = 2.6 + 0.42 * max(len(energy_triples(records)), len(records))
-    figure = _figure(15, height, "Models compared: centred, heads of a layer joined")
+    figure = new_figure(15, height, "Models compared: centred, heads of a layer joined")
     first, second, third = figure.subplots(1, 3)
     _draw_triples(first, records)
     _draw_points(second, records, rank_points(records), "effective rank, mean of layers", "effective rank ÷ width")

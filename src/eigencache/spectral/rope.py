@@ -28,6 +28,10 @@ class Angles:
         """How many numbers of a vector are rotated."""
         return 2 * self.cos.shape[-1]
 
+    def to(self, device: torch.device) -> "Angles":
+        """The same on another device."""
+        return Angles(self.cos.to(device), self.sin.to(device))
+
 
 def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
     """Angles from what a model hands to its attention layers: a complex table, or cos and sin [batch, seq, r or r/2].
@@ -70,3 +74,32 @@ def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
     scale = cos.square() + sin.square()
     turned = (first * cos + second * sin) / scale, (second * cos - first * sin) / scale
     return torch.cat((_joined(*turned, pairing != "half"), tail), -1).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One layer's rotation at any position n: pairs turned by n·θ_i and scaled; what a codec needs to undo and redo it."""
+
+    frequencies: Tensor  # θ [pairs], radians per position, float64
+    scale: float
+    pairing: Pairing
+
+    def angles(self, positions: Tensor) -> Angles:
+        """cos and sin at `positions` [seq], float32: [1, 1, seq, pairs]."""
+        turned = positions.to(self.frequencies.device, torch.float64)[:, None] * self.frequencies
+        return Angles(*((self.scale * part).float()[None, None] for part in (turned.cos(), turned.sin())))
+
+
+def rotation_from(angles: Angles, pairing: Pairing) -> Rotation | None:
+    """The rotation behind a table of positions 0, 1, … [1, 1, seq, pairs]; None where the table is not n·θ_i.
+
+    A rotation whose angles depend on the length of the text, or that turns by more than π per position, is None.
+    """
+    cos, sin = angles.cos[0, 0].double().cpu(), angles.sin[0, 0].double().cpu()
+    scale = float(torch.hypot(cos[0, 0], sin[0, 0]))
+    if scale == 0 or len(cos) < 2:
+        return None
+    rotation = Rotation(torch.atan2(sin[1], cos[1]), scale, pairing)
+    again = rotation.angles(torch.arange(len(cos)))
+    error = max(float((again.cos[0, 0] - cos).abs().max()), float((again.sin[0, 0] - sin).abs().max()))
+    return rotation if error <= 1e-2 * scale else None

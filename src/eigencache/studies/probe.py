@@ -14,11 +14,11 @@ from eigencache.errors import ModelError, NonFiniteError, StatisticsError, Token
 from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.provenance import Stopwatch
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
 from eigencache.studies.accumulate import Accumulator, shapes_of
 from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
-from eigencache.studies.provenance import Stopwatch
 
 Progress = Callable[[str, int, int], None]
 FrameChoice = Literal["pre", "post", "both"]
@@ -71,7 +71,7 @@ def probe_model(
         "folds": accumulator.folds,
     }
     return ProbeRecord(
-        model=_model_record(loaded, style),
+        model=model_record(loaded, style),
         corpus=sequences.corpus,
         run=watch.run(settings.seed, options),
         spectra=spectra,
@@ -110,7 +110,7 @@ def _accumulate(
         with watch:
             captured = capture.run(input_ids.to(device), attention_mask.to(device) if padded else None)
         check_finite(captured)
-        tensors = _by_name(captured)
+        tensors = captured_by_name(captured)
         if accumulator is None:
             count = len(sequences.ids)
             accumulator = Accumulator(shapes_of(tensors), settings.scopes, sequences=count, budget=settings.memory)
@@ -132,7 +132,7 @@ def check_finite(captured: Iterable[CapturedLayer]) -> None:
                 )
 
 
-def _by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
+def captured_by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
     """Tensor name → layer → tensor; keys first, before rotation first."""
     tensors: dict[str, dict[int, torch.Tensor]] = {}
     for layer in captured:
@@ -167,7 +167,7 @@ def _demonstration(capture: Capture, loaded: LoadedModel, settings: ProbeSetting
     accumulator = None
     for row in ids:
         repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
-        tensors = _by_name(capture.run(repeated))
+        tensors = captured_by_name(capture.run(repeated))
         if accumulator is None:
             accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=settings.memory)
         accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
@@ -220,7 +220,8 @@ def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
     return lines
 
 
-def _model_record(loaded: LoadedModel, style: str) -> Model:
+def model_record(loaded: LoadedModel, style: str) -> Model:
+    """The model behind a result; `style`: how its cache was captured."""
     model = loaded.model
     return Model(
         name=loaded.name,

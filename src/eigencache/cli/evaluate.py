@@ -1,0 +1,115 @@
+"""`eigencache evaluate MODEL`: one way of compressing, judged by what the model says through its cache."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable, rank_numbers
+from eigencache.cli.probe import ScopeName
+from eigencache.cli.sweep import Bits, MetricName, OneFrame, TargetName
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache evaluate ref-llama --target kv --ranks 16,24\n
+  eigencache evaluate ref-deepseek --target latent --ranks 24 --metric fisher --output mla.json\n
+  eigencache evaluate ref-llama --target v --ranks 16 --window 64 --tasks copy,needle --lengths 256,1024\n
+  eigencache evaluate meta-llama/Llama-3.2-1B --text wikitext2 --max-length 2048 --target k --ranks 32
+"""
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    target: Annotated[TargetName | None, typer.Option("--target", help="Default: kv, or latent for MLA.")] = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 16,24; default: half of the width.")] = None,
+    scope: Annotated[ScopeName, typer.Option("--scope", help="One basis per head, per layer, or for all layers.")] = (
+        ScopeName.head
+    ),
+    frame: Annotated[OneFrame, typer.Option("--frame", help="Keys before or after rotation.")] = OneFrame.pre,
+    metric: Annotated[MetricName, typer.Option("--metric", help="What an error is weighed with.")] = MetricName.fisher,
+    bits: Annotated[Bits, typer.Option("--bits", help="Bits of a stored coefficient.")] = Bits.sixteen,
+    text: Text = "stdlib:held-out",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 32_768,
+    max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
+    prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=1, help="Tokens read at a time in the second protocol; default an eighth.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens that stay as they are in it.")] = 0,
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="Prompts to generate from; 0 for none.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", help="copy,induction,recall,needle,variable tracking,common words; all by default; or none."
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option("--lengths", help="Context lengths of the tasks.")] = "256",
+    calibration_text: Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")] = "stdlib",
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
+    ] = 131_072,
+    force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+) -> None:
+    """Evaluate a way of compressing: likelihood through the cache, generation, retrieval and bytes.
+
+    With --output, an interrupted run goes on where it stopped when it is started again.
+    """
+    check_writable(output)
+    numbers = rank_numbers(ranks)
+    from rich.console import Console
+
+    from eigencache.cli.measuring import load_with_text, pack_with_progress
+    from eigencache.cli.options import length_numbers
+    from eigencache.cli.progress import progress_bar
+    from eigencache.codec.pca import CoefficientBits
+    from eigencache.evaluate.prefix import Window
+    from eigencache.quality import Protocol
+    from eigencache.report.evaluations import evaluation_tables
+    from eigencache.studies.calibrate import Calibration, PCASettings
+    from eigencache.studies.evaluation import evaluate_codecs
+    from eigencache.studies.sweep import Plan, codecs_of
+
+    context_lengths = length_numbers(lengths)
+    chosen = None if tasks is None else () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
+    widths: dict[Bits, CoefficientBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
+    loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
+    calibration_sequences = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
+    wanted = target.value if target else "latent" if loaded.geometry.mla else "kv"
+    settings = PCASettings(wanted, scope.value, frame.value, metric.value)
+    partial = output.with_name(f"{output.name}.partial") if output else None
+    with progress_bar(model) as on_progress:
+        calibration = Calibration(loaded, calibration_sequences, scopes=(scope.value,), seed=seed, on_progress=on_progress)
+        plan = Plan(settings, widths[bits], numbers, shares=(0.5,))
+        record = evaluate_codecs(
+            loaded,
+            held_out,
+            calibration,
+            codecs_of(calibration, plan),
+            (
+                Protocol(kind="prefix", length=prefix or max_length // 2),
+                Protocol(kind="chunked", length=chunk or max_length // 8, window=window),
+            ),
+            prompts=prompts,
+            tasks=chosen,
+            lengths=context_lengths,
+            window=Window(window),
+            batch_size=batch_size,
+            seed=seed,
+            force=force,
+            partial=partial,
+            on_progress=on_progress,
+        )
+    if output:
+        record.save(output)
+    if partial:
+        partial.unlink(missing_ok=True)
+    console = Console()
+    for table in evaluation_tables(record):
+        console.print(table)
+    if output:
+        console.print(f"written: {output}", markup=False, highlight=False)

@@ -1,0 +1,42 @@
+"""Gradients of the loss with respect to what the cache holds: one backward pass, no gradients of weights (THEORY 4.4)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from eigencache.models.capture import tapped_cache
+
+
+def cache_gradients(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """∂(Σ NLL in nats of the text)/∂(cached vector): layer → gradients of both slots, [batch, heads, seq, dim].
+
+    Through everything that reads the vector, later layers included. The model's weights keep their `requires_grad`.
+    Cost: a forward pass with logits and the backward pass through activations.
+    """
+    with _frozen(model), torch.enable_grad():
+        cache, stored = tapped_cache(model, track=True)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True).logits
+        targets = (
+            input_ids[:, 1:] if attention_mask is None else input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+        )
+        F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        zero = lambda x: torch.zeros_like(x) if x.grad is None else x.grad  # noqa: E731 - a vector that nothing reads
+        return {layer_idx: (zero(keys), zero(values)) for layer_idx, (keys, values) in stored.items()}
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)

@@ -1,0 +1,39 @@
+"""The bias that a model adds to its keys, read in the layout that the capture verified against the cache."""
+
+import torch
+from torch import Tensor
+
+from eigencache.models.adapters import adapter_for
+from eigencache.models.capture import Capture
+from eigencache.models.load import LoadedModel
+
+_PROBE_TOKENS = 16
+
+
+def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
+    """Layer → bias of its keys before rotation, [heads, dim] in float32.
+
+    Absent are layers without a bias, with a norm behind it (what remains of a bias then differs by token), whose keys
+    could not be verified before rotation, and all layers of MLA, where the bias is the latent's.
+    """
+    if loaded.geometry.mla or not loaded.geometry.key_bias:
+        return {}
+    ids = torch.randint(1, loaded.embedded_ids, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    with Capture(loaded.model, loaded.geometry) as capture:
+        capture.run(ids.to(loaded.device))
+    readings = capture.readings
+    found: dict[int, Tensor] = {}
+    for module in loaded.model.modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        style = adapter_for(module)
+        if style is None or layer_idx not in readings or layer_idx in found:
+            continue
+        role, projection = next((r, m) for r, m in style.modules(module).items() if r in ("keys", "fused"))
+        bias = getattr(projection, "bias", None)
+        if bias is None:
+            continue
+        outputs = {role: bias.detach().float()[None, None]}
+        for reading in style.readings(outputs, loaded.geometry.layers[layer_idx], 1):
+            if reading.how == readings[layer_idx]:
+                found[layer_idx] = reading.keys[0, :, 0].cpu()
+    return found

@@ -1,0 +1,34 @@
+"""Folded attention against decode-then-attend, as a table."""
+
+from collections.abc import Sequence
+
+from eigencache.report.table import Table
+from eigencache.studies.folding import Folding
+
+
+def folding_table(model: str, dtype: str, results: Sequence[Folding]) -> Table:
+    """One row per target: what folding changes, beside what compression changes."""
+    columns = (
+        "Compressed",
+        "Folded against decoded",
+        "Decoded against uncompressed",
+        "Largest logit",
+        "Cache bytes",
+        "Uncompressed",
+    )
+    rows = tuple(
+        (
+            result.codec,
+            f"{result.rounding:.1e}",
+            f"{result.effect:.3f}",
+            f"{result.scale:.1f}",
+            f"{result.coefficients_nbytes:,}",
+            f"{result.vectors_nbytes:,}",
+        )
+        for result in results
+    )
+    notes = (
+        f"Largest difference of any logit over {results[0].tokens:,} tokens, computed in {dtype}. "
+        "Bytes: what the cache of the last sequence holds, in that dtype.",
+    )
+    return Table(f"{model}: attention on coefficients", columns, rows, notes=notes)

@@ -1,0 +1,229 @@
+"""Calibration: the moments and metrics of a model on a text, captured once, from which any PCA codec is fitted.
+
+A codec is fitted for a target (`k`, `v`, `kv`, `latent`), a scope, a frame of the keys, a metric, centred or not.
+For MLA `latent` is what is cached beside the rotary key; `k` and `v` are what it expands to and are not in its cache.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.pca import Group, Part, PCACodec
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import CodecError, StatisticsError
+from eigencache.geometry import kind_and_frame
+from eigencache.models.capture import Capture
+from eigencache.models.load import LoadedModel
+from eigencache.models.rotation import rotations_of
+from eigencache.records import Scope
+from eigencache.spectral.measure import Place, effective_vectors
+from eigencache.spectral.metric import block_diagonal, regularised
+from eigencache.spectral.moments import Moments, SecondOrder
+from eigencache.spectral.rope import Rotation
+from eigencache.spectral.spectrum import eigenbasis_of
+from eigencache.spectral.transform import Transform, fit_transform, random_transform
+from eigencache.studies.accumulate import Accumulator, Columns, shapes_of
+from eigencache.studies.attention_metric import attention_metrics
+from eigencache.studies.fisher import Metrics, fisher_metrics
+from eigencache.studies.probe import Progress, captured_by_name, check_finite, check_fit
+
+Target = Literal["k", "v", "kv", "latent", "key_rope"]
+MetricName = Literal["frobenius", "attention", "fisher"]
+Basis = Literal["fitted", "pooled", "random"]
+_KINDS: dict[str, tuple[str, ...]] = {
+    "k": ("keys",),
+    "v": ("values",),
+    "kv": ("keys", "values"),
+    "latent": ("latent",),
+    "key_rope": ("key_rope",),
+}
+_SLOT = {"keys": 0, "values": 1, "latent": 0, "key_rope": 1}
+METRIC_TOKENS = 32_768
+MIN_SUPPORT = 1  # independent vectors per dimension, below which a basis is refused
+
+
+@dataclass(frozen=True)
+class PCASettings:
+    """What to compress and how its basis is found."""
+
+    target: Target = "v"
+    scope: Scope = "head"
+    frame: Literal["pre", "post"] = "pre"
+    metric: MetricName = "frobenius"
+    centred: bool = True
+    alpha: float = 1.0
+    basis: Basis = "fitted"  # `pooled`: one for all heads of a layer; `random`: a control
+
+    def of(self, target: Target) -> "PCASettings":
+        """The same for another target."""
+        return replace(self, target=target)
+
+    def describe(self) -> str:
+        """One line for tables."""
+        parts = [self.target, self.scope]
+        if self.target in ("k", "kv", "key_rope"):
+            parts.append(f"{self.frame}-RoPE")
+        parts.append(self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else ""))
+        parts += ["centred" if self.centred else "uncentred"]
+        return " · ".join(parts + ([] if self.basis == "fitted" else [f"{self.basis} basis"]))
+
+
+def _silent(_what: str, _done: int, _of: int) -> None: ...
+
+
+@dataclass
+class Calibration:
+    """What a model's cache looks like on a text; metrics are measured when they are first asked for."""
+
+    loaded: LoadedModel
+    sequences: Sequences
+    scopes: tuple[Scope, ...] = ("head",)
+    batch_size: int = 8
+    memory: int = 4 * 2**30
+    seed: int = 0
+    on_progress: Progress = _silent
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+    _moments: dict[Place, Moments] = field(default_factory=dict)
+    _columns: dict[str, list[Columns]] = field(default_factory=dict)
+    _metrics: dict[str, Metrics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fit(self.loaded, self.sequences.corpus.max_length, max(int(ids.max()) for ids in self.sequences.ids))
+        self.rotations = rotations_of(self.loaded)
+        self._capture()
+
+    def _capture(self) -> None:
+        accumulator, done = None, 0
+        with Capture(self.loaded.model, self.loaded.geometry) as capture:
+            for input_ids, attention_mask, indices in self.sequences.batches(self.batch_size, pad_id=0):
+                lengths = attention_mask.sum(-1).tolist()
+                mask = attention_mask.to(self.loaded.device) if min(lengths) < input_ids.shape[1] else None
+                captured = capture.run(input_ids.to(self.loaded.device), mask)
+                check_finite(captured)
+                tensors = {n: t for n, t in captured_by_name(captured).items() if self._in_cache(n)}
+                if accumulator is None:
+                    self._columns = shapes_of(tensors)
+                    accumulator = Accumulator(
+                        self._columns, self.scopes, sequences=len(self.sequences.ids), budget=self.memory
+                    )
+                accumulator.add(tensors, indices, lengths)
+                done += len(indices)
+                self.on_progress("moments", done, len(self.sequences.ids))
+        assert accumulator is not None  # `pack` never gives an empty text
+        self._moments = dict(accumulator.places())
+
+    def _in_cache(self, name: str) -> bool:
+        kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
+        return kind_and_frame(name)[0] in kinds
+
+    def metric(self, name: str) -> Metrics:
+        """`attention` or `fisher`, measured on first use."""
+        if name not in self._metrics:
+            measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
+            self._metrics[name] = measure(
+                self.loaded,
+                _spread(self.sequences),
+                self.rotations,
+                on_batch=partial(self.on_progress, f"{name} metric"),
+            )
+        return self._metrics[name]
+
+    def fit(self, settings: PCASettings) -> PCACodec:
+        """The codec of full rank; `truncated` gives the others.
+
+        Raises `CodecError` for a target the model does not cache, `StatisticsError` for too little text.
+        """
+        groups: list[Group] = []
+        rotations: dict[int, tuple[int, Rotation]] = {}
+        for kind in _KINDS[settings.target]:
+            name = self._name(kind, settings.frame)
+            groups += self._groups(name, settings)
+            if name.endswith("_pre_rope"):
+                rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
+        dtype = self.loaded.model.dtype
+        return PCACodec(settings.describe(), tuple(groups), rotations, dtype)
+
+    def _name(self, kind: str, frame: str) -> str:
+        """The tensor name of a kind in the wanted frame, or in the only one it has."""
+        names = [f"{kind}_{frame}_rope", kind]
+        found = next((name for name in names if name in self._columns), None)
+        if found is None:
+            kinds = sorted({kind_and_frame(name)[0] for name in self._columns})
+            raise CodecError(
+                f"{self.loaded.name} does not cache {kind}: it caches {' and '.join(kinds)}; choose such a --target"
+            )
+        return found
+
+    def _groups(self, name: str, settings: PCASettings) -> list[Group]:
+        kind, frame = kind_and_frame(name)
+        columns = self._columns[name]
+        whole = {c.layer_idx: Part(c.layer_idx, _SLOT[kind], (0, c.heads), c.dim) for c in columns}
+        if settings.scope == "all":
+            place = Place(None, None, kind, frame, "all")
+            return [Group(tuple(whole.values()), self._transform(place, name, list(whole.values()), settings))]
+        if settings.scope == "layer":
+            places = {i: Place(i, None, kind, frame, "layer") for i in whole}
+            return [Group((part,), self._transform(places[i], name, [part], settings)) for i, part in whole.items()]
+        groups = []
+        for c in columns:
+            parts = [replace(whole[c.layer_idx], heads=(h, h + 1)) for h in range(c.heads)]
+            places = [Place(c.layer_idx, h, kind, frame, "head") for h in range(c.heads)]
+            if settings.basis == "pooled":
+                pooled = self._transform(places[0], name, parts, settings, pool=places)
+                groups += [Group((part,), pooled) for part in parts]
+            else:
+                groups += [
+                    Group((p,), self._transform(at, name, [p], settings)) for at, p in zip(places, parts, strict=True)
+                ]
+        return groups
+
+    def _transform(
+        self, place: Place, name: str, parts: list[Part], settings: PCASettings, pool: list[Place] | None = None
+    ) -> Transform:
+        moments = self._moments.get(place)
+        if moments is None:
+            raise StatisticsError(f"{name}: scope {place.scope} was not captured, or is too wide to be decomposed")
+        total = moments.total() if pool is None else _pooled([self._moments[at].total() for at in pool])
+        self._check_support(moments, total, name, place)
+        if settings.basis == "random":
+            return random_transform(total, self.seed).to(torch.float32)
+        metric = None
+        if settings.metric != "frobenius":
+            layers = self.metric(settings.metric)[name]
+            blocks = [layers[p.layer_idx][head] for p in parts for head in range(*p.heads)]
+            metric = regularised(sum(blocks) / len(blocks) if pool else block_diagonal(blocks))  # type: ignore[arg-type]
+        fitted = fit_transform(total, metric=metric, alpha=settings.alpha, centred=settings.centred)
+        return fitted.to(torch.float32)
+
+    def _check_support(self, moments: Moments, total: SecondOrder, name: str, place: Place) -> None:
+        eigenvalues, basis = eigenbasis_of(total.covariance)
+        n_eff = effective_vectors(moments, total, basis, eigenvalues) or total.count
+        independent = min(n_eff, self.sequences.corpus.distinct_8grams)
+        if independent < MIN_SUPPORT * moments.width:
+            where = f"layer {place.layer_idx}" if place.layer_idx is not None else "all layers"
+            raise StatisticsError(
+                f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
+                f"{moments.width:,} dimensions: raise --tokens, or choose a narrower --scope"
+            )
+
+
+def _spread(sequences: Sequences) -> Sequences:
+    """Sequences from all over the text with `METRIC_TOKENS` tokens or a little more: metrics need less than bases."""
+    step = max(1, sequences.corpus.tokens // METRIC_TOKENS)
+    return replace(sequences, ids=sequences.ids[::step])
+
+
+def _pooled(parts: list[SecondOrder]) -> SecondOrder:
+    """All heads' vectors as one set."""
+    count = sum(part.count for part in parts)
+    mean: Tensor = sum(part.count * part.mean for part in parts) / count  # type: ignore[assignment]
+    about: Tensor = sum(part.count * part.second_moment for part in parts) / count  # type: ignore[assignment]
+    return SecondOrder(count, mean, (about - torch.outer(mean, mean)) * count)
+
+
+def targets_of(loaded: LoadedModel) -> tuple[Target, ...]:
+    """The targets that a model's cache has, the most usual first."""
+    return ("latent", "key_rope") if loaded.geometry.mla else ("v", "k", "kv")

@@ -1,0 +1,121 @@
+"""One codec or several, looked at from every side: likelihood in both protocols, generation, retrieval and bytes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eigencache.codec.ledger import ledger
+from eigencache.codec.pca import PCACodec
+from eigencache.corpora.overlap import check_overlap
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.divergence import measure_divergence
+from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
+from eigencache.evaluate.prefix import Window
+from eigencache.evaluate.retrieval import evaluate_retrieval
+from eigencache.evaluate.summary import summarise
+from eigencache.models.load import LoadedModel
+from eigencache.provenance import Stopwatch
+from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval, SequenceLoss
+from eigencache.studies.calibrate import Calibration
+from eigencache.studies.probe import Progress, model_record
+from eigencache.studies.resume import Partial
+
+
+def evaluate_codecs(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    calibration: Calibration,
+    codecs: Mapping[str, PCACodec],
+    protocols: Sequence[Protocol],
+    *,
+    prompts: int = 8,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] = (256,),
+    examples: int = 32,
+    window: Window = Window(),  # noqa: B008 - frozen
+    batch_size: int = 8,
+    seed: int = 0,
+    force: bool = False,
+    partial: Path | None = None,
+    on_progress: Progress = lambda *_: None,
+) -> EvaluationRecord:
+    """Measure everything; `partial`: where results are kept while it runs. `prompts` 0 and `tasks` () leave parts out.
+
+    Raises what the parts raise, and `CorpusError` for a text that overlaps the calibration text unless `force`.
+    """
+    watch = Stopwatch()
+    overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
+    model = model_record(loaded, "the cache itself")
+    key = {
+        "model": model.sha256,
+        "texts": [text.model_dump() for text in (sequences.corpus, calibration.sequences.corpus)],
+        "codecs": list(codecs),
+        "settings": [[p.model_dump() for p in protocols], prompts, tasks, lengths, examples, str(window), batch_size, seed],
+    }
+    kept = Partial(partial, key)
+    batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, batch_size)))]
+    for protocol in protocols:
+        before = [one for one in kept.done if one.get("protocol") == protocol.model_dump()]
+        for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(before)):
+            losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
+            kept.add({"protocol": protocol.model_dump(), "losses": losses, "held": scored.held})
+            on_progress("likelihood", sum("losses" in one for one in kept.done), len(batches))
+    if prompts and not any("divergence" in one for one in kept.done):
+        found = measure_divergence(
+            loaded,
+            sequences,
+            codecs,
+            prompts=prompts,
+            prompt_tokens=min(256, sequences.corpus.max_length),
+            window=Window(window.tokens, max(16, window.block)),
+            batch_size=batch_size,
+            on_progress=lambda done, of: on_progress("generation", done, of),
+        )
+        kept.add({"divergence": [one.model_dump() for one in found]})
+    if (tasks is None or tasks) and not any("retrieval" in one for one in kept.done):
+        cells = evaluate_retrieval(
+            loaded,
+            codecs,
+            tasks=tasks,
+            lengths=lengths,
+            count=examples,
+            window=window,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=lambda done, of: on_progress("retrieval", done, of),
+        )
+        kept.add({"retrieval": [one.model_dump() for one in cells]})
+    values_per_token = loaded.geometry.values_per_token
+    return EvaluationRecord(
+        model=model,
+        corpus=sequences.corpus,
+        calibration=calibration.sequences.corpus,
+        run=watch.run(seed, {"batch_size": batch_size, "forced": force}),
+        likelihood=[_likelihood(kept.done, protocol, codecs, values_per_token) for protocol in protocols],
+        divergence=[Divergence(**one) for part in kept.done for one in part.get("divergence", ())],
+        retrieval=[Retrieval(**one) for part in kept.done for one in part.get("retrieval", ())],
+        ledgers={name: ledger(codec, values_per_token) for name, codec in codecs.items()},
+        warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
+    )
+
+
+def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, PCACodec], values_per_token: int) -> Likelihood:
+    batches = [one for one in done if one.get("protocol") == protocol.model_dump()]
+    losses = {
+        name: [SequenceLoss(**loss) for batch in batches for loss in batch["losses"][name]]
+        for name in (UNCOMPRESSED, *codecs)
+    }
+    plain = losses[UNCOMPRESSED]
+    results = [
+        summarise(
+            name,
+            losses[name],
+            plain,
+            encoded_tokens=sum(batch["held"][name][0] for batch in batches),
+            encoded_nbytes=sum(batch["held"][name][1] for batch in batches),
+            values_per_token=values_per_token,
+            basis_nbytes=codec.nbytes,
+        )
+        for name, codec in codecs.items()
+    ]
+    nll = sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain)
+    return Likelihood(protocol=protocol, uncompressed_nll=nll, results=results)

@@ -1,0 +1,158 @@
+"""MLA: what its latent saves, whether it changes anything, and what compressing the expanded K or V instead would cost.
+
+All ratios are against the 16-bit latent and rotary key, which is what such a model caches; the expanded keys and values
+that a cache without the latent would hold stand beside as bytes (THEORY 9, 11).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import UnsupportedArchitectureError
+from eigencache.evaluate.likelihood import batches_of, compared
+from eigencache.evaluate.prefix import read_prefix
+from eigencache.evaluate.summary import summarise
+from eigencache.models.capture import Capture
+from eigencache.models.expansion import Expanded, expanded_codec, recorded_expansion, replayed_expansion
+from eigencache.models.load import LoadedModel
+from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepSeries
+from eigencache.spectral.transform import Transform, fit_transform
+from eigencache.studies.accumulate import Accumulator, shapes_of
+from eigencache.studies.probe import captured_by_name, check_finite
+
+OnBatch = Callable[[int, int], None]
+KINDS = {"k": "keys_nope", "v": "values"}
+
+
+def check_latent(loaded: LoadedModel) -> None:
+    """Raises `UnsupportedArchitectureError` for a model that caches no latent."""
+    if loaded.geometry.mla is None:
+        raise UnsupportedArchitectureError(f"{loaded.name} is no MLA model: {loaded.geometry.describe()}")
+
+
+@dataclass(frozen=True)
+class LatentAgainstExpanded:
+    """Bytes per token of both ways to cache, and how far their logits are apart."""
+
+    latent_nbytes: int  # latent and rotary key, 16 bit
+    expanded_nbytes: int  # keys and values of all heads, 16 bit
+    tokens: int  # compared
+    largest_difference: float  # of any logit
+    largest_logit: float
+
+
+@torch.no_grad()
+def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> LatentAgainstExpanded:
+    """Score the tokens after a prefix once expanding the cached latent anew, once with the expansion that was kept."""
+    check_latent(loaded)
+    difference = largest = 0.0
+    tokens = 0
+    for batch in batches_of(sequences, Protocol(kind="prefix", length=prefix), 1):
+        ids = torch.from_numpy(np.stack(batch)).to(loaded.device)
+        with recorded_expansion(loaded) as kept:
+            start = read_prefix(loaded, ids[:, :prefix])
+        latent = start.logits(ids[:, prefix:], None)
+        with replayed_expansion(loaded, kept):
+            expanded = start.logits(ids[:, prefix:], None)
+        difference = max(difference, float((latent - expanded).abs().max()))
+        largest = max(largest, float(latent.abs().max()))
+        tokens += ids.shape[1] - prefix
+    geometry = loaded.geometry
+    return LatentAgainstExpanded(
+        2 * geometry.values_per_token, 2 * geometry.expanded_values_per_token, tokens, difference, largest
+    )
+
+
+def fit_expanded(loaded: LoadedModel, sequences: Sequences, *, on_batch: OnBatch = lambda *_: None) -> Expanded:
+    """PCA of every head's expanded keys (without rotary part) and values, full rank."""
+    check_latent(loaded)
+    accumulator, done = None, 0
+    with Capture(loaded.model, loaded.geometry) as capture:
+        for input_ids, attention_mask, indices in sequences.batches(8, pad_id=0):
+            lengths = attention_mask.sum(-1).tolist()
+            mask = attention_mask.to(loaded.device) if min(lengths) < input_ids.shape[1] else None
+            captured = capture.run(input_ids.to(loaded.device), mask)
+            check_finite(captured)
+            tensors = {name: x for name, x in captured_by_name(captured).items() if name in KINDS.values()}
+            if accumulator is None:
+                accumulator = Accumulator(shapes_of(tensors), ("head",), sequences=len(sequences.ids), budget=2**32)
+            accumulator.add(tensors, indices, lengths)
+            done += len(indices)
+            on_batch(done, len(sequences.ids))
+    assert accumulator is not None  # `pack` never gives an empty text
+    found: dict[tuple[int, str], list[Transform]] = {}
+    for place, moments in accumulator.places():
+        assert place.layer_idx is not None
+        transform = fit_transform(moments.total()).to(loaded.model.dtype, loaded.device)
+        found.setdefault((place.layer_idx, place.kind), []).append(transform)
+    return found
+
+
+@torch.no_grad()
+def sweep_expanded(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    fitted: Expanded,
+    target: str,
+    shares: Sequence[float],
+    prefix: int,
+    *,
+    batch_size: int = 8,
+    on_batch: OnBatch = lambda *_: None,
+) -> SweepSeries:
+    """Low rank of the expanded keys (`k`) or values (`v`) alone, as a cache without the latent would hold them.
+
+    `shares`: of the full width of a head, rounded to ranks.
+    """
+    kind = KINDS[target]
+    width = max(t.rank for (_, name), heads in fitted.items() if name == kind for t in heads)
+    ranks = sorted({max(1, round(share * width)) for share in shares})
+    codecs = {rank: _truncated(fitted, kind, rank) for rank in ranks}
+    protocol = Protocol(kind="prefix", length=prefix)
+    losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
+    held = dict.fromkeys(ranks, 0)
+    positions = 0
+    batches = batches_of(sequences, protocol, batch_size)
+    for done, batch in enumerate(batches, 1):
+        ids = torch.from_numpy(np.stack(batch)).to(loaded.device)
+        start, targets = read_prefix(loaded, ids[:, :prefix]), ids[:, prefix + 1 :]
+        reference = start.logits(ids[:, prefix:], None)
+        losses[None] += _losses(compared(reference, reference, targets), targets.shape[1])
+        for rank, codec in codecs.items():
+            with expanded_codec(loaded, codec, prefix) as bytes_held:
+                logits = start.logits(ids[:, prefix:], None)
+            losses[rank] += _losses(compared(reference, logits, targets), targets.shape[1])
+            held[rank] += bytes_held.nbytes
+        positions += prefix * len(ids)
+        on_batch(done, len(batches))
+    geometry = loaded.geometry
+    rope = 2 * sum(layer.mla.qk_rope_head_dim for layer in geometry.layers if layer.mla) * positions
+    points = []
+    for rank, codec in codecs.items():
+        quality = summarise(
+            f"{target} expanded · rank {rank}",
+            losses[rank],
+            losses[None],
+            encoded_tokens=positions,
+            encoded_nbytes=held[rank] + rope,
+            values_per_token=geometry.values_per_token,
+            basis_nbytes=sum(t.nbytes for heads in codec.values() for t in heads),
+        )
+        points.append(SweepPoint(rank=rank, target_ratio=width / rank, quality=quality))
+    name = f"{target} expanded · head · frobenius · centred"
+    return SweepSeries(
+        name=name, target=f"{target} expanded", scope="head", frame="pre", metric="frobenius", centred=True, alpha=1.0,
+        basis="fitted", bits=16, width=width, points=points,
+    )  # fmt: skip
+
+
+def _truncated(fitted: Expanded, kind: str, rank: int) -> Expanded:
+    """One kind at a rank; the other kind is not in it, so it is kept in 16 bits."""
+    return {place: [t.truncated(min(rank, t.rank)) for t in heads] for place, heads in fitted.items() if place[1] == kind}
+
+
+def _losses(sums: torch.Tensor, tokens: int) -> list[SequenceLoss]:
+    return [SequenceLoss(tokens=tokens, nll=nll, kl=kl, agree=round(agree)) for nll, kl, agree in sums.T.tolist()]

@@ -1,0 +1,168 @@
+"""Quality against rank and bytes: direct PCA of every target at every rank, scored through the cache in one pass.
+
+The text is captured once and all codecs are fitted from the same moments; every batch of the held-out text is read by
+all codecs beside the uncompressed cache, so that differences are paired. Results are kept batch by batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eigencache.codec.pca import CoefficientBits, PCACodec
+from eigencache.corpora.overlap import check_overlap
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import StatisticsError
+from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
+from eigencache.evaluate.summary import summarise
+from eigencache.models.load import LoadedModel
+from eigencache.provenance import Stopwatch
+from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepRecord, SweepSeries
+from eigencache.records import SCOPES, Scope
+from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
+from eigencache.studies.probe import Progress, model_record
+from eigencache.studies.resume import Partial
+
+Ranks = tuple[int | None, ...] | None
+TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One series: what to compress, and the ranks; shares of the full width stand for ranks where `ranks` is None."""
+
+    settings: PCASettings
+    bits: CoefficientBits = 16
+    ranks: Ranks = None  # None among them: full
+    shares: tuple[float, ...] = TENTHS
+
+    def ranks_for(self, width: int) -> list[int]:
+        """Ascending ranks. Raises `StatisticsError` for one that does not exist."""
+        wanted = [round(share * width) for share in self.shares] if self.ranks is None else [r or width for r in self.ranks]
+        if bad := [rank for rank in wanted if rank > width]:
+            raise StatisticsError(
+                f"--ranks {bad[0]}: {self.settings.describe()} has ranks 1 to {width}; use a lower one, or full"
+            )
+        return sorted({max(1, rank) for rank in wanted})
+
+
+def default_plans(
+    loaded: LoadedModel, settings: PCASettings, *, bits: CoefficientBits = 16, ranks: Ranks = None
+) -> list[Plan]:
+    """Every target of the model in the wanted way, and keys in the way that gave them their bad name."""
+    plans = [Plan(settings.of(target), bits, ranks) for target in targets_of(loaded)]
+    if loaded.geometry.rope is not None and not loaded.geometry.mla:
+        plans.append(Plan(PCASettings("k", settings.scope, "post", centred=False), bits, ranks))
+    return plans
+
+
+def control_plans(loaded: LoadedModel, *, bits: CoefficientBits = 16, ranks: Ranks = None) -> list[Plan]:
+    """The first target per head: its own basis, one for all heads of a layer, and a random one."""
+    target = targets_of(loaded)[0]
+    return [Plan(PCASettings(target, "head", basis=basis), bits, ranks) for basis in ("fitted", "pooled", "random")]
+
+
+def needed_scopes(plans: Sequence[Plan]) -> tuple[Scope, ...]:
+    """The scopes whose moments have to be captured."""
+    return tuple(scope for scope in SCOPES if any(plan.settings.scope == scope for plan in plans))
+
+
+@dataclass(frozen=True)
+class _Series:
+    plan: Plan
+    codecs: dict[int, PCACodec]  # by rank
+    width: int
+    values_per_token: int  # of the target
+
+
+def sweep_model(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    calibration: Calibration,
+    plans: Sequence[Plan],
+    protocol: Protocol,
+    *,
+    batch_size: int = 8,
+    force: bool = False,
+    partial: Path | None = None,
+    on_progress: Progress = lambda *_: None,
+) -> SweepRecord:
+    """Score every plan at every rank on held-out `sequences`; `partial`: where results are kept while it runs.
+
+    Raises `CorpusError` for an evaluation text that overlaps the calibration text (unless `force`), `StatisticsError`
+    for ranks that do not exist and text that cannot carry a basis.
+    """
+    watch = Stopwatch()
+    overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
+    series = [_fit(calibration, plan) for plan in plans]
+    codecs = {f"{s.codecs[rank].name}": s.codecs[rank] for s in series for rank in s.codecs}
+    model = model_record(loaded, "the cache itself")
+    key = {
+        "model": model.sha256,
+        "text": sequences.corpus.model_dump(),
+        "calibration": calibration.sequences.corpus.model_dump(),
+        "protocol": protocol.model_dump(),
+        "codecs": list(codecs),
+        "batch": batch_size,
+    }
+    kept = Partial(partial, key)
+    total = len(batches_of(sequences, protocol, batch_size))
+    on_progress("scoring", len(kept.done), total)
+    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
+        losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
+        kept.add({"losses": losses, "held": scored.held})
+        on_progress("scoring", len(kept.done), total)
+    record = SweepRecord(
+        model=model,
+        corpus=sequences.corpus,
+        calibration=calibration.sequences.corpus,
+        protocol=protocol,
+        run=watch.run(calibration.seed, {"batch_size": batch_size, "forced": force}),
+        uncompressed_nll=_uncompressed(kept.done),
+        series=[_series_record(loaded, s, kept.done) for s in series],
+        warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
+    )
+    return record
+
+
+def codecs_of(calibration: Calibration, plan: Plan) -> dict[str, PCACodec]:
+    """The plan's codecs by name."""
+    return {codec.name: codec for codec in _fit(calibration, plan).codecs.values()}
+
+
+def _fit(calibration: Calibration, plan: Plan) -> _Series:
+    full = calibration.fit(plan.settings)
+    width = max(group.transform.rank for group in full.groups)
+    name = full.name if plan.bits == 16 else f"{full.name} · {plan.bits} bit"
+    codecs = {rank: full.truncated(rank, f"{name} · rank {rank}", plan.bits) for rank in plan.ranks_for(width)}
+    return _Series(plan, codecs, width, sum(group.transform.width for group in full.groups))
+
+
+def _losses(done: list[dict], name: str) -> list[SequenceLoss]:
+    return [SequenceLoss(**loss) for batch in done for loss in batch["losses"][name]]
+
+
+def _uncompressed(done: list[dict]) -> float:
+    losses = _losses(done, UNCOMPRESSED)
+    return sum(loss.nll for loss in losses) / sum(loss.tokens for loss in losses)
+
+
+def _series_record(loaded: LoadedModel, series: _Series, done: list[dict]) -> SweepSeries:
+    values_per_token, uncompressed = loaded.geometry.values_per_token, _losses(done, UNCOMPRESSED)
+    points = []
+    for rank, codec in series.codecs.items():
+        tokens, nbytes = (sum(batch["held"][codec.name][i] for batch in done) for i in (0, 1))
+        quality = summarise(
+            codec.name,
+            _losses(done, codec.name),
+            uncompressed,
+            encoded_tokens=tokens,
+            encoded_nbytes=nbytes,
+            values_per_token=values_per_token,
+            basis_nbytes=codec.nbytes,
+        )
+        rest = 2 * tokens * (values_per_token - series.values_per_token)
+        ratio = 2 * tokens * series.values_per_token / (nbytes - rest)
+        points.append(SweepPoint(rank=rank, target_ratio=ratio, quality=quality))
+    settings = series.plan.settings
+    name = next(iter(series.codecs.values())).name.rsplit(" · ", 1)[0]
+    return SweepSeries(name=name, **asdict(settings), bits=series.plan.bits, width=series.width, points=points)

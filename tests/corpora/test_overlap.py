@@ -1,0 +1,33 @@
+"""A text that repeats another is told by its share of long windows, exactly on planted copies."""
+
+import numpy as np
+import pytest
+
+from eigencache.corpora.overlap import GRAM, check_overlap, overlap_share
+from eigencache.errors import CorpusError
+
+
+def ids(seed: int, length: int = 1000) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 5000, length)
+
+
+def test_texts_apart_share_nothing_and_a_text_shares_all_with_itself() -> None:
+    assert overlap_share([ids(0)], [ids(1)]) == 0
+    assert overlap_share([ids(0)], [ids(1), ids(0)]) == 1
+
+
+def test_a_planted_copy_is_counted_exactly() -> None:
+    text = ids(0)
+    text[200:300] = ids(1)[500:600]
+    assert overlap_share([text], [ids(1)]) == pytest.approx((100 - GRAM + 1) / (1000 - GRAM + 1))
+
+
+def test_sequences_shorter_than_a_window_share_nothing() -> None:
+    assert overlap_share([ids(0, GRAM - 1)], [ids(0, GRAM - 1)]) == 0
+
+
+def test_overlap_is_refused_unless_forced_and_then_marked() -> None:
+    assert check_overlap([ids(0)], [ids(1)]) is None
+    with pytest.raises(CorpusError, match="100 % of the evaluation text's 32-token windows occur in the calibration text"):
+        check_overlap([ids(0)], [ids(0)])
+    assert "OVERLAP: 100 %" in (check_overlap([ids(0)], [ids(0)], force=True) or "")

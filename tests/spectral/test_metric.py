@@ -1,0 +1,63 @@
+"""A metric costs what it says: logits of rotated queries, told by brute force; roots are inverse to each other."""
+
+import numpy as np
+import pytest
+import torch
+
+from eigencache.errors import StatisticsError
+from eigencache.spectral.metric import block_diagonal, lag_averaged, regularised, roots
+from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
+
+DIM = 10
+
+
+def positive(width: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(width, 3 * width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x @ x.mT / width
+
+
+def test_roots_are_inverse_to_each_other_and_square_to_the_metric() -> None:
+    metric = positive(DIM)
+    root, inverse = roots(metric)
+    torch.testing.assert_close(root @ root, metric)
+    torch.testing.assert_close(root @ inverse, torch.eye(DIM, dtype=torch.float64))
+    half, _ = roots(metric, 0.5)
+    torch.testing.assert_close(half @ half, root)
+    torch.testing.assert_close(roots(metric, 0)[0], torch.eye(DIM, dtype=torch.float64))
+
+
+def test_a_singular_metric_becomes_positive_definite_by_a_share_of_its_trace() -> None:
+    singular = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    expected = singular + 1e-3 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(regularised(singular, 1e-3), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 2), torch.full((2, 2), torch.nan)])
+def test_a_metric_that_weighs_nothing_is_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(StatisticsError, match="weighs nothing"):
+        regularised(bad.double())
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("scale", [1.0, 1.4])
+def test_the_lag_averaged_metric_is_the_mean_squared_logit_error(pairing: Pairing, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rotation = Rotation(10.0 ** (-torch.arange(4, dtype=torch.float64) / 2), scale, pairing)  # 8 of 10 numbers turn
+    queries = torch.randn(200, DIM, generator=generator, dtype=torch.float64) @ positive(DIM, 2)
+    error = torch.randn(DIM, generator=generator, dtype=torch.float64)
+    lags = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
+    key_at = 7
+    expected = 0.0
+    for lag, share in enumerate(lags.tolist()):
+        at = rotation.angles(torch.tensor([key_at + lag] * len(queries)))
+        turned = rotate(queries[None, None], at, pairing)[0, 0]
+        key = rotate(error[None, None, None], rotation.angles(torch.tensor([key_at])), pairing)[0, 0, 0]
+        expected += share * float((turned @ key).square().mean())
+    metric = lag_averaged(queries.mT @ queries / len(queries), rotation, lags)
+    assert float(error @ metric @ error) == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_of_parts_do_not_mix() -> None:
+    joined = block_diagonal([positive(2), positive(3)])
+    assert joined.shape == (5, 5)
+    assert np.count_nonzero(joined[:2, 2:]) == 0

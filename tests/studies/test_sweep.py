@@ -1,0 +1,114 @@
+"""A sweep says what ranks cost, takes up where it stopped, and refuses what cannot be measured."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import CorpusError, StatisticsError
+from eigencache.quality import Protocol, SweepRecord
+from eigencache.report.sweep_plot import plot_sweep
+from eigencache.report.sweeps import furthest, safety_table, sweep_table
+from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
+
+PROTOCOL = Protocol(kind="prefix", length=20)
+
+
+@pytest.fixture
+def calibration(loaded, sequences) -> Calibration:
+    return Calibration(loaded("llama"), sequences(*(64,) * 12))
+
+
+@pytest.fixture
+def text(sequences) -> Sequences:
+    return sequences(*(40,) * 10, seed=1)
+
+
+def swept(calibration: Calibration, text: Sequences, plans=None, **options) -> SweepRecord:
+    plans = plans or [Plan(PCASettings("v"), ranks=(2, 8, None)), Plan(PCASettings("kv"), bits=8, ranks=(8, None))]
+    return sweep_model(calibration.loaded, text, calibration, plans, PROTOCOL, batch_size=4, **options)
+
+
+def test_ratios_are_those_of_the_ranks_and_bits(calibration, text) -> None:
+    values, both = swept(calibration, text).series
+    assert [point.rank for point in values.points] == [2, 8, 16]
+    assert [point.target_ratio for point in values.points] == pytest.approx([8, 2, 1])
+    expected = [2 / (1 + rank / 16) for rank in (2, 8, 16)]
+    assert [point.quality.compression_ratio for point in values.points] == pytest.approx(expected)
+    scales = 20 * 8 / (20 * 8 + 4 * 8)  # 20 tokens of 8 coefficients in one group of scales
+    assert both.points[0].target_ratio == pytest.approx(4 * scales)
+    assert both.points[0].quality.compression_ratio == pytest.approx(4 * scales)
+
+
+def test_full_rank_costs_nothing_and_lower_ranks_diverge_more(calibration, text) -> None:
+    values = swept(calibration, text).series[0]
+    divergences = [point.quality.kl for point in values.points]
+    assert divergences == sorted(divergences, reverse=True)
+    assert abs(values.points[-1].quality.delta_nll) < 1e-4
+    assert values.points[0].quality.delta_nll_interval is not None
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_record(calibration, text, tmp_path: Path) -> None:
+    path, calls = tmp_path / "partial", []
+
+    def stop(what: str, done: int, of: int) -> None:
+        calls.append(done)
+        if done == 2 and len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        swept(calibration, text, partial=path, on_progress=stop)
+    resumed = swept(calibration, text, partial=path, on_progress=lambda what, done, of: calls.append(done))
+    assert calls == [0, 1, 2, 2, 3]
+    assert resumed.series == swept(calibration, text).series
+
+
+def test_a_record_survives_json_and_prints_and_plots(calibration, text, tmp_path: Path) -> None:
+    record = swept(calibration, text)
+    record.save(tmp_path / "sweep.json")
+    assert SweepRecord.load(tmp_path / "sweep.json") == record
+    table, safety = sweep_table(record), safety_table(record)
+    assert len(table.rows) == 5
+    assert [row[0] for row in safety.rows] == [series.name for series in record.series]
+    assert len(plot_sweep(record).axes) == 2
+
+
+def test_the_safest_ratio_is_the_largest_within_the_limit(calibration, text) -> None:
+    points = swept(calibration, text).series[0].points
+    losses = {2: 0.2, 8: 0.009, 16: 0.0}
+    for point in points:
+        point.quality.delta_nll = losses[point.rank]
+        point.quality.delta_nll_interval = (0.0, 2 * losses[point.rank])
+    assert (furthest(points, 0.01, certain=False) or points[0]).rank == 8
+    assert (furthest(points, 0.01, certain=True) or points[0]).rank == 16
+    assert furthest(points[:1], 0.01, certain=False) is None
+
+
+def test_text_that_was_calibrated_on_is_refused_unless_forced(calibration) -> None:
+    same = calibration.sequences
+    with pytest.raises(CorpusError, match="100 % of the evaluation text"):
+        swept(calibration, same)
+    assert any("OVERLAP" in warning for warning in swept(calibration, same, force=True).warnings)
+
+
+def test_a_rank_that_does_not_exist_is_refused(calibration, text) -> None:
+    with pytest.raises(StatisticsError, match="--ranks 17: v · head · frobenius · centred has ranks 1 to 16"):
+        swept(calibration, text, [Plan(PCASettings("v"), ranks=(17,))])
+
+
+def test_plans_cover_every_target_and_keys_at_their_worst(loaded) -> None:
+    settings = PCASettings("v", metric="fisher")
+    assert [plan.settings.target for plan in default_plans(loaded("llama"), settings)] == ["v", "k", "kv", "k"]
+    assert default_plans(loaded("llama"), settings)[-1].settings.describe() == "k · head · post-RoPE · frobenius · uncentred"
+    assert [plan.settings.target for plan in default_plans(loaded("gpt2"), settings)] == ["v", "k", "kv"]
+    assert [plan.settings.target for plan in default_plans(loaded("deepseek_v2"), settings)] == ["latent", "key_rope"]
+    assert [plan.settings.basis for plan in control_plans(loaded("llama"))] == ["fitted", "pooled", "random"]
+    assert needed_scopes([Plan(PCASettings("v", "all")), Plan(PCASettings("v", "head"))]) == ("head", "all")
+
+
+def test_default_ranks_are_ten_steps_and_never_zero() -> None:
+    assert Plan(PCASettings()).ranks_for(32) == [3, 6, 10, 13, 16, 19, 22, 26, 29, 32]
+    assert Plan(PCASettings()).ranks_for(4) == [1, 2, 3, 4]
+    assert np.all(np.diff(Plan(PCASettings()).ranks_for(7)) > 0)
