@@ -13,7 +13,7 @@ run: $(VENV)/.run
 	$(BIN)/eigencache report
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ with 8 x 128 KV heads, keys in two frames and values, at the scopes head and lay
 the spectra of one layer.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -54,11 +55,14 @@ def seven_billion() -> None:
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    if sys.argv[1:]:
-        seven_billion() if sys.argv[1] == "7B" else probe_tokens(int(sys.argv[1]))
+    cases = ("25000", "50000", "100000", "200000", "7B")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", choices=cases, help="only this one, in this process: prints tokens and MB")
+    if case := parser.parse_args().case:
+        seven_billion() if case == "7B" else probe_tokens(int(case))
         return
     rows = []
-    for case in ("25000", "50000", "100000", "200000", "7B"):
+    for case in cases:
         output = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True).stdout
         tokens, peak = output.split()[-2:]
         name = "7B geometry, synthetic" if case == "7B" else "ref-llama"

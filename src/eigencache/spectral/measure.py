@@ -22,7 +22,7 @@ MIN_FOLDS = 8  # to resample
 LEADING = 8  # directions whose autocorrelation is measured
 REPLICATES = 500
 NULL_POINTS = 256
-WIDE = 512  # above it the halves' bases, of which only energies are taken, are found in float32
+WIDE = 512  # above it float32 is used for what only energies and intervals rest on
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,18 @@ def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
         covariance = moments.total(folds=folds[first::2]).covariance
         if not covariance.any():
             return None
-        fast = covariance.float() if moments.width > WIDE else covariance
-        result.append((covariance, sp.eigenbasis_of(fast)[1].double()))
+        result.append((covariance, sp.eigenbasis_of(_fast(covariance))[1]))
     return result[0], result[1]
 
 
+def _fast(matrix: Tensor) -> Tensor:
+    """A wide matrix in float32, as energies and intervals need it; others as they are."""
+    return matrix.float() if matrix.shape[-1] > WIDE else matrix
+
+
 def _along(matrix: Tensor, basis: Tensor) -> Tensor:
-    """uᵀ M u for every column u of the basis [p]."""
-    return (basis * (matrix @ basis)).sum(0).clamp_min(0)
+    """uᵀ M u for every column u of the basis [p] float64; the product runs in the basis' dtype."""
+    return (basis * (matrix.to(basis.dtype) @ basis)).sum(0, dtype=torch.float64).clamp_min(0)
 
 
 def _held_out(halves: tuple, points: list[int]) -> dict[int, float]:
@@ -222,7 +226,8 @@ def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tupl
     counts = moments.count[folds]
     means = (moments.mean[folds, 0] - total.mean).cpu()
     scatters = (moments.total(folds=[fold]).scatter for fold in folds)
-    along, raw = map(torch.stack, zip(*((_along(s, basis), s.diagonal()) for s in scatters), strict=True))
+    fast = _fast(basis)
+    along, raw = map(torch.stack, zip(*((_along(s, fast), s.diagonal()) for s in scatters), strict=True))
     along, raw = along.cpu(), raw.cpu()
     draws = np.random.default_rng(seed).multinomial(len(folds), [1 / len(folds)] * len(folds), REPLICATES)
     weights = torch.from_numpy(draws).to(torch.float64)
@@ -236,7 +241,7 @@ def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tupl
 
     values = resampled(along, means @ basis.cpu()).sort(-1, descending=True).values
     samples = _statistics(values, resampled(raw, means))
-    whole, *parts = (_statistics(_along(m, b), m.diagonal()) for m, b in ((total.covariance, basis), *halves))
+    whole, *parts = (_statistics(_along(m, b), m.diagonal()) for m, b in ((total.covariance, fast), *halves))
     ends, intervals = torch.tensor([0.025, 0.975], dtype=torch.float64), {}
     for name, sample in samples.items():
         bias = float(sum(part[name] for part in parts) / len(parts) - whole[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eigencache.errors import StatisticsError
 
-_PANEL = 256  # columns per panel of a wide Gram matrix: only panels on or right of the diagonal are multiplied
+_PANEL = 128  # columns per panel of a wide Gram matrix: only panels on or right of the diagonal are multiplied
 
 
 @dataclass(frozen=True)
