@@ -78,7 +78,7 @@ def test_fold_shows_rounding_beside_the_effect(tmp_path: Path) -> None:
         (("evaluate", "ref-llama", "--lengths", "long", *FEW), "--lengths long: give numbers"),
         (("evaluate", "ref-llama", "--tasks", "chess", *FEW), "chess"),
         (("fold", "ref-llama", "--rank", "40", "--calibration-tokens", "8192"), "rank 40: v · head · frobenius · centred has ranks 1 to 32"),
-        (("sweep", "ref-llama", "-o", "/proc/none/s.json"), "cannot be written"),
+        (("sweep", "ref-llama", "-o", "/dev/null/s.json"), "cannot be written"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
