@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from known import Identity, Zeros, bundled
 
 from eigencache.errors import CodecError, ModelError
+from known import Identity, Zeros, bundled
 
 lm_eval = pytest.importorskip("lm_eval")
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from known import Identity, Zeros, bundled, tiny_loaded
 
 from eigencache.codec.base import SixteenBit
 from eigencache.errors import CorpusError, ModelError
@@ -12,6 +11,7 @@ from eigencache.evaluate.prefix import Window, read_prefix
 from eigencache.evaluate.retrieval import evaluate_retrieval, score_examples, wilson_interval
 from eigencache.evaluate.tasks import Example, examples, vocabulary
 from eigencache.quality import Retrieval
+from known import Identity, Zeros, bundled, tiny_loaded
 
 CODECS = {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()}
 

@@ -4,10 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from known import bundled
 
 from eigencache.errors import CorpusError, TokenizerMismatchError
 from eigencache.evaluate.tasks import HOPS, TASKS, Example, Vocabulary, examples, task, vocabulary
+from known import bundled
 
 LENGTH = 160
 NAMES = ("copy", "induction", "recall", "needle", "variable tracking", "common words")
