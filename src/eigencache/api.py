@@ -13,7 +13,8 @@ from eigencache.errors import LayerError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
 from eigencache.records import ProbeRecord, Spectrum
-from eigencache.studies.probe import ProbeSettings, Progress, default_length, probe_model
+from eigencache.studies.gather import Progress
+from eigencache.studies.probe import ProbeSettings, default_length, probe_model
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,6 @@ from eigencache.codec.pca import Group, Part, PCACodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.geometry import kind_and_frame
-from eigencache.models.capture import Capture
 from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.records import Scope
@@ -25,10 +24,10 @@ from eigencache.spectral.moments import Moments, SecondOrder
 from eigencache.spectral.rope import Rotation
 from eigencache.spectral.spectrum import eigenbasis_of
 from eigencache.spectral.transform import Transform, fit_transform, random_transform
-from eigencache.studies.accumulate import Accumulator, Columns, shapes_of
+from eigencache.studies.accumulate import Columns
 from eigencache.studies.attention_metric import attention_metrics
 from eigencache.studies.fisher import Metrics, fisher_metrics
-from eigencache.studies.probe import Progress, captured_by_name, check_finite, check_fit
+from eigencache.studies.gather import MEMORY, Gathered, Progress, gather, silent
 
 Target = Literal["k", "v", "kv", "latent", "key_rope"]
 MetricName = Literal["frobenius", "attention", "fisher"]
@@ -71,9 +70,6 @@ class PCASettings:
         return " · ".join(parts + ([] if self.basis == "fitted" else [f"{self.basis} basis"]))
 
 
-def _silent(_what: str, _done: int, _of: int) -> None: ...
-
-
 @dataclass
 class Calibration:
     """What a model's cache looks like on a text; metrics are measured when they are first asked for."""
@@ -82,42 +78,29 @@ class Calibration:
     sequences: Sequences
     scopes: tuple[Scope, ...] = ("head",)
     batch_size: int = 8
-    memory: int = 4 * 2**30
+    memory: int = MEMORY
     seed: int = 0
-    on_progress: Progress = _silent
+    on_progress: Progress = silent
+    gathered: Gathered | None = None  # moments of `sequences` in `scopes`, where somebody has them already
     rotations: dict[int, Rotation] = field(default_factory=dict)
     _moments: dict[Place, Moments] = field(default_factory=dict)
     _columns: dict[str, list[Columns]] = field(default_factory=dict)
     _metrics: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fit(self.loaded, self.sequences.corpus.max_length, max(int(ids.max()) for ids in self.sequences.ids))
-        self.rotations = rotations_of(self.loaded)
-        self._capture()
-
-    def _capture(self) -> None:
-        accumulator, done = None, 0
-        with Capture(self.loaded.model, self.loaded.geometry) as capture:
-            for input_ids, attention_mask, indices in self.sequences.batches(self.batch_size, pad_id=0):
-                lengths = attention_mask.sum(-1).tolist()
-                mask = attention_mask.to(self.loaded.device) if min(lengths) < input_ids.shape[1] else None
-                captured = capture.run(input_ids.to(self.loaded.device), mask)
-                check_finite(captured)
-                tensors = {n: t for n, t in captured_by_name(captured).items() if self._in_cache(n)}
-                if accumulator is None:
-                    self._columns = shapes_of(tensors)
-                    accumulator = Accumulator(
-                        self._columns, self.scopes, sequences=len(self.sequences.ids), budget=self.memory
-                    )
-                accumulator.add(tensors, indices, lengths)
-                done += len(indices)
-                self.on_progress("moments", done, len(self.sequences.ids))
-        assert accumulator is not None  # `pack` never gives an empty text
-        self._moments = dict(accumulator.places())
-
-    def _in_cache(self, name: str) -> bool:
         kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
-        return kind_and_frame(name)[0] in kinds
+        self.gathered = self.gathered or gather(
+            self.loaded,
+            self.sequences,
+            self.scopes,
+            kinds=kinds,
+            batch_size=self.batch_size,
+            memory=self.memory,
+            on_progress=self.on_progress,
+        )
+        self.rotations = rotations_of(self.loaded)
+        self._columns = {n: c for n, c in self.gathered.columns.items() if kind_and_frame(n)[0] in kinds}
+        self._moments = dict(self.gathered.accumulator.places())
 
     def metric(self, name: str) -> Metrics:
         """`attention` or `fisher`, measured on first use."""

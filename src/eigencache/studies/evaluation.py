@@ -16,7 +16,8 @@ from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval, SequenceLoss
 from eigencache.studies.calibrate import Calibration
-from eigencache.studies.probe import Progress, model_record
+from eigencache.studies.gather import Progress
+from eigencache.studies.probe import model_record
 from eigencache.studies.resume import Partial
 
 

@@ -17,7 +17,7 @@ from eigencache.models.key_bias import key_biases
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.quality import Protocol, Quality, SequenceLoss
 from eigencache.spectral.rope import Rotation
-from eigencache.studies.probe import Progress
+from eigencache.studies.gather import Progress
 from eigencache.studies.resume import Partial
 
 _SEQUENCES = 8  # of the calibration text: means need far fewer vectors than bases

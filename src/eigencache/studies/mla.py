@@ -15,13 +15,11 @@ from eigencache.errors import UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import batches_of, compared
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.evaluate.summary import summarise
-from eigencache.models.capture import Capture
 from eigencache.models.expansion import Expanded, expanded_codec, recorded_expansion, replayed_expansion
 from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepSeries
 from eigencache.spectral.transform import Transform, fit_transform
-from eigencache.studies.accumulate import Accumulator, shapes_of
-from eigencache.studies.probe import captured_by_name, check_finite
+from eigencache.studies.gather import gather
 
 OnBatch = Callable[[int, int], None]
 KINDS = {"k": "keys_nope", "v": "values"}
@@ -69,22 +67,11 @@ def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> La
 def fit_expanded(loaded: LoadedModel, sequences: Sequences, *, on_batch: OnBatch = lambda *_: None) -> Expanded:
     """PCA of every head's expanded keys (without rotary part) and values, full rank."""
     check_latent(loaded)
-    accumulator, done = None, 0
-    with Capture(loaded.model, loaded.geometry) as capture:
-        for input_ids, attention_mask, indices in sequences.batches(8, pad_id=0):
-            lengths = attention_mask.sum(-1).tolist()
-            mask = attention_mask.to(loaded.device) if min(lengths) < input_ids.shape[1] else None
-            captured = capture.run(input_ids.to(loaded.device), mask)
-            check_finite(captured)
-            tensors = {name: x for name, x in captured_by_name(captured).items() if name in KINDS.values()}
-            if accumulator is None:
-                accumulator = Accumulator(shapes_of(tensors), ("head",), sequences=len(sequences.ids), budget=2**32)
-            accumulator.add(tensors, indices, lengths)
-            done += len(indices)
-            on_batch(done, len(sequences.ids))
-    assert accumulator is not None  # `pack` never gives an empty text
+    gathered = gather(
+        loaded, sequences, ("head",), kinds=tuple(KINDS.values()), on_progress=lambda _, done, of: on_batch(done, of)
+    )
     found: dict[tuple[int, str], list[Transform]] = {}
-    for place, moments in accumulator.places():
+    for place, moments in gathered.accumulator.places():
         assert place.layer_idx is not None
         transform = fit_transform(moments.total()).to(loaded.model.dtype, loaded.device)
         found.setdefault((place.layer_idx, place.kind), []).append(transform)

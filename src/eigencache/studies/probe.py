@@ -3,24 +3,22 @@
 One pass over the text, each batch captured and added to moments; every statistic is computed from those at the end.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
-from eigencache.geometry import KINDS, kind_and_frame
-from eigencache.models.capture import Capture, CapturedLayer
+from eigencache.errors import StatisticsError
+from eigencache.models.capture import Capture
 from eigencache.models.load import LoadedModel, fingerprint
-from eigencache.provenance import Stopwatch
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
 from eigencache.studies.accumulate import Accumulator, shapes_of
 from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
+from eigencache.studies.gather import MEMORY, Gathered, Progress, captured_by_name, gather, silent
 
-Progress = Callable[[str, int, int], None]
 FrameChoice = Literal["pre", "post", "both"]
 
 
@@ -33,117 +31,59 @@ class ProbeSettings:
     scopes: tuple[Scope, ...] = SCOPES
     batch_size: int = 8
     seed: int = 0
-    memory: int = 4 * 2**30  # bytes for moments
+    memory: int = MEMORY
     demonstration: bool = True  # also the historic probe of four repeated sentences
 
 
-def _silent(_what: str, _done: int, _of: int) -> None: ...
-
-
 def probe_model(
-    loaded: LoadedModel, sequences: Sequences, settings: ProbeSettings | None = None, on_progress: Progress = _silent
+    loaded: LoadedModel, sequences: Sequences, settings: ProbeSettings | None = None, on_progress: Progress = silent
 ) -> ProbeRecord:
     """Run the probe; `on_progress(what, done, of)` is called after every batch and every spectrum.
 
-    Raises `LayerError`, `NonFiniteError`, `NoCacheError`, `TokenizerMismatchError`, `ModelError` (more positions asked
-    than the model has), `StatisticsError` (memory).
+    Raises what `gather` raises, and `StatisticsError` where the wanted frame was not captured.
     """
     settings = settings or ProbeSettings()
-    watch = Stopwatch()
-    check_fit(loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
-    contexts = sequences.corpus.distinct_8grams
-    with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
-        accumulator = _accumulate(capture, loaded.device, sequences, settings, watch, on_progress)
-        spectra = _spectra(accumulator, contexts, settings.seed, on_progress)
-        classic = classic_rows(spectra, "this text")
-        if settings.demonstration:
-            classic += _demonstration(capture, loaded, settings)
-        notes, style = list(capture.notes), capture.style
+    gathered = gather(
+        loaded,
+        sequences,
+        settings.scopes,
+        layers=settings.layers,
+        batch_size=settings.batch_size,
+        memory=settings.memory,
+        on_progress=on_progress,
+    )
+    return probe_gathered(loaded, gathered, settings, on_progress)
+
+
+def probe_gathered(
+    loaded: LoadedModel, gathered: Gathered, settings: ProbeSettings, on_progress: Progress = silent
+) -> ProbeRecord:
+    """The same of a text that was gathered with these settings."""
+    corpus, notes = gathered.sequences.corpus, gathered.notes
+    spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, settings.seed, on_progress)
+    classic = classic_rows(spectra, "this text")
+    if settings.demonstration:
+        classic += _demonstration(loaded, settings)
     frames = _frame_comparisons(spectra)
     unwanted = {"pre": "post_rope", "post": "pre_rope", "both": ""}[settings.frame]
     spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
     if not spectra:
         raise StatisticsError(f"--frame {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
-    warnings = [*sequences.corpus.warnings, *loaded.geometry.notes, *notes, *accumulator.notes, *_support_warnings(spectra)]
+    said = [*corpus.warnings, *loaded.geometry.notes, *notes, *gathered.accumulator.notes]
     options: dict[str, Any] = asdict(settings) | {
         "layers": ",".join(map(str, settings.layers)) if settings.layers else "all",
         "scopes": ",".join(settings.scopes),
-        "folds": accumulator.folds,
+        "folds": gathered.accumulator.folds,
     }
     return ProbeRecord(
-        model=model_record(loaded, style),
-        corpus=sequences.corpus,
-        run=watch.run(settings.seed, options),
+        model=model_record(loaded, gathered.style),
+        corpus=corpus,
+        run=gathered.watch.run(settings.seed, options),
         spectra=spectra,
         frames=frames,
         classic=classic,
-        warnings=warnings,
+        warnings=[*said, *_support_warnings(spectra)],
     )
-
-
-def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
-    """Raises when sequences are longer than the model's learned positions, or ids larger than its vocabulary."""
-    rows = loaded.embedded_ids
-    if largest_id >= rows:
-        raise TokenizerMismatchError(
-            f"{loaded.name}: the tokenizer gave id {largest_id}, the model embeds only {rows}: they do not belong together"
-        )
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if positions and max_length > positions and loaded.geometry.rope is None:
-        raise ModelError(
-            f"{loaded.name} has {positions} positions, sequences have {max_length}: use --max-length {positions}"
-        )
-
-
-def _accumulate(
-    capture: Capture,
-    device: torch.device,
-    sequences: Sequences,
-    settings: ProbeSettings,
-    watch: Stopwatch,
-    on_progress: Progress,
-) -> Accumulator:
-    accumulator, done = None, 0
-    for input_ids, attention_mask, indices in sequences.batches(settings.batch_size, pad_id=0):
-        lengths = attention_mask.sum(-1).tolist()
-        padded = min(lengths) < input_ids.shape[1]
-        with watch:
-            captured = capture.run(input_ids.to(device), attention_mask.to(device) if padded else None)
-        check_finite(captured)
-        tensors = captured_by_name(captured)
-        if accumulator is None:
-            count = len(sequences.ids)
-            accumulator = Accumulator(shapes_of(tensors), settings.scopes, sequences=count, budget=settings.memory)
-        accumulator.add(tensors, indices, lengths)
-        done += len(indices)
-        on_progress("capturing", done, len(sequences.ids))
-    assert accumulator is not None  # `pack` never gives an empty text
-    return accumulator
-
-
-def check_finite(captured: Iterable[CapturedLayer]) -> None:
-    """Raises `NonFiniteError` with the first layer, and the head in it, that holds NaN or infinite values."""
-    for layer in captured:
-        for name, tensor in layer.tensors.items():
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                head = int((~tensor.isfinite()).any(-1).any(-1).any(0).nonzero()[0])
-                raise NonFiniteError(
-                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values: try --dtype float32"
-                )
-
-
-def captured_by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
-    """Tensor name → layer → tensor; keys first, before rotation first."""
-    tensors: dict[str, dict[int, torch.Tensor]] = {}
-    for layer in captured:
-        for name, tensor in layer.tensors.items():
-            tensors.setdefault(name, {})[layer.layer_idx] = tensor
-
-    def place(name: str) -> tuple[int, bool]:
-        kind, frame = kind_and_frame(name)
-        return KINDS.index(kind), frame == "post_rope"
-
-    return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Progress) -> list[Spectrum]:
@@ -161,19 +101,20 @@ def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Pr
     return spectra
 
 
-def _demonstration(capture: Capture, loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
+def _demonstration(loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
     """The historic probe on four sentences repeated to fill 64 samples."""
     ids = [loaded.tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in SENTENCES]
     accumulator = None
-    for row in ids:
-        repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
-        tensors = captured_by_name(capture.run(repeated))
-        if accumulator is None:
-            accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=settings.memory)
-        accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
+    with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
+        for row in ids:
+            repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
+            tensors = captured_by_name(capture.run(repeated))
+            if accumulator is None:
+                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=settings.memory)
+            accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
     assert accumulator is not None
     distinct = len({tuple(row[: i + 1]) for row in ids for i in range(len(row))})
-    return classic_rows(_spectra(accumulator, distinct, settings.seed, _silent), "four repeated sentences")
+    return classic_rows(_spectra(accumulator, distinct, settings.seed, silent), "four repeated sentences")
 
 
 def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:

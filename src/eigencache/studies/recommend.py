@@ -19,10 +19,10 @@ from eigencache.studies.calibrate import Calibration, PCASettings
 from eigencache.studies.candidates import Search, coarse_plans, fine_plans, merged, settings_of
 from eigencache.studies.choose import best_per_target, candidates_of, nearest
 from eigencache.studies.evidence import evidence_of
+from eigencache.studies.gather import Progress
 from eigencache.studies.halves import halves_of, repeats, some_of
 from eigencache.studies.key_rounding import measure_keys
 from eigencache.studies.limits import limits_of
-from eigencache.studies.probe import Progress
 from eigencache.studies.sweep import Plan, sweep_model
 
 PASSES = ("coarse", "fine", "stated", "keys")

@@ -12,7 +12,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.records import ScoreRecord
-from eigencache.studies.probe import check_fit
+from eigencache.studies.gather import check_fit
 
 COPY_ROWS, COPY_SPAN = 64, 64
 BUCKETS = (256, 512, 1024, 2048)

@@ -19,7 +19,8 @@ from eigencache.provenance import Stopwatch
 from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepRecord, SweepSeries
 from eigencache.records import SCOPES, Scope
 from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
-from eigencache.studies.probe import Progress, model_record
+from eigencache.studies.gather import Progress
+from eigencache.studies.probe import model_record
 from eigencache.studies.resume import Partial
 
 Ranks = tuple[int | None, ...] | None
