@@ -6,9 +6,11 @@ A way is chosen by the upper end of its interval on one part of the text; its lo
 import math
 from typing import Literal, Self
 
+from pydantic import Field
+
 from eigencache.errors import BudgetError
 from eigencache.quality import Protocol, Quality, SweepPoint, SweepRecord, SweepSeries
-from eigencache.records import Corpus, Model, Record, Run, StoredRecord
+from eigencache.records import Corpus, Model, ProbeRecord, Record, Run, StoredRecord
 
 DEFAULT_PPL = "1%"
 WORDS = {"k": "K", "v": "V", "kv": "K and V", "latent": "the latent", "key_rope": "the rotary key"}
@@ -179,3 +181,18 @@ class Advice(StoredRecord):
         if stated is None or stated.delta_nll_interval is None:
             return None
         return stated.delta_nll_interval[1] <= self.budget.nats
+
+
+class Verdict(Record):
+    """What a report says about compressing one model: advice, or why there is none."""
+
+    advice: Advice | None = None
+    reason: str = ""
+
+
+class ReportRecord(StoredRecord):
+    """What stands behind one report: the probes, and a verdict on each where verdicts were asked for."""
+
+    schema_version: Literal["eigencache.report/1"] = "eigencache.report/1"
+    probes: list[ProbeRecord]
+    verdicts: list[Verdict] = Field(default_factory=list)  # in the order of the probes

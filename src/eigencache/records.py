@@ -210,13 +210,6 @@ class ProbeRecord(StoredRecord):
         return list(dict.fromkeys(s.name for s in self.spectra))
 
 
-class ReportRecord(StoredRecord):
-    """The probes behind one report."""
-
-    schema_version: Literal["eigencache.report/1"] = "eigencache.report/1"
-    probes: list[ProbeRecord]
-
-
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file completely or not at all, also when interrupted. Raises `OutputError`."""
     path = Path(path)

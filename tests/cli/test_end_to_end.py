@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from eigencache.advice import ReportRecord
 from eigencache.models.load import BUNDLED
-from eigencache.records import ProbeRecord, ReportRecord
+from eigencache.records import ProbeRecord
 
 ROOT = Path(__file__).parents[2]
 FEW = ("--tokens", "8192", "--max-length", "256")
@@ -49,14 +50,28 @@ def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").exists()
 
 
-def test_report_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
-    shown = run("-m", "eigencache", "report", "ref-llama", "ref-deepseek", *FEW, "-o", "out", folder=tmp_path)
+def test_report_answers_for_every_model_and_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
+    few = ("--tokens", 16_384, "--max-length", 256, "--held-out-tokens", 4096)
+    shown = run("-m", "eigencache", "report", "ref-llama", "ref-deepseek", *few, "-o", "out", folder=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
     assert "report.html" in shown
+    assert "In short" in shown
     data = ReportRecord.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert [probe.model.name for probe in data.probes] == ["ref-llama", "ref-deepseek"]
+    assert [verdict.advice.model.name for verdict in data.verdicts] == ["ref-llama", "ref-deepseek"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="?https?:', page)
+    assert page.count("What is compressible, at what loss") == page.count("What to do</h3>") == 2
+
+
+def test_report_says_why_a_model_was_not_judged_and_leaves_verdicts_out_when_asked(tmp_path: Path) -> None:
+    held_out = ("--text", "stdlib:held-out", *FEW)
+    shown = run("-m", "eigencache", "report", "ref-llama", *held_out, "-o", "a", folder=tmp_path)
+    assert "ref-llama: compression was not measured: " in shown
+    assert "occur in the calibration text" in ReportRecord.load(tmp_path / "a" / "report.json").verdicts[0].reason
+    shown = run("-m", "eigencache", "report", "ref-llama", *held_out, "--held-out", "none", "-o", "b", folder=tmp_path)
+    assert "In short" not in shown
+    assert ReportRecord.load(tmp_path / "b" / "report.json").verdicts == []
 
 
 def test_score_prints_loss_and_copy_accuracy_and_writes_them(tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import planted_sweeps as planted
-from eigencache.advice import Advice, Budget
+from eigencache.advice import Advice, Budget, ReportRecord
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, CorpusError, ModelError, RecordError, StatisticsError
 from eigencache.models.key_bias import key_biases
 from eigencache.models.load import fingerprint
 from eigencache.quality import Protocol, SweepRecord
-from eigencache.records import ReportRecord
 from eigencache.studies.calibrate import Calibration
 from eigencache.studies.candidates import Search, coarse_plans, fine_plans, rank_for, targets_and_scopes
 from eigencache.studies.halves import halves_of, repeats, some_of

@@ -12,7 +12,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from eigencache.records import ProbeRecord, ReportRecord, write_whole
+from eigencache.advice import ReportRecord
+from eigencache.records import ProbeRecord, write_whole
 from eigencache.report.assess import RULE, assess
 from eigencache.report.comparison import classic_table, compare_table
 from eigencache.report.figures import Interactive, cross_figures, model_figures
@@ -20,6 +21,7 @@ from eigencache.report.lookup import loud_warnings
 from eigencache.report.measured import LEGEND, short_names
 from eigencache.report.palette import DARK, LIGHT
 from eigencache.report.tables import geometry_lines, probe_table, spread_sentences, spread_table
+from eigencache.report.verdict import Shown, short_table, shown
 
 _LAYERS = {  # shades from the first layer to the last
     "light": [[68, 1, 84], [59, 82, 139], [33, 145, 140], [70, 160, 80]],
@@ -38,19 +40,23 @@ _METHOD = (
 )  # fmt: skip
 
 
-def write_report(records: list[ProbeRecord], path: str | Path) -> None:
+def write_report(report: ReportRecord, path: str | Path) -> None:
     """Write the page, whole or not at all. Raises `OutputError`."""
-    write_whole(path, page(records).encode())
+    write_whole(path, page(report).encode())
 
 
-def page(records: list[ProbeRecord]) -> str:
+def page(report: ReportRecord) -> str:
     """The page as one string that loads nothing from anywhere."""
+    records = report.probes
     names = short_names(records)
+    verdicts = dict(zip(names, map(shown, report.verdicts), strict=False))
     sections = [(name, record, model_figures(record)) for name, record in zip(names, records, strict=True)]
     across = cross_figures(records)
     figures = {figure.name: figure.data for figure in across}
     figures |= {f"{name}-{figure.name}": figure.data for name, _, found in sections for figure in found}
-    everything = ReportRecord(probes=records).model_dump_json().encode()
+    figures |= {f"{name}-{v.figure.name}": v.figure.data for name, v in verdicts.items() if v.figure}
+    everything = report.model_dump_json().encode()
+    in_short = short_table(report, names)
     scripts = [
         _json("figures", figures),
         _json("palette", {"light": LIGHT, "dark": DARK, "layers": _LAYERS}),
@@ -65,6 +71,7 @@ def page(records: list[ProbeRecord]) -> str:
         f'<nav>{links}<a href="#method">method</a><button id="theme" type="button">Dark</button>'
         '<button id="json" type="button">All numbers (JSON)</button></nav></header><main>',
         _warnings(f"{name}: {warning}" for name, record, _ in sections for warning in loud_warnings(record)),
+        in_short.html() if in_short else "",
         "<h2>Models compared</h2>",
         _assessments(records, names),
         replace(compare_table(records), notes=LEGEND).html(),
@@ -73,10 +80,10 @@ def page(records: list[ProbeRecord]) -> str:
         "sentences repeated to fill 64 samples. Such a probe measures its own text. Beside it the same figure on this "
         "text, and the figure that does not flatter.</p>",
         *(classic_table(record).html() for record in records),
-        *(_section(name, record, found) for name, record, found in sections),
+        *(_section(name, record, found) + _verdict(name, verdicts.get(name)) for name, record, found in sections),
         _method(),
         "</main>",
-        _footer(records),
+        _footer(report),
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -146,6 +153,22 @@ def _section(name: str, record: ProbeRecord, figures: list[Interactive]) -> str:
     )
 
 
+def _verdict(name: str, verdict: Shown | None) -> str:
+    if verdict is None:
+        return ""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in verdict.lines)
+    if not verdict.figure:
+        return f"<h3>What is compressible</h3>{lines}"
+    safe, *points = (table.html() for table in verdict.compressible)
+    ways, *behind = (table.html() for table in verdict.advice)
+    return (
+        f"<h3>What is compressible, at what loss</h3>{safe}{_grid([verdict.figure], f'{name}-')}"
+        f"<details><summary>Every point that was measured</summary>{''.join(points)}</details>"
+        f"<h3>What to do</h3>{lines}{ways}"
+        f"<details><summary>The evidence, and what this does not know</summary>{''.join(behind)}</details>"
+    )
+
+
 def _rotation(record: ProbeRecord) -> tuple[str, ...]:
     """How much of the keys' spread is rotation, in one sentence of this record's numbers."""
     if not record.frames:
@@ -166,13 +189,14 @@ def _method() -> str:
     return f'<h2 id="method">Method</h2><div class="card">{_facts(_METHOD)}</div>'
 
 
-def _footer(records: list[ProbeRecord]) -> str:
+def _footer(report: ReportRecord) -> str:
     rows = []
-    for record in records:
-        run = record.run
+    runs = [(record.model.name, "probe", record.run) for record in report.probes]
+    found = [verdict.advice for verdict in report.verdicts if verdict.advice]
+    for name, what, run in [*runs, *((a.model.name, "verdict", a.sweeps["given"].run) for a in found)]:
         settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
         rows.append(
-            f"{record.model.name}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "
+            f"{name}, {what}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "
             f"{run.peak_memory_mb:,.0f} MB, {run.machine}; eigencache {run.eigencache}, torch {run.torch}, transformers "
             f"{run.transformers}, Python {run.python}; seed {run.seed}; {settings}; {run.started}"
         )

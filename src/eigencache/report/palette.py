@@ -9,6 +9,7 @@ LIGHT = {
     "key_rope_pre_rope": "#0b7a8f",
     "key_rope_post_rope": "#a8336e",
     "keys_nope": "#7d6a1c",
+    "kv": "#a3324a",
     "reference": "#6a737d",
 }
 DARK = {
@@ -20,6 +21,7 @@ DARK = {
     "key_rope_pre_rope": "#5ccfe6",
     "key_rope_post_rope": "#ff8cc2",
     "keys_nope": "#d9c15f",
+    "kv": "#ff8fa3",
     "reference": "#9aa4af",
 }
 PAGE = {"light": "#ffffff", "dark": "#181c22"}  # what the figures lie on

@@ -81,6 +81,7 @@ class Calibration:
     memory: int = MEMORY
     seed: int = 0
     on_progress: Progress = silent
+    metric_tokens: int = METRIC_TOKENS
     gathered: Gathered | None = None  # moments of `sequences` in `scopes`, where somebody has them already
     rotations: dict[int, Rotation] = field(default_factory=dict)
     _moments: dict[Place, Moments] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class Calibration:
             measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
             self._metrics[name] = measure(
                 self.loaded,
-                _spread(self.sequences),
+                _spread(self.sequences, self.metric_tokens),
                 self.rotations,
                 on_batch=partial(self.on_progress, f"{name} metric"),
             )
@@ -193,9 +194,9 @@ class Calibration:
             )
 
 
-def _spread(sequences: Sequences) -> Sequences:
-    """Sequences from all over the text with `METRIC_TOKENS` tokens or a little more: metrics need less than bases."""
-    step = max(1, sequences.corpus.tokens // METRIC_TOKENS)
+def _spread(sequences: Sequences, tokens: int) -> Sequences:
+    """Sequences from all over the text with `tokens` tokens or a little more: metrics need less than bases."""
+    step = max(1, sequences.corpus.tokens // tokens)
     return replace(sequences, ids=sequences.ids[::step])
 
 

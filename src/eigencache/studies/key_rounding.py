@@ -7,18 +7,15 @@ import torch
 from torch import Tensor
 
 from eigencache.advice import KeyBias, KeyRounding, Keys
-from eigencache.codec.base import Codec
 from eigencache.codec.rounding import KINDS, RoundedKeys, Rounding
 from eigencache.corpora.sequences import Sequences
-from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
-from eigencache.evaluate.summary import summarise
 from eigencache.models.capture import Capture
 from eigencache.models.key_bias import key_biases
-from eigencache.models.load import LoadedModel, fingerprint
-from eigencache.quality import Protocol, Quality, SequenceLoss
+from eigencache.models.load import LoadedModel
+from eigencache.quality import Protocol
 from eigencache.spectral.rope import Rotation
-from eigencache.studies.gather import Progress
-from eigencache.studies.resume import Partial
+from eigencache.studies.gather import Progress, silent
+from eigencache.studies.scoring import score_codecs
 
 _SEQUENCES = 8  # of the calibration text: means need far fewer vectors than bases
 
@@ -32,7 +29,7 @@ def measure_keys(
     *,
     batch_size: int = 8,
     partial: Path | None = None,
-    on_progress: Progress = lambda *_: None,
+    on_progress: Progress = silent,
 ) -> Keys | None:
     """Biases per layer, and the loss of rounded keys on `sequences`; means from `calibration`. None without biases."""
     biases = key_biases(loaded)
@@ -52,54 +49,20 @@ def measure_keys(
         for mean_out in (False, True)
     }
     named = {codec.name: codec for codec in codecs.values()}
-    found = score_codecs(loaded, sequences, named, protocol, batch_size=batch_size, partial=partial, on_progress=on_progress)
+    found = score_codecs(
+        loaded,
+        sequences,
+        named,
+        protocol,
+        calibration=calibration.corpus,
+        batch_size=batch_size,
+        partial=partial,
+        on_progress=on_progress,
+    ).quality
     roundings = [
         KeyRounding(kind=kind, mean_out=mean_out, quality=found[codec.name]) for (kind, mean_out), codec in codecs.items()
     ]
     return Keys(biases=sizes, roundings=roundings)
-
-
-def score_codecs(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    codecs: Mapping[str, Codec],
-    protocol: Protocol,
-    *,
-    batch_size: int = 8,
-    partial: Path | None = None,
-    on_progress: Progress = lambda *_: None,
-) -> dict[str, Quality]:
-    """What every codec costs on `sequences`, each against the uncompressed cache; resumed from `partial`."""
-    key = {
-        "model": fingerprint(loaded.model),
-        "text": sequences.corpus.model_dump(),
-        "protocol": protocol.model_dump(),
-        "codecs": {name: codec.nbytes for name, codec in codecs.items()},
-        "batch": batch_size,
-    }
-    kept = Partial(partial, key)
-    total = len(batches_of(sequences, protocol, batch_size))
-    on_progress("scoring", len(kept.done), total)
-    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
-        losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
-        kept.add({"losses": losses, "held": scored.held})
-        on_progress("scoring", len(kept.done), total)
-
-    def losses_of(name: str) -> list[SequenceLoss]:
-        return [SequenceLoss(**loss) for batch in kept.done for loss in batch["losses"][name]]
-
-    return {
-        name: summarise(
-            name,
-            losses_of(name),
-            losses_of(UNCOMPRESSED),
-            encoded_tokens=sum(batch["held"][name][0] for batch in kept.done),
-            encoded_nbytes=sum(batch["held"][name][1] for batch in kept.done),
-            values_per_token=loaded.geometry.values_per_token,
-            basis_nbytes=codec.nbytes,
-        )
-        for name, codec in codecs.items()
-    }
 
 
 def _means_and_norms(loaded: LoadedModel, calibration: Sequences) -> tuple[dict[int, Tensor], dict[int, float]]:

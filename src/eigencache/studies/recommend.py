@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from eigencache.advice import Advice, Budget, Candidate
+from eigencache.advice import Advice, Budget, Candidate, Keys
 from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.models.load import LoadedModel
@@ -123,8 +123,11 @@ def recommend_model(
     return _argued(advice, left_out, probe)
 
 
-def recommend_sweep(record: SweepRecord, budget: Budget, subject: str) -> Advice:
-    """Advice from what one sweep measured: nothing is measured, so it is chosen and stated on the same tokens."""
+def recommend_sweep(record: SweepRecord, budget: Budget, subject: str, keys: Keys | None = None) -> Advice:
+    """Advice from what one sweep measured: nothing is measured, so it is chosen and stated on the same tokens.
+
+    `keys`: what is known of their biases.
+    """
     watch = Stopwatch()
     candidates = candidates_of(record)
     best = best_per_target(candidates, budget)
@@ -140,7 +143,7 @@ def recommend_sweep(record: SweepRecord, budget: Budget, subject: str) -> Advice
         chosen=best[0] if best else None,
         others=best[1:],
         nearest=None if best else nearest(candidates),
-        keys=None,
+        keys=keys,
         evidence=[],
         unknown=[],
         sweeps={"given": record},

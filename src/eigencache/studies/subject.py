@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+from eigencache.advice import ReportRecord
 from eigencache.errors import ModelError, RecordError
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.quality import SweepRecord
-from eigencache.records import ProbeRecord, ReportRecord
+from eigencache.records import ProbeRecord
 
 Subject = str | ProbeRecord | SweepRecord
 _KNOWN = {

@@ -12,16 +12,14 @@ from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
-from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
-from eigencache.evaluate.summary import summarise
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
-from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepRecord, SweepSeries
+from eigencache.quality import Protocol, SweepPoint, SweepRecord, SweepSeries
 from eigencache.records import SCOPES, Scope
 from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
-from eigencache.studies.gather import Progress
+from eigencache.studies.gather import Progress, silent
 from eigencache.studies.probe import model_record
-from eigencache.studies.resume import Partial
+from eigencache.studies.scoring import Scores, score_codecs
 
 Ranks = tuple[int | None, ...] | None
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
@@ -85,7 +83,7 @@ def sweep_model(
     batch_size: int = 8,
     force: bool = False,
     partial: Path | None = None,
-    on_progress: Progress = lambda *_: None,
+    on_progress: Progress = silent,
 ) -> SweepRecord:
     """Score every plan at every rank on held-out `sequences`; `partial`: where results are kept while it runs.
 
@@ -95,34 +93,26 @@ def sweep_model(
     watch = Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
     series = [_fit(calibration, plan) for plan in plans]
-    codecs = {f"{s.codecs[rank].name}": s.codecs[rank] for s in series for rank in s.codecs}
-    model = model_record(loaded, "the cache itself")
-    key = {
-        "model": model.sha256,
-        "text": sequences.corpus.model_dump(),
-        "calibration": calibration.sequences.corpus.model_dump(),
-        "protocol": protocol.model_dump(),
-        "codecs": list(codecs),
-        "batch": batch_size,
-    }
-    kept = Partial(partial, key)
-    total = len(batches_of(sequences, protocol, batch_size))
-    on_progress("scoring", len(kept.done), total)
-    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
-        losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
-        kept.add({"losses": losses, "held": scored.held})
-        on_progress("scoring", len(kept.done), total)
-    record = SweepRecord(
-        model=model,
+    scores = score_codecs(
+        loaded,
+        sequences,
+        {codec.name: codec for s in series for codec in s.codecs.values()},
+        protocol,
+        calibration=calibration.sequences.corpus,
+        batch_size=batch_size,
+        partial=partial,
+        on_progress=on_progress,
+    )
+    return SweepRecord(
+        model=model_record(loaded, "the cache itself"),
         corpus=sequences.corpus,
         calibration=calibration.sequences.corpus,
         protocol=protocol,
         run=watch.run(calibration.seed, {"batch_size": batch_size, "forced": force}),
-        uncompressed_nll=_uncompressed(kept.done),
-        series=[_series_record(loaded, s, kept.done) for s in series],
+        uncompressed_nll=scores.uncompressed_nll,
+        series=[_series_record(loaded, s, scores) for s in series],
         warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
     )
-    return record
 
 
 def codecs_of(calibration: Calibration, plan: Plan) -> dict[str, PCACodec]:
@@ -138,32 +128,12 @@ def _fit(calibration: Calibration, plan: Plan) -> _Series:
     return _Series(plan, codecs, width, sum(group.transform.width for group in full.groups))
 
 
-def _losses(done: list[dict], name: str) -> list[SequenceLoss]:
-    return [SequenceLoss(**loss) for batch in done for loss in batch["losses"][name]]
-
-
-def _uncompressed(done: list[dict]) -> float:
-    losses = _losses(done, UNCOMPRESSED)
-    return sum(loss.nll for loss in losses) / sum(loss.tokens for loss in losses)
-
-
-def _series_record(loaded: LoadedModel, series: _Series, done: list[dict]) -> SweepSeries:
-    values_per_token, uncompressed = loaded.geometry.values_per_token, _losses(done, UNCOMPRESSED)
+def _series_record(loaded: LoadedModel, series: _Series, scores: Scores) -> SweepSeries:
     points = []
     for rank, codec in series.codecs.items():
-        tokens, nbytes = (sum(batch["held"][codec.name][i] for batch in done) for i in (0, 1))
-        quality = summarise(
-            codec.name,
-            _losses(done, codec.name),
-            uncompressed,
-            encoded_tokens=tokens,
-            encoded_nbytes=nbytes,
-            values_per_token=values_per_token,
-            basis_nbytes=codec.nbytes,
-        )
-        rest = 2 * tokens * (values_per_token - series.values_per_token)
-        ratio = 2 * tokens * series.values_per_token / (nbytes - rest)
+        quality = scores.quality[codec.name]
+        rest = 2 * quality.encoded_tokens * (loaded.geometry.values_per_token - series.values_per_token)
+        ratio = 2 * quality.encoded_tokens * series.values_per_token / (quality.encoded_nbytes - rest)
         points.append(SweepPoint(rank=rank, target_ratio=ratio, quality=quality))
-    settings = series.plan.settings
     name = next(iter(series.codecs.values())).name.rsplit(" · ", 1)[0]
-    return SweepSeries(name=name, **asdict(settings), bits=series.plan.bits, width=series.width, points=points)
+    return SweepSeries(name=name, **asdict(series.plan.settings), bits=series.plan.bits, width=series.width, points=points)

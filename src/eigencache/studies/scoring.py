@@ -1,0 +1,73 @@
+"""Codecs scored through the cache, batch by batch, results kept while it runs: what sweeps and rounded keys share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eigencache.codec.base import Codec
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
+from eigencache.evaluate.summary import summarise
+from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.quality import Protocol, Quality, SequenceLoss
+from eigencache.records import Corpus
+from eigencache.studies.gather import Progress, silent
+from eigencache.studies.resume import Partial
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What every codec costs, by name, and the loss of the uncompressed cache in nats per token."""
+
+    uncompressed_nll: float
+    quality: dict[str, Quality]
+
+
+def score_codecs(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    codecs: Mapping[str, Codec],
+    protocol: Protocol,
+    *,
+    calibration: Corpus,
+    batch_size: int = 8,
+    partial: Path | None = None,
+    on_progress: Progress = silent,
+) -> Scores:
+    """Score all codecs on `sequences` beside the uncompressed cache; resumed from `partial` where that is of the same run.
+
+    `calibration`: what the codecs were made from. Raises what `score_through_cache` raises.
+    """
+    key = {
+        "model": fingerprint(loaded.model),
+        "text": sequences.corpus.model_dump(),
+        "calibration": calibration.model_dump(),
+        "protocol": protocol.model_dump(),
+        "codecs": {name: codec.nbytes for name, codec in codecs.items()},
+        "batch": batch_size,
+    }
+    kept = Partial(partial, key)
+    total = len(batches_of(sequences, protocol, batch_size))
+    on_progress("scoring", len(kept.done), total)
+    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
+        losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
+        kept.add({"losses": losses, "held": scored.held})
+        on_progress("scoring", len(kept.done), total)
+
+    def losses_of(name: str) -> list[SequenceLoss]:
+        return [SequenceLoss(**loss) for batch in kept.done for loss in batch["losses"][name]]
+
+    plain = losses_of(UNCOMPRESSED)
+    quality = {
+        name: summarise(
+            name,
+            losses_of(name),
+            plain,
+            encoded_tokens=sum(batch["held"][name][0] for batch in kept.done),
+            encoded_nbytes=sum(batch["held"][name][1] for batch in kept.done),
+            values_per_token=loaded.geometry.values_per_token,
+            basis_nbytes=codec.nbytes,
+        )
+        for name, codec in codecs.items()
+    }
+    return Scores(sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain), quality)
