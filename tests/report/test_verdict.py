@@ -1,8 +1,11 @@
 """The verdict names what is measured to be compressible, for certain, and says why where nothing was measured."""
 
+from statistics import fmean
+
 import pytest
 
 from eigencache.advice import Advice, Budget, ReportRecord, Verdict
+from eigencache.records import ProbeRecord
 from eigencache.report.html import page
 from eigencache.report.verdict import loss_figure, short_table, shown
 from eigencache.studies.recommend import recommend_sweep
@@ -21,11 +24,20 @@ def advice() -> Advice:
     return recommend_sweep(RECORD, BUDGET, "planted-model")
 
 
+def ranks_of(record: ProbeRecord) -> list[str]:
+    """Mean over layers of the rank of 90 % of the energy, keys before rotation and values, as tables write it."""
+    means = [fmean(s.rank_90 for s in record.select(name, "layer")) for name in ("keys_pre_rope", "values")]
+    return [f"{mean:.1f}".removesuffix(".0") for mean in means]
+
+
 def test_one_row_says_low_rank_compressible_and_to_do(gqa, advice: Advice) -> None:
     table = short_table(ReportRecord(probes=[gqa], verdicts=[Verdict(advice=advice)]), ["a"])
     ((name, low_rank, v, k, kv, what, ratio, loss),) = table.rows
     assert (name, v, k, kv, ratio) == ("a", "1.80", "—", "6.00", "6.00")
-    assert "compressible" in low_rank
+    widths = [f"{w} {n} of 64 per layer" for w, n in zip("KV", ranks_of(gqa), strict=True)]
+    assert low_rank.split("\n")[0] == widths[0]
+    assert low_rank.split("\n")[1].startswith(f"{widths[1]}, ")
+    assert low_rank.endswith(" of 128 over all")
     assert what.startswith("compress K before rotation and V")
     assert loss == "0.0030 [-0.0010, 0.0070]"
     assert "0.00995 nats" in table.notes[0]

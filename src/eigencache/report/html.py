@@ -67,7 +67,8 @@ def page(report: ReportRecord) -> str:
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in names)
     body = [
         '<header><h1>What the KV cache holds</h1><p class="lead">Spectra of keys, values and latents as these models cache '
-        "them, with the data behind every number. What the data cannot support is refused or marked.</p>"
+        "them, and what compressing them costs, with the data behind every number. What the data cannot support is refused "
+        "or marked.</p>"
         f'<nav>{links}<a href="#method">method</a><button id="theme" type="button">Dark</button>'
         '<button id="json" type="button">All numbers (JSON)</button></nav></header><main>',
         _warnings(f"{name}: {warning}" for name, record, _ in sections for warning in loud_warnings(record)),
