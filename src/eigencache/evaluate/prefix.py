@@ -6,6 +6,7 @@ What is read after it sees the prefix through that cache alone, also the first t
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eigencache.codec.base import Codec
@@ -76,7 +77,7 @@ def read(loaded: LoadedModel, ids: Tensor, cache: Any, codec: str = "a codec") -
 
 def require_finite(logits: Tensor, codec: str = "a codec") -> None:
     """Raises `NonFiniteError` where logits hold NaN or infinite values."""
-    if not logits.isfinite().all():
+    if not torch.stack(torch.aminmax(logits)).isfinite().all():
         raise NonFiniteError(
             f"logits through the cache of {codec} hold NaN or infinite values: use a wider --dtype or another codec"
         )
