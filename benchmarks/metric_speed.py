@@ -1,0 +1,65 @@
+"""Time of measuring a metric over that of a plain forward pass on the same tokens, in one run.
+
+    python benchmarks/metric_speed.py [--tokens 32768] [--repeats 3] [MODEL …]
+
+The plain pass is that of `probe_speed.py`, in batches of 4 as the metrics are measured; the ratio is that of the fastest
+repeats. Fisher: a forward pass with logits and a backward pass through activations. Attention: queries and keys alone.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+from eigencache.corpora.sequences import pack
+from eigencache.corpora.text import read_text
+from eigencache.models.load import BUNDLED, load
+from eigencache.models.rotation import rotations_of
+from eigencache.report.table import Table
+from eigencache.studies.attention_metric import attention_metrics
+from eigencache.studies.fisher import fisher_metrics
+from eigencache.studies.probe import default_length
+from probe_speed import plain_pass
+
+BATCH_SIZE = 4
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED))
+    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    for name in args.models:
+        loaded = load(name)
+        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=default_length(loaded))
+        rotations = rotations_of(loaded)
+        plain_pass(loaded, sequences, BATCH_SIZE)  # warm
+        times = [
+            (
+                plain_pass(loaded, sequences, BATCH_SIZE),
+                seconds(lambda: fisher_metrics(loaded, sequences, rotations, batch_size=BATCH_SIZE)),  # noqa: B023
+                seconds(lambda: attention_metrics(loaded, sequences, rotations, batch_size=BATCH_SIZE)),  # noqa: B023
+            )
+            for _ in range(args.repeats)
+        ]
+        plain, fisher, attention = (min(column) for column in zip(*times, strict=True))
+        rows.append((name, f"{sequences.corpus.tokens:,}", f"{fisher / plain:.2f}", f"{attention / plain:.2f}"))
+    note = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, fastest of {args.repeats}"
+    columns = ("Model", "Tokens", "Fisher", "Attention")
+    Console().print(Table("Metrics over plain forward pass", columns, tuple(rows), notes=(note,)))
+
+
+if __name__ == "__main__":
+    main()
