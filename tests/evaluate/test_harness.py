@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from eigencache.codec.folder import load_codec, save_codec
+from eigencache.corpora.sequences import pack
+from eigencache.corpora.text import read_text
 from eigencache.errors import CodecError, ModelError
+from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.studies.fitting import fitting_of
 from known import Identity, Zeros, bundled
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -113,9 +118,39 @@ def test_a_context_that_is_too_long_loses_its_start() -> None:
     assert far == near
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A codec of ref-llama that keeps half of every head's directions, in a folder."""
+    calibration = Calibration(
+        bundled("ref-llama"), pack(read_text("stdlib"), bundled("ref-llama").tokenizer, tokens=4096, max_length=128)
+    )
+    codec = calibration.fit(PCASettings("kv")).truncated(16)
+    folder = tmp_path_factory.mktemp("saved") / "codec"
+    save_codec(folder, codec, *fitting_of(codec, PCASettings("kv"), calibration))
+    return folder
+
+
+def test_a_saved_codec_is_read_from_its_folder(saved: Path) -> None:
+    plain, low, again = (
+        model(codec).loglikelihood(asked("loglikelihood", *PAIRS)) for codec in ("none", str(saved), load_codec(saved).codec)
+    )
+    assert low == again
+    assert low[0][0] < plain[0][0] - 0.01
+    assert low[2:4] == plain[2:4]
+
+
+def test_a_saved_codec_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CodecError, match=f"{saved}: fitted on ref-llama with another RoPE"):
+        CodecLM(bundled("ref-qwen2"), str(saved))
+    with pytest.raises(CodecError, match=r"card\.json: cannot be read"):
+        model(str(tmp_path))
+
+
 def test_bad_arguments_are_refused_in_one_line() -> None:
-    with pytest.raises(CodecError, match="codec=zip: no such codec; use none or 16bit"):
+    with pytest.raises(CodecError, match="codec=zip: no such codec; use none or 16bit, a folder that"):
         model("zip")
+    with pytest.raises(CodecError, match="codec=24: no such codec"):
+        model(24)
     with pytest.raises(ModelError, match="--batch_size 8: a cache does not know padding"):
         model(batch_size=8)
     with pytest.raises(ModelError, match="max_length=1: ref-llama reads from 2"):
@@ -158,14 +193,16 @@ test_split: test
     return TaskManager(include_path=str(tmp_path), include_defaults=False)
 
 
-def test_local_tasks_of_every_kind_run_with_and_without_a_codec(tasks: TaskManager) -> None:
+def test_local_tasks_of_every_kind_run_with_and_without_a_codec(tasks: TaskManager, saved: Path) -> None:
     def run(lm: object, **options: object) -> dict:
         names = ["local_choice", "local_rolling", "local_generation"]
         found = lm_eval.simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=0, **options)  # type: ignore[arg-type]
         return {name: next(v for k, v in found["results"][name].items() if k.endswith(",none")) for name in names}
 
     named = run("eigencache", model_args="pretrained=ref-llama,codec=16bit,chunk=8", device="cpu")
+    low = run("eigencache", model_args=f"pretrained=ref-llama,codec={saved},chunk=8", device="cpu")
     plain, zeros = (run(model(codec, chunk=8)) for codec in ("none", Zeros()))
+    assert plain["local_rolling"] < low["local_rolling"] < zeros["local_rolling"]
     assert plain["local_choice"] == named["local_choice"] == 1.0
     assert plain["local_generation"] == named["local_generation"] == 1.0 > zeros["local_generation"]
     assert named["local_rolling"] == pytest.approx(plain["local_rolling"], rel=1e-2)

@@ -1,6 +1,7 @@
 """Every way into a model ends in the same spectra: bundled name, folder, GGUF file, 8-bit, spread over devices."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,12 @@ def test_a_model_may_be_spread_over_devices() -> None:
     pytest.importorskip("accelerate")
     spread = load("ref-gpt2", device="auto")
     assert fingerprint(spread.model) == fingerprint(load("ref-gpt2").model)
+
+
+def test_a_fingerprint_is_of_the_model_wherever_it_lies(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(bundled_path("ref-llama"), elsewhere)
+    assert fingerprint(load(str(elsewhere)).model) == fingerprint(load("ref-llama").model)
 
 
 def test_a_fingerprint_sees_one_changed_weight() -> None:

@@ -1,24 +1,32 @@
 """`eigencache evaluate MODEL`: one way of compressing, judged by what the model says through its cache."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable, rank_numbers
+from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_folder, check_writable, rank_numbers
 from eigencache.cli.probe import ScopeName
 from eigencache.cli.sweep import Bits, MetricName, OneFrame, TargetName
+from eigencache.errors import CodecError, StatisticsError
 
 EXAMPLES = """
 [b]Examples[/b]\n
   eigencache evaluate ref-llama --target kv --ranks 16,24\n
   eigencache evaluate ref-deepseek --target latent --ranks 24 --metric fisher --output mla.json\n
   eigencache evaluate ref-llama --target v --ranks 16 --window 64 --tasks copy,needle --lengths 256,1024\n
-  eigencache evaluate meta-llama/Llama-3.2-1B --text wikitext2 --max-length 2048 --target k --ranks 32
+  eigencache evaluate meta-llama/Llama-3.2-1B --text wikitext2 --max-length 2048 --target k --ranks 32\n
+  eigencache evaluate ref-llama --target kv --ranks 24 --bits 8 --save-codec kv24\n
+  eigencache evaluate ref-llama --codec kv24 --tokens 8192
 """
+_FITTING = (
+    "target", "ranks", "scope", "frame", "metric", "bits", "calibration_text", "calibration_tokens", "save_to"
+)  # fmt: skip
 
 
 def run(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
     target: Annotated[TargetName | None, typer.Option("--target", help="Default: kv, or latent for MLA.")] = None,
     ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 16,24; default: half of the width.")] = None,
@@ -48,6 +56,10 @@ def run(
     calibration_tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
     ] = 131_072,
+    save_to: Annotated[
+        Path | None, typer.Option("--save-codec", help="Save the codec in this folder, for --codec and lm-eval; one rank.")
+    ] = None,
+    codec: Annotated[Path | None, typer.Option("--codec", help="A saved codec of this model: nothing is fitted.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
     device: Device = None,
@@ -61,35 +73,59 @@ def run(
     """
     check_writable(output)
     numbers = rank_numbers(ranks)
+    if codec and (unread := _given(context, _FITTING)):
+        raise CodecError(f"{', '.join(unread)}: for fitting a codec, --codec {codec} is fitted: leave out one of the two")
+    if save_to:
+        check_folder(save_to.parent)
+        if numbers and len(numbers) > 1:
+            raise StatisticsError(f"--ranks {ranks}: --save-codec {save_to} saves one codec: give one rank")
     from rich.console import Console
 
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.options import length_numbers
     from eigencache.cli.progress import progress_bar
+    from eigencache.codec.folder import check_replaceable, load_codec, save_codec
     from eigencache.codec.pca import CoefficientBits
     from eigencache.evaluate.prefix import Window
+    from eigencache.evaluate.tasks import task_named
+    from eigencache.models.belonging import check_belongs
     from eigencache.quality import Protocol
     from eigencache.report.evaluations import evaluation_tables
     from eigencache.studies.calibrate import Calibration, PCASettings
     from eigencache.studies.evaluation import evaluate_codecs
+    from eigencache.studies.fitting import fitting_of
     from eigencache.studies.sweep import Plan, codecs_of
 
     context_lengths = length_numbers(lengths)
     chosen = None if tasks is None else () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
+    for task in chosen or ():
+        task_named(task)
     widths: dict[Bits, CoefficientBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
+    saved = load_codec(codec) if codec else None
+    if save_to:
+        check_replaceable(save_to)
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    calibration_sequences = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     wanted = target.value if target else "latent" if loaded.geometry.mla else "kv"
     settings = PCASettings(wanted, scope.value, frame.value, metric.value)
     partial = output.with_name(f"{output.name}.partial") if output else None
+    fitting = None
+    if saved:
+        check_belongs(saved, loaded)
+    else:
+        fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     with progress_bar(model) as on_progress:
-        calibration = Calibration(loaded, calibration_sequences, scopes=(scope.value,), seed=seed, on_progress=on_progress)
-        plan = Plan(settings, widths[bits], numbers, shares=(0.5,))
+        if saved:
+            calibration, codecs = saved, {saved.codec.name: saved.codec.to(loaded.device)}
+        else:
+            calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
+            codecs = codecs_of(calibration, Plan(settings, widths[bits], numbers, shares=(0.5,)))
+            if save_to:
+                fitting = fitting_of(next(iter(codecs.values())), settings, calibration)
         record = evaluate_codecs(
             loaded,
             held_out,
             calibration,
-            codecs_of(calibration, plan),
+            codecs,
             (
                 Protocol(kind="prefix", length=prefix or max_length // 2),
                 Protocol(kind="chunked", length=chunk or max_length // 8, window=window),
@@ -108,8 +144,17 @@ def run(
         record.save(output)
     if partial:
         partial.unlink(missing_ok=True)
+    if save_to and fitting:
+        save_codec(save_to, next(iter(codecs.values())), *fitting)
     console = Console()
     for table in evaluation_tables(record):
         console.print(table)
-    if output:
-        console.print(f"written: {output}", markup=False, highlight=False)
+    for path in filter(None, (output, save_to)):
+        console.print(f"written: {path}", markup=False, highlight=False)
+
+
+def _given(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Which of these parameters stand on the command line, as they are spelled there."""
+    spelled = {param.name: param.opts[0] for param in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -4,7 +4,7 @@ One transform per head, per layer or for all layers, on keys before or after rot
 transform covers are kept in 16 bits and counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -56,6 +56,15 @@ class PCACodec:
     dtype: torch.dtype
     bits: CoefficientBits = 16
 
+    def __post_init__(self) -> None:
+        """Bases row by row, as they are stored: in another order the same numbers multiply to other last bits."""
+        object.__setattr__(self, "groups", _with_transforms(self.groups, _row_by_row))
+
+    @property
+    def rank(self) -> int:
+        """Coefficients per group, of the group that has most."""
+        return max(group.transform.rank for group in self.groups)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all bases and means; a transform that several groups share counts once."""
@@ -66,15 +75,14 @@ class PCACodec:
 
         Raises `CodecError` for a rank that no group has.
         """
-        most = max(group.transform.rank for group in self.groups)
-        if not 1 <= rank <= most:
-            raise CodecError(f"rank {rank}: {self.name} has ranks 1 to {most}")
-        kept: dict[int, Transform] = {}
-        for group in self.groups:
-            transform = group.transform
-            kept.setdefault(id(transform), transform.truncated(min(rank, transform.rank)))
-        groups = tuple(Group(group.parts, kept[id(group.transform)]) for group in self.groups)
+        if not 1 <= rank <= self.rank:
+            raise CodecError(f"rank {rank}: {self.name} has ranks 1 to {self.rank}")
+        groups = _with_transforms(self.groups, lambda transform: transform.truncated(min(rank, transform.rank)))
         return replace(self, groups=groups, name=name or self.name, bits=bits or self.bits)
+
+    def to(self, device: str | torch.device) -> "PCACodec":
+        """The same with its bases where the cache is; what is shared stays shared."""
+        return replace(self, groups=_with_transforms(self.groups, lambda transform: transform.to(torch.float32, device)))
 
     def encode(self, cached: Cached, start: int) -> Encoded:
         """Coefficients of every group, and 16-bit tensors of what no group covers.
@@ -149,3 +157,13 @@ class PCACodec:
             return 2 * tokens * (sum(ranks) + raw_values_per_token)
         scales = 4 * -(-tokens // GROUP) * sum(ranks)
         return tokens * sum(-(-rank * self.bits // 8) for rank in ranks) + scales + 2 * tokens * raw_values_per_token
+
+
+def _with_transforms(groups: tuple[Group, ...], change: Callable[[Transform], Transform]) -> tuple[Group, ...]:
+    """The groups with other transforms; those that share one share the new one."""
+    changed = {id(group.transform): change(group.transform) for group in groups}
+    return tuple(Group(group.parts, changed[id(group.transform)]) for group in groups)
+
+
+def _row_by_row(transform: Transform) -> Transform:
+    return Transform(transform.mean, transform.encoder.contiguous(), transform.decoder.contiguous(), transform.spectrum)

@@ -9,14 +9,17 @@ Requests are read one by one, because padding is not known to a cache.
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eigencache.codec.base import Codec, SixteenBit
+from eigencache.codec.folder import load_codec
 from eigencache.errors import CodecError, ModelError
 from eigencache.evaluate.prefix import Prefix, Window, read, read_prefix
+from eigencache.models.belonging import check_belongs
 from eigencache.models.load import LoadedModel, load
 
 try:
@@ -36,7 +39,8 @@ MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
 class CodecLM(TemplateLM):
     """A causal model whose context is held encoded while a continuation is scored or generated.
 
-    `pretrained`: a model spec of `load`, or a loaded model. `codec`: `none` (an ordinary cache), `16bit`, or a codec.
+    `pretrained`: a model spec of `load`, or a loaded model. `codec`: `none` (an ordinary cache), `16bit`, the folder of a
+    codec that was fitted on this model (`eigencache evaluate --save-codec`), or a codec.
     `window`, `block`: as in `CodecCache`. `chunk`: how many tokens of a rolling text are read at a time; all older than
     the window are held encoded. Raises `ModelError` and `CodecError` in one line.
     """
@@ -64,7 +68,8 @@ class CodecLM(TemplateLM):
         self.loaded = (
             load(pretrained, device=device, dtype=dtype, tokenizer=tokenizer) if isinstance(pretrained, str) else pretrained
         )
-        self.codec = _codec(codec, self.loaded.model.dtype) if isinstance(codec, str) else codec
+        # lm-eval makes a number of a folder's name that looks like one
+        self.codec = _codec(str(codec), self.loaded) if isinstance(codec, str | int) else codec
         self.tokenizer: Any = self.loaded.tokenizer
         self.window, self.chunk = Window(window, block), chunk
         self.max_length = _max_length(self.loaded, max_length)
@@ -211,10 +216,17 @@ class CodecLM(TemplateLM):
         return torch.tensor([ids], dtype=torch.int64, device=self.loaded.device)
 
 
-def _codec(name: str, dtype: torch.dtype) -> Codec | None:
-    if name not in CODECS:
-        raise CodecError(f"codec={name}: no such codec; use {' or '.join(CODECS)}, or pass a codec object from Python")
-    return None if name == "none" else SixteenBit(dtype)
+def _codec(name: str, loaded: LoadedModel) -> Codec | None:
+    if name in CODECS:
+        return None if name == "none" else SixteenBit(loaded.model.dtype)
+    if not Path(name).is_dir():
+        raise CodecError(
+            f"codec={name}: no such codec; use {' or '.join(CODECS)}, a folder that `eigencache evaluate --save-codec` "
+            "wrote, or pass a codec object from Python"
+        )
+    saved = load_codec(name)
+    check_belongs(saved, loaded)
+    return saved.codec.to(loaded.device)
 
 
 def _max_length(loaded: LoadedModel, wanted: int | None) -> int:

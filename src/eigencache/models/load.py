@@ -5,6 +5,7 @@ and the refusal of checkpoints that leave weights at random values (a probe of t
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,7 @@ from eigencache.models.adapters import adapter_for
 
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 _SAMPLE = 4096  # numbers of each weight that enter the fingerprint
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # where it lies, and what read it
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def with_evidence(geometry: KVGeometry, model: PreTrainedModel) -> KVGeometry:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the configuration and of up to 4,096 numbers of every weight: two models alike are one model."""
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    text = model.config.to_json_string(use_diff=False)
+    config = json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if k not in _NOT_THE_MODEL})
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().flatten()

@@ -6,6 +6,9 @@ i, i + r/2. Numbers beyond the rotary width pass unchanged. Scaled variants (YaR
 by a common factor, which the inverse divides out.
 """
 
+import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +17,7 @@ from torch import Tensor
 
 Pairing = Literal["half", "interleaved", "split"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
+_STEPS = 16  # per octave, of frequencies and scales in a hash
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,48 @@ class Rotation:
 def rotation_from(angles: Angles, pairing: Pairing) -> Rotation | None:
     """The rotation behind a table of positions 0, 1, … [1, 1, seq, pairs]; None where the table is not n·θ_i.
 
-    A rotation whose angles depend on the length of the text, or that turns by more than π per position, is None.
+    Frequencies are fitted to all positions, so that the rounding of a 16-bit table averages out. A rotation whose angles
+    depend on the length of the text, or that turns by more than π per position, is None.
     """
     cos, sin = angles.cos[0, 0].double().cpu(), angles.sin[0, 0].double().cpu()
-    scale = float(torch.hypot(cos[0, 0], sin[0, 0]))
-    if scale == 0 or len(cos) < 2:
+    if len(cos) < 2 or not (scale := float(torch.hypot(cos, sin).mean())):
         return None
-    rotation = Rotation(torch.atan2(sin[1], cos[1]), scale, pairing)
+    rotation = Rotation(_frequencies(torch.atan2(sin, cos)), scale, pairing)
     again = rotation.angles(torch.arange(len(cos)))
     error = max(float((again.cos[0, 0] - cos).abs().max()), float((again.sin[0, 0] - sin).abs().max()))
     return rotation if error <= 1e-2 * scale else None
+
+
+def _frequencies(turned: Tensor) -> Tensor:
+    """θ [pairs] that fits angles n·θ modulo 2π best, [seq, pairs] from n = 0; from twice as many positions at a time.
+
+    What half as many positions say of θ tells how often a pair has turned round by now.
+    """
+    frequencies, last = turned[1], len(turned) - 1
+    known = 1
+    while known < last:
+        known = min(2 * known, last)
+        n = torch.arange(1, known + 1, dtype=torch.float64)[:, None]
+        rounds = ((n * frequencies - turned[1 : known + 1]) / (2 * math.pi)).round()
+        frequencies = (n * (turned[1 : known + 1] + 2 * math.pi * rounds)).sum(0) / n.square().sum()
+    return frequencies
+
+
+def rope_sha256(rotations: Mapping[int, Rotation]) -> str:
+    """SHA-256 of the layers that rotate, their pairings, scales and frequencies: equal for rotations equal to rounding.
+
+    Frequencies and scales enter in steps of 1/16 octave (4 %). Machines and library versions compute them equal to about
+    1e-6, so that one in 40,000 falls on either side of a step's border: such a rotation passes for another one.
+    """
+    digest = hashlib.sha256()
+    for layer_idx, rotation in sorted(rotations.items()):
+        steps = [_step(value) for value in (rotation.scale, *rotation.frequencies.tolist())]
+        digest.update(f"{layer_idx} {rotation.pairing} {' '.join(steps)}\n".encode())
+    return digest.hexdigest()
+
+
+def _step(value: float) -> str:
+    """Sign and step of a number; what never turns over any length of text is 0."""
+    if abs(value) < 1e-12:
+        return "0"
+    return f"{'-' if value < 0 else '+'}{round(_STEPS * math.log2(abs(value)))}"

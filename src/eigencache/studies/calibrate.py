@@ -127,8 +127,8 @@ class Calibration:
             groups += self._groups(name, settings)
             if name.endswith("_pre_rope"):
                 rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
-        dtype = self.loaded.model.dtype
-        return PCACodec(settings.describe(), tuple(groups), rotations, dtype)
+        codec = PCACodec(settings.describe(), tuple(groups), rotations, self.loaded.model.dtype)
+        return codec.to(self.loaded.device)
 
     def _name(self, kind: str, frame: str) -> str:
         """The tensor name of a kind in the wanted frame, or in the only one it has."""

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eigencache.codec.folder import SavedCodec
 from eigencache.codec.ledger import ledger
 from eigencache.codec.pca import PCACodec
-from eigencache.corpora.overlap import check_overlap
+from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
@@ -15,6 +16,7 @@ from eigencache.evaluate.summary import summarise
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval, SequenceLoss
+from eigencache.records import Corpus
 from eigencache.studies.calibrate import Calibration
 from eigencache.studies.gather import Progress
 from eigencache.studies.probe import model_record
@@ -24,7 +26,7 @@ from eigencache.studies.resume import Partial
 def evaluate_codecs(
     loaded: LoadedModel,
     sequences: Sequences,
-    calibration: Calibration,
+    calibration: Calibration | SavedCodec,
     codecs: Mapping[str, PCACodec],
     protocols: Sequence[Protocol],
     *,
@@ -41,15 +43,17 @@ def evaluate_codecs(
 ) -> EvaluationRecord:
     """Measure everything; `partial`: where results are kept while it runs. `prompts` 0 and `tasks` () leave parts out.
 
+    `calibration`: what the codecs were fitted from, or the saved codec that says so.
     Raises what the parts raise, and `CorpusError` for a text that overlaps the calibration text unless `force`.
     """
     watch = Stopwatch()
-    overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
+    fitted_on, overlap = _calibration_text(calibration, sequences, force)
+    saved = calibration.card.tensors_sha256 if isinstance(calibration, SavedCodec) else None
     model = model_record(loaded, "the cache itself")
     key = {
         "model": model.sha256,
-        "texts": [text.model_dump() for text in (sequences.corpus, calibration.sequences.corpus)],
-        "codecs": list(codecs),
+        "texts": [text.model_dump() for text in (sequences.corpus, fitted_on)],
+        "codecs": [*codecs, saved],
         "settings": [[p.model_dump() for p in protocols], prompts, tasks, lengths, examples, str(window), batch_size, seed],
     }
     kept = Partial(partial, key)
@@ -89,14 +93,21 @@ def evaluate_codecs(
     return EvaluationRecord(
         model=model,
         corpus=sequences.corpus,
-        calibration=calibration.sequences.corpus,
-        run=watch.run(seed, {"batch_size": batch_size, "forced": force}),
+        calibration=fitted_on,
+        run=watch.run(seed, {"batch_size": batch_size, "forced": force, "codec_sha256": saved}),
         likelihood=[_likelihood(kept.done, protocol, codecs, values_per_token) for protocol in protocols],
         divergence=[Divergence(**one) for part in kept.done for one in part.get("divergence", ())],
         retrieval=[Retrieval(**one) for part in kept.done for one in part.get("retrieval", ())],
         ledgers={name: ledger(codec, values_per_token) for name, codec in codecs.items()},
-        warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
+        warnings=[*sequences.corpus.warnings, *fitted_on.warnings, *([overlap] if overlap else [])],
     )
+
+
+def _calibration_text(calibration: Calibration | SavedCodec, sequences: Sequences, force: bool) -> tuple[Corpus, str | None]:
+    """The record of the text that codecs were fitted on, and a warning where `sequences` overlap it."""
+    if isinstance(calibration, SavedCodec):
+        return calibration.card.origin.calibration, check_sketched_overlap(sequences.ids, calibration.windows, force=force)
+    return calibration.sequences.corpus, check_overlap(sequences.ids, calibration.sequences.ids, force=force)
 
 
 def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, PCACodec], values_per_token: int) -> Likelihood:

@@ -1,0 +1,34 @@
+"""Whether a saved codec belongs to a loaded model: a basis fitted on another cache would ruin this one silently."""
+
+from eigencache.codec.folder import SavedCodec
+from eigencache.errors import CodecError
+from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.rotation import rotations_of
+from eigencache.spectral.rope import rope_sha256
+
+
+def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
+    """A codec is refused for another dtype, another RoPE and other weights than it was fitted on; nothing forces it.
+
+    Raises `CodecError` naming both models and what to do. Dtype and RoPE are looked at before the model's hash, which
+    they would change too, because they say what is wrong. Costs one forward pass over 64 tokens.
+    """
+    origin, anew = saved.card.origin, "or fit a codec on this one (`eigencache evaluate --save-codec`)"
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    if dtype != origin.dtype:
+        raise CodecError(
+            f"{saved.folder}: fitted on {origin.model} in {origin.dtype}, {loaded.name} is loaded in {dtype}: "
+            f"use --dtype {origin.dtype}, {anew}"
+        )
+    rope = rope_sha256(rotations_of(loaded))
+    if rope != origin.rope_sha256:
+        raise CodecError(
+            f"{saved.folder}: fitted on {origin.model} with another RoPE ({origin.rope_sha256[:12]}) than {loaded.name} "
+            f"has ({rope[:12]}): load the model with the RoPE it was fitted with, {anew}"
+        )
+    found = fingerprint(loaded.model)
+    if found != origin.model_sha256:
+        raise CodecError(
+            f"{saved.folder}: fitted on {origin.model} ({origin.model_sha256[:12]}), this is {loaded.name} ({found[:12]}), "
+            f"other weights or another configuration: load the model it was fitted on, {anew}"
+        )
