@@ -55,3 +55,7 @@ class CodecError(EigencacheError):
 
 class BudgetError(EigencacheError):
     """A budget is no loss that could be allowed."""
+
+
+class TrainingError(EigencacheError):
+    """An adapter cannot be trained as asked, or its training diverged."""

@@ -13,7 +13,7 @@ EXAMPLES = """
 [b]Examples[/b]\n
   eigencache mla ref-deepseek\n
   eigencache mla ref-deepseek --against ref-llama --scope all\n
-  eigencache mla deepseek-ai/DeepSeek-V2-Lite --tokens 16384 --output mla.json
+  eigencache mla deepseek-ai/DeepSeek-V2-Lite --text wikitext2 --calibration-text wikitext2:train -o mla.json
 """
 
 
@@ -26,6 +26,7 @@ def run(
     text: Text = "stdlib:held-out",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 32_768,
     max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
+    calibration_text: Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")] = "stdlib",
     calibration_tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
     ] = 131_072,
@@ -58,9 +59,9 @@ def run(
         loaded, held_out = load_with_text(name, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
         if name == model:
             check_latent(loaded)
-        calibration_text = pack_with_progress(loaded, "stdlib", calibration_tokens, min(512, max_length))
+        fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
         with progress_bar(name) as on_progress:
-            calibration = Calibration(loaded, calibration_text, scopes=(scope.value,), seed=seed, on_progress=on_progress)
+            calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
             plans = [Plan(one, shares=shares) for one in settings]
             records.append(
                 sweep_model(loaded, held_out, calibration, plans, protocol, batch_size=batch_size, on_progress=on_progress)
@@ -68,7 +69,7 @@ def run(
             if name != model:
                 continue
             compared = compare_caches(loaded, held_out, protocol.length)
-            fitted = fit_expanded(loaded, calibration_text, on_batch=partial(on_progress, "expanded moments"))
+            fitted = fit_expanded(loaded, fitted_on, on_batch=partial(on_progress, "expanded moments"))
             for target in ("k", "v"):
                 step = partial(on_progress, f"{target} expanded")
                 records[0].series.append(

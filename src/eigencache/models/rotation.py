@@ -8,6 +8,7 @@ from eigencache.models.load import LoadedModel
 from eigencache.spectral.rope import Rotation, rotation_from
 
 _PROBE_TOKENS = 64
+_PROBE_TOKENS_16_BIT = 512  # a table of 16 bits tells frequencies only by many positions
 
 
 def rotations_of(loaded: LoadedModel) -> dict[int, Rotation]:
@@ -15,7 +16,8 @@ def rotations_of(loaded: LoadedModel) -> dict[int, Rotation]:
 
     Raises `UnsupportedArchitectureError` naming the layers where the rotation could not be identified.
     """
-    tokens = min(_PROBE_TOKENS, getattr(loaded.model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
+    tokens = _PROBE_TOKENS if loaded.model.dtype.itemsize > 2 else _PROBE_TOKENS_16_BIT
+    tokens = min(tokens, getattr(loaded.model.config, "max_position_embeddings", None) or tokens)
     ids = torch.randint(1, loaded.embedded_ids, (1, tokens), generator=torch.Generator().manual_seed(0))
     found, unknown = {}, []
     with Capture(loaded.model, loaded.geometry) as capture:

@@ -84,4 +84,5 @@ def _draw_perplexity(axes: Axes, record: AdapterRecord) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     dress(axes, "perplexity through the cache", "rank of the cache per layer", "perplexity")
+    axes.tick_params(which="minor", labelsize=8)
     legend(axes)

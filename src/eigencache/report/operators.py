@@ -92,5 +92,10 @@ def _cost(quality: Quality | None) -> str:
     if quality is None:
         return ABSENT
     interval = quality.delta_nll_interval
-    between = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
-    return f"{math.exp(quality.nll):.3f}\n{quality.delta_nll:+.4f}{between}"
+    between = f" [{_nats(interval[0])}, {_nats(interval[1])}]" if interval else ""
+    return f"{math.exp(quality.nll):.3f}\n{_nats(quality.delta_nll)}{between}"
+
+
+def _nats(value: float) -> str:
+    """Signed, and nothing is `+0.0000`, whatever side of zero its rounding fell on."""
+    return f"{round(value, 4) + 0.0:+.4f}"

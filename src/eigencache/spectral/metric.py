@@ -39,9 +39,9 @@ def lag_averaged(queries: Tensor, rotation: Rotation, lags: Tensor) -> Tensor:
     Δ with the other sign. Cost: one rotation of a d × d matrix per lag that has weight.
     """
     used = (lags > 0).nonzero().flatten()
-    share = (lags[used] / lags.sum()).double()
+    share = (lags[used] / lags.sum()).to(queries.device, torch.float64)
     root = roots(regularised(queries.double(), 1e-12))[0]  # C = root rootᵀ: its rows stand for the queries
-    turned, back = (_per_lag(rotation.angles(n)) for n in (used, torch.zeros_like(used)))
+    turned, back = (_per_lag(rotation.angles(n).to(queries.device)) for n in (used, torch.zeros_like(used)))
     rows = unrotate(rotate(root.expand(1, len(used), *root.shape), turned, rotation.pairing), back, rotation.pairing)[0]
     rows[..., : turned.rotary_dim] *= rotation.scale**2  # `unrotate` is the inverse; a logit has the transpose
     return torch.einsum("l,lqi,lqj->ij", share, rows, rows)

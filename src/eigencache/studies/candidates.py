@@ -111,8 +111,9 @@ def fine_plans(coarse: SweepRecord, budget_nats: float, search: Search) -> list[
         rank = rank_for(series, aim)
         for bits, multiples in search.fine:
             plans.append(Plan(settings_of(series), bits, _ranks(series.width, (rank * m for m in multiples))))
-    whole = next(series for series in coarse.series if series.target in ("kv", "latent") and series.scope == "head")
-    plans.append(Plan(replace(settings_of(whole), metric="frobenius"), 8, (whole.width,)))
+    for whole in coarse.series:  # none where the text could not carry a basis of every head
+        if whole.target in ("kv", "latent") and whole.scope == "head":
+            plans.append(Plan(replace(settings_of(whole), metric="frobenius"), 8, (whole.width,)))
     return merged(plans)
 
 

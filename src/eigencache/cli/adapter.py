@@ -1,0 +1,121 @@
+"""`eigencache adapter MODEL`: residual adapters trained, read as operators, truncated, beside direct PCA."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable, layer_numbers, rank_numbers
+from eigencache.errors import CorpusError
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache adapter ref-llama\n
+  eigencache adapter ref-gpt2 --ranks 32,64,full --output gpt2.json --plot gpt2.png\n
+  eigencache adapter ref-llama --loss nll@rank --loss-rank 16 --inner-rank 64 --learning-rate 1e-2\n
+  eigencache adapter ref-llama --target k --layers 0,3,6 --steps 20
+"""
+
+
+class AdapterTarget(StrEnum):
+    """Which tensor gets the adapter."""
+
+    v = "v"
+    k = "k"
+
+
+class Loss(StrEnum):
+    """What the adapters are trained for."""
+
+    nll = "nll"
+    nll_tail = "nll+tail"
+    nll_at_rank = "nll@rank"
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="ref-gpt2, ref-llama, ref-qwen2, a folder, a .gguf file or a hub name.")],
+    target: Annotated[AdapterTarget, typer.Option("--target", help="Values, or keys before rotation.")] = AdapterTarget.v,
+    layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, such as 0,6,12.")] = None,
+    ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 8,16,full; default: quarters of the width.")] = None,
+    loss: Annotated[
+        Loss,
+        typer.Option(
+            "--loss",
+            help="nll: of the text; nll+tail: plus the share of variance outside the top r directions; nll@rank: nll "
+            "with all but those cut off.",
+        ),
+    ] = Loss.nll,
+    loss_rank: Annotated[
+        int | None, typer.Option("--loss-rank", help="r of nll+tail and nll@rank; default half of the width.")
+    ] = None,
+    tail_weight: Annotated[float, typer.Option("--tail-weight", min=0, help="Nats that the whole share costs.")] = 1.0,
+    inner_rank: Annotated[int, typer.Option("--inner-rank", help="Rows of W_in.")] = 16,
+    scale: Annotated[float, typer.Option("--scale", help="s in M = I + s·W_out W_in.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps; 0 leaves M the identity.")] = 60,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, at most 1.")] = 1e-3,
+    text: Text = "stdlib:held-out",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 16_384,
+    max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 512,
+    prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", min=1, help="Instead: tokens read at a time, all older ones held encoded.")
+    ] = None,
+    calibration_text: Annotated[
+        str, typer.Option("--calibration-text", help="What is trained on, and bases are fitted on.")
+    ] = "stdlib",
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
+    ] = 65_536,
+    force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+) -> None:
+    """Train residual adapters on values or keys, analyse them as operators, and score their truncation beside PCA."""
+    check_writable(output, plot)
+    if prefix and chunk:
+        raise CorpusError("--prefix and --chunk: a text is read in one of the two ways: give one of them")
+    layer_choice, rank_choice = layer_numbers(layers), rank_numbers(ranks)
+    from rich.console import Console
+
+    from eigencache.cli.measuring import load_with_text, pack_with_progress
+    from eigencache.cli.progress import progress_bar
+    from eigencache.quality import Protocol
+    from eigencache.report.adapter_plot import plot_adapter
+    from eigencache.report.operators import operator_table, truncation_table
+    from eigencache.report.plots import save_figure
+    from eigencache.studies.adapter import study_adapter
+    from eigencache.studies.adapter_training import TrainingSettings
+
+    loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
+    calibration = pack_with_progress(loaded, calibration_text, calibration_tokens, max_length)
+    training = TrainingSettings(
+        loss.value, loss_rank, tail_weight, inner_rank, scale, steps, learning_rate, batch_size, seed
+    )
+    protocol = Protocol(kind="chunked" if chunk else "prefix", length=chunk or prefix or max_length // 2)
+    with progress_bar(model) as on_progress:
+        record = study_adapter(
+            loaded,
+            held_out,
+            calibration,
+            protocol,
+            target=target.value,
+            layers=layer_choice,
+            ranks=rank_choice,
+            training=training,
+            force=force,
+            on_progress=on_progress,
+        )
+    if output:
+        record.save(output)
+    if plot:
+        save_figure(plot_adapter(record), plot)
+    console = Console()
+    console.print(operator_table(record))
+    console.print(truncation_table(record))
+    for path in filter(None, (output, plot)):
+        console.print(f"written: {path}", markup=False, highlight=False)

@@ -1,0 +1,180 @@
+"""Residual adapters in a frozen model: what a projection gives to the cache becomes x + s·W_out(W_in(x)).
+
+They sit in forward hooks on the projections of values or keys, heads of a layer joined; the model itself is not touched.
+Where the values or keys of a layer stand in its projection's output is found as a capture finds it: by equality with
+what the cache was given. With an adapter in place the cache therefore holds V_eff = M·V and never V.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eigencache.errors import NonFiniteError, UnsupportedArchitectureError
+from eigencache.geometry import KVGeometry, Layer
+from eigencache.models.adapters import adapter_for
+from eigencache.models.capture import Capture, check_layers
+
+AdapterTarget = Literal["v", "k"]
+WORDS: dict[AdapterTarget, str] = {"v": "values", "k": "keys"}
+_INITIAL_STD = 0.02  # of W_in; W_out is zero
+
+
+class Residual(nn.Module):
+    """x + s·W_out(W_in(x)) over the last dimension; with W_out zero, as before training, x comes back bit for bit."""
+
+    def __init__(self, width: int, inner_rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = scale
+        self.w_in = nn.Parameter(_INITIAL_STD * torch.randn(inner_rank, width, generator=generator))
+        self.w_out = nn.Parameter(torch.zeros(width, inner_rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """M x for x [..., p] in its dtype; the change is computed in float32."""
+        return x + (self.scale * (x.to(self.w_in.dtype) @ self.w_in.mT) @ self.w_out.mT).to(x.dtype)
+
+    @property
+    def operator(self) -> Tensor:
+        """M = I + s·W_out W_in [p, p] in float64: M v for a column vector v."""
+        w_out, w_in = (weight.detach().double().cpu() for weight in (self.w_out, self.w_in))
+        return torch.eye(len(w_out), dtype=torch.float64) + self.scale * w_out @ w_in
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where the values or keys of a layer leave their projection: these `columns` of the last dimension it gives."""
+
+    layer_idx: int
+    module: nn.Module
+    columns: Tensor  # Int64 [heads · dim], head by head
+
+    @property
+    def width(self) -> int:
+        """Numbers per token."""
+        return len(self.columns)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@contextmanager
+def inserted(
+    sites: Iterable[Site], residuals: Mapping[int, Residual], behind: Callable[[Tensor], Tensor] = _as_it_is
+) -> Iterator[dict[int, Tensor]]:
+    """While it is open the residuals act; afterwards every hook is gone, also after an error.
+
+    Gives layer → the vectors [batch, seq, p] that the latest forward pass made for the cache, before any rotation.
+    `behind`: what becomes of them on their way to the cache and to attention.
+    """
+    made: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            hook = _hook(site, residuals[site.layer_idx], made, behind)
+            stack.callback(site.module.register_forward_hook(hook).remove)
+        yield made
+
+
+def _hook(
+    site: Site, residual: Residual, made: dict[int, Tensor], behind: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    def hook(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        columns = site.columns.to(output.device)
+        made[site.layer_idx] = changed = residual(output[..., columns])
+        return output.index_copy(-1, columns, behind(changed))
+
+    return hook
+
+
+def find_sites(
+    model: PreTrainedModel,
+    geometry: KVGeometry,
+    target: AdapterTarget,
+    layers: Iterable[int] | None,
+    input_ids: Tensor,
+) -> list[Site]:
+    """One site per layer, proved on one forward pass: its columns are what the cache was given, bit for bit.
+
+    Keys are those before rotation. Raises `LayerError` for a layer without a cache, `NonFiniteError`, and
+    `UnsupportedArchitectureError` for MLA and for keys or values that are normed or scaled after the projection.
+    """
+    chosen = check_layers(geometry, layers)
+    if latent := [layer_idx for layer_idx in chosen if geometry.layers[layer_idx].mla]:
+        raise UnsupportedArchitectureError(
+            f"{geometry.model_type}: layer {latent[0]} caches an MLA latent and not {WORDS[target]}, so an adapter of "
+            f"{WORDS[target]} has no cache mode: use a model with MHA, GQA or MQA"
+        )
+    found: dict[int, tuple[nn.Module, bool]] = {}
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for module in model.modules():
+            layer_idx = getattr(module, "layer_idx", None)
+            if layer_idx not in chosen or layer_idx in found or not (projection := _projection(module, target)):
+                continue
+            found[layer_idx] = projection
+
+            def after(_module: nn.Module, _args: tuple, output: Tensor, layer_idx: int = layer_idx) -> None:
+                outputs[layer_idx] = output
+
+            stack.callback(projection[0].register_forward_hook(after).remove)
+        captured = stack.enter_context(Capture(model, geometry, layers=chosen)).run(input_ids)
+    sites = []
+    for layer in captured:
+        layer_idx, tensors = layer.layer_idx, layer.tensors
+        stored = tensors["values"] if target == "v" else tensors.get("keys_pre_rope", tensors.get("keys"))
+        site = None
+        if stored is not None and layer_idx in outputs:
+            if not stored.isfinite().all():
+                raise NonFiniteError(f"{WORDS[target]}: layer {layer_idx} holds NaN or infinite values: try --dtype float32")
+            module, fused = found[layer_idx]
+            site = _proved(layer_idx, module, outputs[layer_idx], stored, geometry.layers[layer_idx], target, fused)
+        if site is None:
+            raise UnsupportedArchitectureError(
+                f"{geometry.model_type}: the {WORDS[target]} that layer {layer_idx} caches are not what a projection of it "
+                "gives (a norm or a scale stands between, or its name is unknown): an adapter cannot be inserted there"
+            )
+        sites.append(site)
+    return sites
+
+
+def _projection(attention: nn.Module, target: AdapterTarget) -> tuple[nn.Module, bool] | None:
+    """The submodule that gives values or keys, and whether it gives queries beside them."""
+    style = adapter_for(attention)
+    if style is None:
+        return None
+    roles = style.modules(attention)
+    if "fused" in roles:
+        return roles["fused"], True
+    separate = roles.get("keys") if target == "k" else getattr(attention, "v_proj", None)
+    return (separate, False) if isinstance(separate, nn.Module) else None
+
+
+def _proved(
+    layer_idx: int, module: nn.Module, output: Tensor, stored: Tensor, layer: Layer, target: AdapterTarget, fused: bool
+) -> Site | None:
+    """The site whose columns, read head by head, are what the cache was given."""
+    for columns in _columns(output.shape[-1], layer, target, fused):
+        read = output[..., columns.to(output.device)]
+        if read.shape[-1] % stored.shape[-1] == 0 and torch.equal(
+            read.unflatten(-1, (-1, stored.shape[-1])).transpose(1, 2), stored
+        ):
+            return Site(layer_idx, module, columns)
+    return None
+
+
+def _columns(width: int, layer: Layer, target: AdapterTarget, fused: bool) -> Iterator[Tensor]:
+    """Where values or keys may stand among `width` numbers: all of them, behind the queries, or group by group."""
+    every = torch.arange(width)
+    if not fused:
+        yield every
+        return
+    heads, dim = layer.num_attention_heads, layer.head_dim
+    kv_heads = (width // dim - heads) // 2
+    if kv_heads < 1 or (heads + 2 * kv_heads) * dim != width or heads % kv_heads:
+        return
+    yield every[heads * dim :].view(2, -1)[int(target == "v")]
+    yield every.view(kv_heads, -1, dim)[:, -1 if target == "v" else -2].flatten()
