@@ -30,8 +30,8 @@ def kept_shares(svd: Transform, pca: Transform) -> Tensor:
 
     `pca` holds the vectors' covariance as its full basis and spectrum. By Ky Fan no basis keeps more than `pca` does.
     """
-    cosines = svd.encoder.double().mT @ pca.encoder.double()
-    return sp.energy_shares(cosines.square() @ pca.spectrum.double())
+    svd, pca = (transform.to(torch.float64) for transform in (svd, pca))
+    return sp.energy_shares((svd.encoder.mT @ pca.encoder).square() @ pca.spectrum)
 
 
 def analyse(layer_idx: int, matrix: Tensor, frozen: Transform, adapted: Transform, ranks: list[int]) -> Operator:
@@ -54,6 +54,6 @@ def analyse(layer_idx: int, matrix: Tensor, frozen: Transform, adapted: Transfor
         energy=at_points(sp.energy_shares(svd.spectrum)),
         effective_rank=float(sp.effective_rank(svd.spectrum)),
         distance=float(torch.linalg.norm(matrix - identity) / torch.linalg.norm(identity)),
-        variance_energy=at_points(sp.energy_shares(frozen.spectrum.double())),
+        variance_energy=at_points(sp.energy_shares(frozen.spectrum.double().cpu())),
         variance_kept=at_points(kept_shares(svd, adapted)),
     )

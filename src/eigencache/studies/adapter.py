@@ -138,5 +138,5 @@ def _operator_codec(pca: PCACodec, operators: Mapping[int, Tensor], *, centred: 
     groups = []
     for group in pca.groups:
         transform = operator_transform(operators[group.parts[0].layer_idx], group.transform.mean if centred else None)
-        groups.append(Group(group.parts, transform.to(torch.float32)))
+        groups.append(Group(group.parts, transform.to(torch.float32, group.transform.mean.device)))
     return replace(pca, groups=tuple(groups))
