@@ -5,7 +5,7 @@ import pytest
 from eigencache.errors import CodecError, StatisticsError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import score_through_cache
 from eigencache.quality import Protocol
-from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
+from eigencache.studies.calibrate import Calibration, PCASettings, targets_of, width_of
 
 LENGTHS = (64,) * 32
 SCOPES = ("head", "layer", "all")
@@ -41,6 +41,15 @@ def test_full_rank_changes_nothing_and_low_rank_does(name: str, metric: str, cal
                 codec = calibrated.fit(PCASettings(target, scope, frame, metric))
                 assert divergence(calibrated, codec, sequences) < 1e-4, (target, scope, frame)
                 assert divergence(calibrated, codec.truncated(1), sequences) > 1e-3, (target, scope, frame)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_architecture_alone_tells_the_full_rank(name: str, calibration) -> None:
+    calibrated = calibration(name)
+    for target in targets_of(calibrated.loaded):
+        for scope in SCOPES:
+            settings = PCASettings(target, scope)
+            assert width_of(calibrated.loaded.geometry, settings) == calibrated.fit(settings).rank
 
 
 def test_uncentred_and_tempered_and_controls_are_other_bases(calibration, sequences) -> None:

@@ -94,7 +94,7 @@ def run(
     from eigencache.studies.calibrate import Calibration, PCASettings
     from eigencache.studies.evaluation import evaluate_codecs
     from eigencache.studies.fitting import fitting_of
-    from eigencache.studies.sweep import Plan, codecs_of
+    from eigencache.studies.sweep import Plan, check_plans, codecs_of
 
     context_lengths = length_numbers(lengths)
     chosen = None if tasks is None else () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
@@ -106,21 +106,22 @@ def run(
         check_replaceable(save_to)
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
     wanted = target.value if target else "latent" if loaded.geometry.mla else "kv"
-    settings = PCASettings(wanted, scope.value, frame.value, metric.value)
+    plan = Plan(PCASettings(wanted, scope.value, frame.value, metric.value), widths[bits], numbers, shares=(0.5,))
     partial = output.with_name(f"{output.name}.partial") if output else None
     fitting = None
     if saved:
         check_belongs(saved, loaded)
     else:
+        check_plans(loaded, [plan])
         fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     with progress_bar(model) as on_progress:
         if saved:
             calibration, codecs = saved, {saved.codec.name: saved.codec.to(loaded.device)}
         else:
             calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
-            codecs = codecs_of(calibration, Plan(settings, widths[bits], numbers, shares=(0.5,)))
+            codecs = codecs_of(calibration, plan)
             if save_to:
-                fitting = fitting_of(next(iter(codecs.values())), settings, calibration)
+                fitting = fitting_of(next(iter(codecs.values())), plan.settings, calibration)
         record = evaluate_codecs(
             loaded,
             held_out,

@@ -99,10 +99,9 @@ def run(
     from eigencache.report.sweep_plot import plot_sweep
     from eigencache.report.sweeps import safety_table, sweep_table
     from eigencache.studies.calibrate import Calibration, PCASettings
-    from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
+    from eigencache.studies.sweep import Plan, check_plans, control_plans, default_plans, needed_scopes, sweep_model
 
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    calibration_sequences = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     settings = PCASettings("v", scope.value, frame.value, metric.value, centred, alpha)
     widths: dict[Bits, CoefficientBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
     width = widths[bits]
@@ -112,6 +111,8 @@ def run(
         plans = [Plan(settings.of(one.value), width, numbers) for one in dict.fromkeys(target)]
     if controls:
         plans = list(dict.fromkeys(plans + control_plans(loaded, bits=width, ranks=numbers)))
+    check_plans(loaded, plans)
+    calibration_sequences = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     protocol = Protocol(kind="prefix", length=prefix or max_length // 2)
     partial = output.with_name(f"{output.name}.partial") if output else None
     with progress_bar(model) as on_progress:

@@ -14,7 +14,7 @@ from torch import Tensor
 from eigencache.codec.pca import Group, Part, PCACodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
-from eigencache.geometry import kind_and_frame
+from eigencache.geometry import KVGeometry, Layer, kind_and_frame
 from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.records import Scope
@@ -120,6 +120,7 @@ class Calibration:
 
         Raises `CodecError` for a target the model does not cache, `StatisticsError` for too little text.
         """
+        check_target(self.loaded, settings.target)
         groups: list[Group] = []
         rotations: dict[int, tuple[int, Rotation]] = {}
         for kind in _KINDS[settings.target]:
@@ -132,14 +133,7 @@ class Calibration:
 
     def _name(self, kind: str, frame: str) -> str:
         """The tensor name of a kind in the wanted frame, or in the only one it has."""
-        names = [f"{kind}_{frame}_rope", kind]
-        found = next((name for name in names if name in self._columns), None)
-        if found is None:
-            kinds = sorted({kind_and_frame(name)[0] for name in self._columns})
-            raise CodecError(
-                f"{self.loaded.name} does not cache {kind}: it caches {' and '.join(kinds)}; choose such a --target"
-            )
-        return found
+        return next(name for name in (f"{kind}_{frame}_rope", kind) if name in self._columns)
 
     def _groups(self, name: str, settings: PCASettings) -> list[Group]:
         kind, frame = kind_and_frame(name)
@@ -211,3 +205,29 @@ def _pooled(parts: list[SecondOrder]) -> SecondOrder:
 def targets_of(loaded: LoadedModel) -> tuple[Target, ...]:
     """The targets that a model's cache has, the most usual first."""
     return ("latent", "key_rope") if loaded.geometry.mla else ("v", "k", "kv")
+
+
+def check_target(loaded: LoadedModel, target: Target) -> None:
+    """Raises `CodecError` for a target that the model does not cache."""
+    cached = sorted({kind for one in targets_of(loaded) for kind in _KINDS[one]})
+    if missing := [kind for kind in _KINDS[target] if kind not in cached]:
+        raise CodecError(
+            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}; choose such a --target"
+        )
+
+
+def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
+    """Numbers of the widest vector that is transformed, which is the full rank of `fit`, from the architecture alone."""
+    widths = []
+    for kind in _KINDS[settings.target]:
+        sizes = [_size(layer, kind) for layer in geometry.layers if layer.cached]
+        whole = [heads * dim for heads, dim in sizes]
+        widths.append({"head": max(dim for _, dim in sizes), "layer": max(whole), "all": sum(whole)}[settings.scope])
+    return max(widths)
+
+
+def _size(layer: Layer, kind: str) -> tuple[int, int]:
+    """Heads and numbers per head of what one layer caches."""
+    if layer.mla:
+        return 1, {"latent": layer.mla.kv_lora_rank, "key_rope": layer.mla.qk_rope_head_dim}[kind]
+    return layer.num_key_value_heads, {"keys": layer.head_dim, "values": layer.v_head_dim}[kind]

@@ -16,7 +16,7 @@ from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.quality import Protocol, SweepPoint, SweepRecord, SweepSeries
 from eigencache.records import SCOPES, Scope
-from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
+from eigencache.studies.calibrate import Calibration, PCASettings, check_target, targets_of, width_of
 from eigencache.studies.gather import Progress, silent
 from eigencache.studies.probe import model_record
 from eigencache.studies.scoring import Scores, score_codecs
@@ -63,6 +63,13 @@ def control_plans(loaded: LoadedModel, *, bits: CoefficientBits = 16, ranks: Ran
 def needed_scopes(plans: Sequence[Plan]) -> tuple[Scope, ...]:
     """The scopes whose moments have to be captured."""
     return tuple(scope for scope in SCOPES if any(plan.settings.scope == scope for plan in plans))
+
+
+def check_plans(loaded: LoadedModel, plans: Sequence[Plan]) -> None:
+    """Raises `CodecError` for a target and `StatisticsError` for a rank that the model cannot have: nothing is read yet."""
+    for plan in plans:
+        check_target(loaded, plan.settings.target)
+        plan.ranks_for(width_of(loaded.geometry, plan.settings))
 
 
 @dataclass(frozen=True)
