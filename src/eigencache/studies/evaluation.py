@@ -9,18 +9,18 @@ from eigencache.codec.pca import PCACodec
 from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.divergence import measure_divergence
-from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
+from eigencache.evaluate.likelihood import batches_of, score_through_cache
 from eigencache.evaluate.prefix import Window
 from eigencache.evaluate.retrieval import evaluate_retrieval
-from eigencache.evaluate.summary import summarise
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
-from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval, SequenceLoss
+from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval
 from eigencache.records import Corpus
 from eigencache.studies.calibrate import Calibration
 from eigencache.studies.gather import Progress
 from eigencache.studies.probe import model_record
 from eigencache.studies.resume import Partial
+from eigencache.studies.scoring import as_kept, scores_of
 
 
 def evaluate_codecs(
@@ -61,8 +61,7 @@ def evaluate_codecs(
     for protocol in protocols:
         before = [one for one in kept.done if one.get("protocol") == protocol.model_dump()]
         for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(before)):
-            losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
-            kept.add({"protocol": protocol.model_dump(), "losses": losses, "held": scored.held})
+            kept.add({"protocol": protocol.model_dump()} | as_kept(scored))
             on_progress("likelihood", sum("losses" in one for one in kept.done), len(batches))
     if prompts and not any("divergence" in one for one in kept.done):
         found = measure_divergence(
@@ -112,22 +111,5 @@ def _calibration_text(calibration: Calibration | SavedCodec, sequences: Sequence
 
 def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, PCACodec], values_per_token: int) -> Likelihood:
     batches = [one for one in done if one.get("protocol") == protocol.model_dump()]
-    losses = {
-        name: [SequenceLoss(**loss) for batch in batches for loss in batch["losses"][name]]
-        for name in (UNCOMPRESSED, *codecs)
-    }
-    plain = losses[UNCOMPRESSED]
-    results = [
-        summarise(
-            name,
-            losses[name],
-            plain,
-            encoded_tokens=sum(batch["held"][name][0] for batch in batches),
-            encoded_nbytes=sum(batch["held"][name][1] for batch in batches),
-            values_per_token=values_per_token,
-            basis_nbytes=codec.nbytes,
-        )
-        for name, codec in codecs.items()
-    ]
-    nll = sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain)
-    return Likelihood(protocol=protocol, uncompressed_nll=nll, results=results)
+    scores = scores_of(batches, codecs, values_per_token)
+    return Likelihood(protocol=protocol, uncompressed_nll=scores.uncompressed_nll, results=list(scores.quality.values()))

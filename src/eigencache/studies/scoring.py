@@ -1,12 +1,13 @@
-"""Codecs scored through the cache, batch by batch, results kept while it runs: what sweeps and rounded keys share."""
+"""Codecs scored through the cache, batch by batch, results kept while it runs: what every such study shares."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eigencache.codec.base import Codec
 from eigencache.corpora.sequences import Sequences
-from eigencache.evaluate.likelihood import UNCOMPRESSED, batches_of, score_through_cache
+from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
 from eigencache.evaluate.summary import summarise
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.quality import Protocol, Quality, SequenceLoss
@@ -50,12 +51,22 @@ def score_codecs(
     total = len(batches_of(sequences, protocol, batch_size))
     on_progress("scoring", len(kept.done), total)
     for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
-        losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
-        kept.add({"losses": losses, "held": scored.held})
+        kept.add(as_kept(scored))
         on_progress("scoring", len(kept.done), total)
+    return scores_of(kept.done, codecs, loaded.geometry.values_per_token)
+
+
+def as_kept(scored: Scored) -> dict[str, Any]:
+    """A scored batch as it is kept while a run goes on."""
+    losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
+    return {"losses": losses, "held": scored.held}
+
+
+def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Codec], values_per_token: int) -> Scores:
+    """What all kept batches say together."""
 
     def losses_of(name: str) -> list[SequenceLoss]:
-        return [SequenceLoss(**loss) for batch in kept.done for loss in batch["losses"][name]]
+        return [SequenceLoss(**loss) for batch in batches for loss in batch["losses"][name]]
 
     plain = losses_of(UNCOMPRESSED)
     quality = {
@@ -63,9 +74,9 @@ def score_codecs(
             name,
             losses_of(name),
             plain,
-            encoded_tokens=sum(batch["held"][name][0] for batch in kept.done),
-            encoded_nbytes=sum(batch["held"][name][1] for batch in kept.done),
-            values_per_token=loaded.geometry.values_per_token,
+            encoded_tokens=sum(batch["held"][name][0] for batch in batches),
+            encoded_nbytes=sum(batch["held"][name][1] for batch in batches),
+            values_per_token=values_per_token,
             basis_nbytes=codec.nbytes,
         )
         for name, codec in codecs.items()
