@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded
+from eigencache.corpora.contexts import distinct_contexts
 from eigencache.corpora.sequences import Sequences
 from eigencache.geometry import geometry_from_config
 from eigencache.models.load import LoadedModel, load
@@ -63,9 +64,9 @@ def tiny_loaded(name: str) -> LoadedModel:
     return LoadedModel(name, model, None, geometry_from_config(model.config))  # type: ignore[arg-type]
 
 
-def random_sequences(*lengths: int, vocabulary: int = 100) -> Sequences:
+def random_sequences(*lengths: int, seed: int = 0, vocabulary: int = 100) -> Sequences:
     """Random ids in sequences of the given lengths."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     ids = [rng.integers(1, vocabulary, length) for length in lengths]
     corpus = Corpus(
         name="random ids",
@@ -74,7 +75,7 @@ def random_sequences(*lengths: int, vocabulary: int = 100) -> Sequences:
         sequences=len(ids),
         max_length=max(lengths),
         distinct_token_ids=len(np.unique(np.concatenate(ids))),
-        distinct_8grams=sum(length - 7 for length in lengths),
+        distinct_8grams=distinct_contexts(ids),
         repetition=0.0,
     )
     return Sequences(ids, corpus)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from cli_process import error_of
 from eigencache.models.load import bundled_path
 from tiny_models import tiny
 
@@ -28,15 +29,6 @@ def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.Com
 
 def _environment(extra: dict[str, str] | None) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "200"} | (extra or {})
-
-
-def error_of(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line; anything else on stderr is a defect."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("eigencache: error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0].removeprefix("eigencache: error: ")
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
