@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable, layer_numbers, rank_numbers
+from eigencache.cli.options import (
+    BatchSize,
+    CalibrationTokens,
+    Device,
+    Dtype,
+    Force,
+    Seed,
+    Text,
+    check_writable,
+    layer_numbers,
+    rank_numbers,
+)
 from eigencache.errors import CorpusError
 
 EXAMPLES = """
@@ -64,10 +75,8 @@ def run(
     calibration_text: Annotated[
         str, typer.Option("--calibration-text", help="What is trained on, and bases are fitted on.")
     ] = "stdlib",
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
-    ] = 65_536,
-    force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
+    calibration_tokens: CalibrationTokens = 65_536,
+    force: Force = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
     device: Device = None,

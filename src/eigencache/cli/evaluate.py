@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_folder, check_writable, rank_numbers
+from eigencache.cli.options import (
+    BatchSize,
+    CalibrationText,
+    CalibrationTokens,
+    Device,
+    Dtype,
+    Force,
+    Seed,
+    Text,
+    check_folder,
+    check_writable,
+    rank_numbers,
+)
 from eigencache.cli.probe import ScopeName
 from eigencache.cli.sweep import Bits, MetricName, OneFrame, TargetName
 from eigencache.errors import CodecError, StatisticsError
@@ -52,15 +64,13 @@ def run(
         ),
     ] = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Context lengths of the tasks.")] = "256",
-    calibration_text: Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")] = "stdlib",
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
-    ] = 131_072,
+    calibration_text: CalibrationText = "stdlib",
+    calibration_tokens: CalibrationTokens = 131_072,
     save_to: Annotated[
         Path | None, typer.Option("--save-codec", help="Save the codec in this folder, for --codec and lm-eval; one rank.")
     ] = None,
     codec: Annotated[Path | None, typer.Option("--codec", help="A saved codec of this model: nothing is fitted.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
+    force: Force = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable
+from eigencache.cli.options import BatchSize, CalibrationText, CalibrationTokens, Device, Dtype, Seed, Text, check_writable
 from eigencache.cli.probe import ScopeName
 
 EXAMPLES = """
@@ -26,10 +26,8 @@ def run(
     text: Text = "stdlib:held-out",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 32_768,
     max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
-    calibration_text: Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")] = "stdlib",
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
-    ] = 131_072,
+    calibration_text: CalibrationText = "stdlib",
+    calibration_tokens: CalibrationTokens = 131_072,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the sweep of the latent as JSON.")] = None,
     device: Device = None,
     dtype: Dtype = None,

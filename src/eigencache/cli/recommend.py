@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, Seed, Text, check_writable
+from eigencache.cli.options import (
+    BatchSize,
+    CalibrationText,
+    CalibrationTokens,
+    Device,
+    Dtype,
+    Force,
+    Seed,
+    Text,
+    check_writable,
+)
 
 if TYPE_CHECKING:
     from eigencache.advice import Advice, Budget
@@ -52,11 +62,9 @@ def run(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 40_960,
     max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
     prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
-    calibration_text: Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")] = "stdlib",
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
-    ] = 131_072,
-    force: Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")] = False,
+    calibration_text: CalibrationText = "stdlib",
+    calibration_tokens: CalibrationTokens = 131_072,
+    force: Force = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
     device: Device = None,
     dtype: Dtype = None,
