@@ -6,7 +6,7 @@ A codec works on whole stretches of a cache, all layers at once, so that a basis
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,47 @@ from torch import Tensor
 from eigencache.errors import CodecError
 
 Cached = Mapping[int, tuple[Tensor, Tensor]]  # layer_idx → what the cache holds, [batch, heads, seq, dim] twice
+
+
+class Held(Protocol):
+    """What is kept of a stretch of `tokens` positions from `start`."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """How many positions, the same for all rows of the batch."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that exist because of it."""
+        ...
+
+    def select(self, rows: Tensor) -> "Held":
+        """The given rows of the batch."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBytes:
+    """A stretch of `tokens` positions from `start` as one byte string per row of the batch."""
+
+    rows: tuple[bytes, ...]
+    start: int
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the strings; rows that share one string, as beams do, count once."""
+        return sum(len(row) for row in {id(row): row for row in self.rows}.values())
+
+    def select(self, rows: Tensor) -> "EncodedBytes":
+        """The given rows of the batch."""
+        return EncodedBytes(tuple(self.rows[i] for i in rows.tolist()), self.start, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +89,18 @@ class Codec(Protocol):
         """Bytes of what is held once, whatever the number of tokens."""
         ...
 
-    def encode(self, cached: Cached, start: int) -> Encoded:
-        """What is kept of positions start, start + 1, … of every layer."""
+    def encode(self, cached: Cached, start: int) -> Any:
+        """What is kept of positions start, start + 1, … of every layer: something `Held`."""
         ...
 
-    def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
+    def decode(self, encoded: Any) -> dict[int, tuple[Tensor, Tensor]]:
         """The cache's tensors again, in the dtype they had."""
         ...
+
+
+def length_of(cached: Cached) -> int:
+    """Tokens of a cache, those of its longest layer."""
+    return max(keys.shape[2] for keys, _ in cached.values())
 
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +136,7 @@ class SixteenBit:
         for layer_idx, slots in cached.items():
             for slot, x in enumerate(slots):
                 tensors[f"{layer_idx}.{slot}"] = to_sixteen_bit(x, f"layer {layer_idx}")
-        return Encoded(tensors, start, next(iter(cached.values()))[0].shape[2])
+        return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
         """Back in the model's dtype."""

@@ -4,35 +4,20 @@ One transform per head, per layer or for all layers, on keys before or after rot
 transform covers are kept in 16 bits and counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached, Encoded, to_sixteen_bit
+from eigencache.codec.base import Cached, Encoded, length_of, to_sixteen_bit
+from eigencache.codec.layout import Part, Rotations, by_layer, columns_of, rotated, slots_of, unrotated
 from eigencache.codec.quantize import GROUP, Quantised, dequantise, quantise
 from eigencache.errors import CodecError
-from eigencache.spectral.rope import Rotation, rotate, unrotate
 from eigencache.spectral.transform import Transform
 
 CoefficientBits = Literal[16, 8, 4]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some heads of one slot of one layer: the numbers that stand side by side in a transform's vectors."""
-
-    layer_idx: int
-    slot: int  # 0 or 1: `keys` or `values` of a transformers cache layer
-    heads: tuple[int, int]  # from, up to
-    dim: int  # numbers of one head
-
-    @property
-    def width(self) -> int:
-        """Numbers per token."""
-        return (self.heads[1] - self.heads[0]) * self.dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +37,7 @@ class PCACodec:
 
     name: str
     groups: tuple[Group, ...]
-    rotations: Mapping[int, tuple[int, Rotation]]
+    rotations: Rotations
     dtype: torch.dtype
     bits: CoefficientBits = 16
 
@@ -89,54 +74,30 @@ class PCACodec:
 
         Raises `CodecError` for a cache of other shapes than the codec was fitted for, and for NaN.
         """
-        framed = self._framed(cached, start)
+        slots = unrotated(cached, self.rotations, start)
         tensors: dict[str, Tensor] = {}
         for index, group in enumerate(self.groups):
-            vectors = torch.cat([self._columns(framed, part) for part in group.parts], -1)
+            vectors = torch.cat([columns_of(slots, part) for part in group.parts], -1)
             self._store(tensors, index, group.transform.encode(vectors))
         covered = {(part.layer_idx, part.slot) for group in self.groups for part in group.parts}
-        for layer_idx, slots in cached.items():
-            for slot, x in enumerate(slots):
+        for layer_idx, both in cached.items():
+            for slot, x in enumerate(both):
                 if (layer_idx, slot) not in covered:
                     tensors[f"raw.{layer_idx}.{slot}"] = to_sixteen_bit(x, f"layer {layer_idx}")
-        return Encoded(tensors, start, next(iter(cached.values()))[0].shape[2])
+        return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
         """The cache's tensors, keys rotated again, in the model's dtype."""
-        slots: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        columns: list[tuple[Part, Tensor]] = []
         for index, group in enumerate(self.groups):
             vectors = group.transform.decode(self._load(encoded.tensors, index, group.transform.rank))
-            columns = vectors.split([part.width for part in group.parts], -1)
-            for part, x in zip(group.parts, columns, strict=True):
-                heads = x.unflatten(-1, (-1, part.dim)).transpose(1, 2)
-                slots.setdefault((part.layer_idx, part.slot), []).append((part.heads[0], heads))
-        decoded = {place: torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])], 1) for place, parts in slots.items()}
-        positions = torch.arange(encoded.start, encoded.start + encoded.tokens)
-        for layer_idx, (slot, rotation) in self.rotations.items():
-            x = decoded[layer_idx, slot]
-            decoded[layer_idx, slot] = rotate(x, rotation.angles(positions).to(x.device), rotation.pairing)
+            columns += zip(group.parts, vectors.split([part.width for part in group.parts], -1), strict=True)
+        slots = rotated(slots_of(columns), self.rotations, encoded.start)
         for name, x in encoded.tensors.items():
             if name.startswith("raw."):
                 _, layer_idx, slot = name.split(".")
-                decoded[int(layer_idx), int(slot)] = x
-        layers = dict.fromkeys(layer_idx for layer_idx, _ in sorted(decoded))
-        return {i: (decoded[i, 0].to(self.dtype), decoded[i, 1].to(self.dtype)) for i in layers}
-
-    def _framed(self, cached: Cached, start: int) -> dict[tuple[int, int], Tensor]:
-        framed = {(i, slot): x for i, slots in cached.items() for slot, x in enumerate(slots)}
-        for layer_idx, (slot, rotation) in self.rotations.items():
-            if (layer_idx, slot) not in framed:
-                raise CodecError(f"{self.name}: the cache has no layer {layer_idx}: this codec was fitted on another model")
-            x = framed[layer_idx, slot]
-            positions = torch.arange(start, start + x.shape[2])
-            framed[layer_idx, slot] = unrotate(x.float(), rotation.angles(positions).to(x.device), rotation.pairing)
-        return framed
-
-    def _columns(self, framed: dict[tuple[int, int], Tensor], part: Part) -> Tensor:
-        x = framed.get((part.layer_idx, part.slot))
-        if x is None or x.shape[1] < part.heads[1] or x.shape[-1] != part.dim:
-            raise CodecError(f"{self.name}: the cache has no {part}: this codec was fitted on another model")
-        return x[:, part.heads[0] : part.heads[1]].transpose(1, 2).flatten(2)
+                slots[int(layer_idx), int(slot)] = x
+        return by_layer(slots, self.dtype)
 
     def _store(self, tensors: dict[str, Tensor], index: int, y: Tensor) -> None:
         if self.bits == 16:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached, Encoded, owned, to_sixteen_bit
+from eigencache.codec.base import Cached, Encoded, length_of, owned, to_sixteen_bit
 from eigencache.errors import CodecError
 from eigencache.spectral.rope import Rotation, rotate
 
@@ -49,7 +49,7 @@ class RoundedKeys:
             codes, scale = _to_fp8(x) if self.kind == "fp8" else _to_int8(x)
             tensors |= {f"{layer_idx}.codes": owned(codes), f"{layer_idx}.scale": owned(scale)}
             tensors[f"{layer_idx}.values"] = to_sixteen_bit(values, f"layer {layer_idx}")
-        return Encoded(tensors, start, next(iter(cached.values()))[0].shape[2])
+        return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values in the model's dtype."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from eigencache.codec.base import Codec, Encoded
+from eigencache.codec.base import Codec, Held
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 
 
@@ -73,7 +73,7 @@ class CodecCache(DynamicCache):
     def __init__(self, model: PreTrainedModel, codec: Codec, *, window: int = 0, block: int = 1) -> None:
         super().__init__(config=model.config)
         self.codec, self.window, self.block = codec, window, block
-        self.blocks: list[Encoded] = []
+        self.blocks: list[Held] = []
         self._coded: dict[int, _CodecLayer] = {}
         for layer_idx, layer in enumerate(self.layers):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
