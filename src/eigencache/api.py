@@ -1,4 +1,4 @@
-"""The public Python API: `probe(model, tokenizer, text)` gives an object whose statistics are attributes."""
+"""The public Python API: `probe` gives statistics as attributes, `fit` a codec that turns caches into bytes and back."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eigencache.codec.base import EncodedBytes
+from eigencache.codec.container import Reader
+from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.folder import load_codec, save_codec
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Document, Text, read_text
-from eigencache.errors import LayerError
+from eigencache.errors import CodecError, LayerError
 from eigencache.geometry import geometry_from_config
+from eigencache.models.belonging import check_belongs
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
+from eigencache.models.stored import cache_holding, cached_of
 from eigencache.records import ProbeRecord, Spectrum
-from eigencache.studies.gather import Progress
+from eigencache.studies.eigen_fit import EigenSettings
+from eigencache.studies.eigen_targets import CONTEXT
+from eigencache.studies.fit import FittedCodec, Goal, fit_codec
+from eigencache.studies.gather import Progress, silent
 from eigencache.studies.probe import ProbeSettings, default_length, probe_model
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "stdlib"
 DEFAULT_TOKENS = 131_072
@@ -149,3 +158,79 @@ class Probe:
         from eigencache.report.tables import probe_table
 
         return probe_table(self.record).html()
+
+
+def fit(
+    model: str | PreTrainedModel,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    text: str | Iterable[str] = DEFAULT_TEXT,
+    *,
+    bits: float | None = None,
+    ratio: float | None = None,
+    max_nll: float | None = None,
+    tokens: int | None = DEFAULT_TOKENS,
+    max_length: int | None = None,
+    context: int = CONTEXT,
+    settings: EigenSettings | None = None,
+    on_progress: Progress = silent,
+) -> CacheCodec:
+    """Fit the codec `eigen` to the cache of `model` on `text`; model, tokenizer and text as for `probe`.
+
+    One of `bits` (per value of `context` tokens, everything counted), `ratio` (16 over them) and `max_nll` (nats per
+    token that may be lost); without any, `max_nll` 0.01. Raises the errors of `eigencache.errors`.
+    """
+    loaded = _loaded(model, tokenizer)
+    source = read_text(text) if isinstance(text, str) else _documents(text)
+    sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
+    fitted = fit_codec(
+        loaded,
+        sequences,
+        settings or EigenSettings(),
+        Goal.of(bits, ratio, max_nll),
+        context=context,
+        on_progress=on_progress,
+    )
+    return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheCodec:
+    """A fitted codec of one model: `encode` makes bytes of a cache, `decode` a cache of bytes, or of a part of them."""
+
+    loaded: LoadedModel
+    codec: EigenCodec
+    fitted: FittedCodec | None = None  # None: it was loaded
+
+    def encode(self, cache: Any, *, start: int = 0) -> bytes:
+        """The container of what a model gave as `past_key_values`, batch 1. `start`: position of its first token.
+
+        Raises `CodecError` for several rows (encode each by itself), padding being unknown to a cache.
+        """
+        cached = cached_of(cache)
+        if (rows := len(next(iter(cached.values()))[0])) != 1:
+            raise CodecError(f"a cache of {rows} rows: encode them one by one, each without padding")
+        return self.codec.encode(cached, start).rows[0]
+
+    def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
+        """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
+
+        Only the blocks that are needed are read. Raises the container's errors for damage and for another codec's bytes.
+        """
+        header = Reader(blob).header
+        cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
+        return cache_holding(self.loaded.model, cached, len(range(header.tokens)[tokens]))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the codec into a folder, whole or not at all. Raises `CodecError` for one that was itself loaded."""
+        if self.fitted is None:
+            raise CodecError("this codec was loaded from a folder: copy that")
+        save_codec(folder, self.fitted.codec, *self.fitted.fitting)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any = None) -> CacheCodec:
+        """The codec in a folder, for the model it was fitted on. Raises `CodecError` for another model or dtype."""
+        saved, loaded = load_codec(folder), _loaded(model, tokenizer)
+        check_belongs(saved, loaded)
+        if not isinstance(saved.codec, EigenCodec):
+            raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
+        return cls(loaded, saved.codec.to(loaded.device))

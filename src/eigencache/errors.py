@@ -53,6 +53,38 @@ class CodecError(EigencacheError):
     """A codec and a cache do not fit each other, or a cache cannot be encoded without loss of a value."""
 
 
+class ContainerError(CodecError):
+    """An encoded sequence cannot be written or read."""
+
+
+class NotAContainerError(ContainerError):
+    """The bytes do not begin as an encoded sequence does."""
+
+
+class ContainerVersionError(ContainerError):
+    """The container is of a version this release does not read."""
+
+
+class TruncatedContainerError(ContainerError):
+    """The container ends before its header or its sections do."""
+
+
+class OverlongContainerError(ContainerError):
+    """Bytes follow the container's last section."""
+
+
+class ContainerHeaderError(ContainerError):
+    """The header's checksum is wrong, or its fields contradict each other or exceed a cap."""
+
+
+class ContainerChecksumError(ContainerError):
+    """A section of the container is damaged; the message says which."""
+
+
+class ForeignContainerError(ContainerError):
+    """The container was written by another codec."""
+
+
 class BudgetError(EigencacheError):
     """A budget is no loss that could be allowed."""
 

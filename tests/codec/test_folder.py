@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from eigencache.codec.card import CodecCard, CodecOrigin, CodecSettings
+from codec_folders import ORIGIN, WINDOWS, card, rehash, tensors
+from eigencache.codec.card import PCACard, PCACardSettings
 from eigencache.codec.folder import CARD, TENSORS, load_codec, save_codec
 from eigencache.codec.pca import Group, Part, PCACodec
 from eigencache.errors import CodecError, OutputError
@@ -28,13 +27,8 @@ from eigencache.spectral.transform import Transform
 from eigencache.studies.calibrate import Calibration, PCASettings, targets_of
 from eigencache.studies.fitting import fitting_of
 from known import random_sequences, tiny_loaded
-from planted_sweeps import CORPUS, RUN
 from tiny_models import token_ids
 
-ORIGIN = CodecOrigin(
-    model="planted-model", model_sha256="1" * 64, rope_sha256="2" * 64, dtype="float32", calibration=CORPUS, run=RUN
-)
-WINDOWS = np.array([3, 5, 2**64 - 1], dtype=np.uint64)
 DIM = 8
 
 
@@ -57,8 +51,8 @@ def planted(rank: int = 3, layers: int = 2, heads: int = 2, bits: int = 16, shar
     return PCACodec("planted", (*keys, *values), dict.fromkeys(range(layers), (0, rotation)), torch.float32, bits)  # type: ignore[arg-type]
 
 
-def about(codec: PCACodec) -> CodecSettings:
-    return CodecSettings(**PCASettings("kv").__dict__, bits=codec.bits, rank=codec.rank)
+def about(codec: PCACodec) -> PCACardSettings:
+    return PCACardSettings(**PCASettings("kv").__dict__, bits=codec.bits, rank=codec.rank)
 
 
 def saved(folder: Path, codec: PCACodec | None = None) -> Path:
@@ -142,35 +136,7 @@ def test_the_card_says_what_it_was_given_and_shared_transforms_are_shared_again(
     assert found.windows.dtype == np.uint64 and (found.windows == WINDOWS).all()
     assert [id(g.transform) == id(found.codec.groups[0].transform) for g in found.codec.groups] == [True] * 4 + [False] * 2
     assert len(load_file(tmp_path / "codec" / TENSORS)) == 3 * 4 + 2 + 1
-    assert CodecCard.load(tmp_path / "codec" / CARD) == found.card
-
-
-def card(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Changes the card as a program that knows nothing of the schema would."""
-
-    def damage(folder: Path) -> None:
-        content = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        change(content)
-        (folder / CARD).write_text(json.dumps(content), encoding="utf-8")
-
-    return damage
-
-
-def rehash(folder: Path) -> None:
-    sha256 = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    card(lambda c: c.update(tensors_sha256=sha256))(folder)
-
-
-def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    """Changes the tensors and makes the card agree with the file's hash."""
-
-    def damage(folder: Path) -> None:
-        content = load_file(folder / TENSORS)
-        change(content)
-        save_file(content, folder / TENSORS)
-        rehash(folder)
-
-    return damage
+    assert PCACard.load(tmp_path / "codec" / CARD) == found.card
 
 
 def no_tensors(folder: Path) -> None:
@@ -193,7 +159,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         card(lambda c: c.update(schema_version="eigencache.codec/2")),
         "should be 'eigencache.codec/1'",
     ),
-    "another kind": (CARD, card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca'"),
+    "another kind": (CARD, card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca' or 'eigen'"),
     "lost field": (CARD, card(lambda c: c["origin"].pop("rope_sha256")), "origin.rope_sha256: Field required"),
     "unknown field": (CARD, card(lambda c: c.update(extra=1)), "extra: Extra inputs"),
     "no such dtype": (CARD, card(lambda c: c["origin"].update(dtype="int3")), "origin.dtype: Input should be"),
@@ -259,6 +225,15 @@ def test_a_damaged_codec_is_refused_naming_the_file_and_what_is_wrong(
     assert says in str(error.value)
     assert "save the codec again" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_an_earlier_release_wrote_is_read() -> None:
+    """The folder is frozen: it was written before there were several kinds of codecs, and is never written again."""
+    found = load_codec(Path(__file__).parent / "saved_codecs" / "pca")
+    assert (found.card.kind, found.codec.name, found.codec.rank, found.coded_bits) == ("pca", "planted", 2, None)
+    assert torch.equal(found.codec.groups[0].transform.encoder, drawn(DIM, 2).encoder)
+    cached = {i: (torch.randn(1, 2, 9, DIM), torch.randn(1, 2, 9, DIM)) for i in range(2)}
+    assert_alike(planted(rank=2, bits=8), found.codec, cached)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:

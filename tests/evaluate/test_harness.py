@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from eigencache.codec.card import Expected
 from eigencache.codec.folder import load_codec, save_codec
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import read_text
 from eigencache.errors import CodecError, ModelError
+from eigencache.provenance import Stopwatch
 from eigencache.studies.calibrate import Calibration, PCASettings
-from eigencache.studies.fitting import fitting_of
+from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
+from eigencache.studies.fitting import eigen_fitting_of, fitting_of
 from known import Identity, Zeros, bundled
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -137,6 +140,28 @@ def test_a_saved_codec_is_read_from_its_folder(saved: Path) -> None:
     assert low == again
     assert low[0][0] < plain[0][0] - 0.01
     assert low[2:4] == plain[2:4]
+
+
+def test_a_saved_eigen_codec_is_read_from_its_folder(tmp_path: Path) -> None:
+    loaded, chosen, watch = bundled("ref-llama"), EigenSettings(metric="frobenius"), Stopwatch()
+    text = pack(read_text("stdlib"), loaded.tokenizer, tokens=4096, max_length=128)
+    codec, coded_bits = fit_eigen(loaded, text, chosen).at_step(2.0)
+    expected = Expected(
+        context=128,
+        bits_per_value=1,
+        coded_bits=coded_bits,
+        tokens=1,
+        delta_nll=0,
+        delta_nll_interval=None,
+        kl=0,
+        top1_agreement=1,
+    )
+    save_codec(tmp_path / "codec", codec, *eigen_fitting_of(chosen, expected, loaded, text, watch.run(0, {})))
+    given = ("none", str(tmp_path / "codec"), codec)
+    plain, low, again = (model(one).loglikelihood(asked("loglikelihood", *PAIRS)) for one in given)
+    assert low == again
+    assert low[0][0] != plain[0][0]
+    assert low[2:4] == plain[2:4]  # contexts of one token: nothing is encoded
 
 
 def test_a_saved_codec_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -129,9 +129,9 @@ def run(
             calibration, codecs = saved, {saved.codec.name: saved.codec.to(loaded.device)}
         else:
             calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
-            codecs = codecs_of(calibration, plan)
+            codecs = fitted = codecs_of(calibration, plan)
             if save_to:
-                fitting = fitting_of(next(iter(codecs.values())), plan.settings, calibration)
+                fitting = fitting_of(next(iter(fitted.values())), plan.settings, calibration)
         record = evaluate_codecs(
             loaded,
             held_out,

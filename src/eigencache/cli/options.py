@@ -62,6 +62,17 @@ def length_numbers(lengths: str) -> tuple[int, ...]:
         raise CorpusError(f"--lengths {lengths}: give numbers with commas between them, such as 256,1024") from error
 
 
+def positive_numbers(option: str, numbers: str) -> tuple[float, ...]:
+    """`0.1,0.5` → (0.1, 0.5). Raises `StatisticsError` naming the option."""
+    try:
+        found = tuple(float(part) for part in numbers.split(","))
+    except ValueError as error:
+        raise StatisticsError(f"{option} {numbers}: give numbers with commas between them, such as 0.1,0.5") from error
+    if not all(0 < number < float("inf") for number in found):
+        raise StatisticsError(f"{option} {numbers}: every number must be above 0")
+    return found
+
+
 def check_writable(*paths: Path | None) -> None:
     """Raises `OutputError` before any work is done for a path that could not be written in the end."""
     for path in paths:

@@ -1,25 +1,22 @@
-"""The card of a saved codec: what it was fitted on and for, and what the tensors beside it are."""
+"""The card of a saved codec: what it was fitted on and for, and what the tensors beside it are; other cards are refused."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from eigencache.codec.container import MAX_U16, MAX_U32
+from eigencache.kernels.rans import MAX_LANES
 from eigencache.records import Corpus, Record, Run, Scope, StoredRecord
 from eigencache.spectral.rope import Pairing
 
-
-class CodecSettings(Record):
-    """What is compressed, and how its bases were found."""
-
-    target: str
-    scope: Scope
-    frame: Literal["pre", "post"]  # of the keys
-    metric: str
-    alpha: float  # power of the metric
-    centred: bool
-    basis: str
-    bits: Literal[16, 8, 4]  # of a stored coefficient
-    rank: PositiveInt  # coefficients per group at most
+Schema = Literal["eigencache.codec/1"]
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count32 = Annotated[int, Field(ge=0, le=MAX_U32)]
+BlockTokens = Annotated[int, Field(ge=1, le=MAX_U16)]
+KeptBits = Literal[16, 8]
 
 
 class CodecOrigin(Record):
@@ -41,6 +38,56 @@ class CardPart(Record):
     heads: tuple[NonNegativeInt, NonNegativeInt]  # from, up to
     dim: PositiveInt
 
+    @property
+    def width(self) -> int:
+        """Numbers per token."""
+        return (self.heads[1] - self.heads[0]) * self.dim
+
+
+class CardRotation(Record):
+    """How one slot of one layer is rotated; its frequencies are a tensor."""
+
+    layer_idx: NonNegativeInt
+    slot: Literal[0, 1]
+    pairs: PositiveInt
+    scale: Positive
+    pairing: Pairing
+
+
+class CardHead(StoredRecord):
+    """What decides how the rest of a card is read; other fields are left unread."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: Schema = "eigencache.codec/1"
+    kind: Literal["pca", "eigen"]
+
+
+class CodecCard(StoredRecord):
+    """What the cards of all kinds say."""
+
+    schema_version: Schema = "eigencache.codec/1"
+    kind: str
+    name: str
+    origin: CodecOrigin
+    tensors_sha256: SHA256  # of the file of tensors
+    rotations: list[CardRotation]
+    windows: NonNegativeInt  # hashes of the calibration text, in which overlap is looked up
+
+
+class PCACardSettings(Record):
+    """What is compressed, and how its bases were found."""
+
+    target: str
+    scope: Scope
+    frame: Literal["pre", "post"]  # of the keys
+    metric: str
+    alpha: float  # power of the metric
+    centred: bool
+    basis: str
+    bits: Literal[16, 8, 4]  # of a stored coefficient
+    rank: PositiveInt  # coefficients per group at most
+
 
 class CardGroup(Record):
     """The parts that one transform works on; groups that name the same transform share it."""
@@ -52,28 +99,81 @@ class CardGroup(Record):
     @property
     def width(self) -> int:
         """Numbers per token of all parts."""
-        return sum((part.heads[1] - part.heads[0]) * part.dim for part in self.parts)
+        return sum(part.width for part in self.parts)
 
 
-class CardRotation(Record):
-    """How one slot of one layer is rotated; its frequencies are a tensor."""
+class PCACard(CodecCard):
+    """Everything of a saved `PCACodec` that is no tensor."""
 
-    layer_idx: NonNegativeInt
-    slot: Literal[0, 1]
-    pairs: PositiveInt
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    pairing: Pairing
-
-
-class CodecCard(StoredRecord):
-    """Everything of a saved codec that is no tensor."""
-
-    schema_version: Literal["eigencache.codec/1"] = "eigencache.codec/1"
-    kind: Literal["pca"] = "pca"
-    name: str
-    settings: CodecSettings
-    origin: CodecOrigin
-    tensors_sha256: str  # of the file of tensors
+    kind: Literal["pca"] = "pca"  # type: ignore[assignment]
+    settings: PCACardSettings
     groups: Annotated[list[CardGroup], Field(min_length=1)]
-    rotations: list[CardRotation]
-    windows: NonNegativeInt  # hashes of the calibration text, in which overlap is looked up
+
+
+class EigenCardSettings(Record):
+    """What was chosen at fitting. `sinks` None: as many first positions as stood out."""
+
+    scope: Literal["head", "layer", "kind", "joint"]
+    metric: Literal["frobenius", "attention", "fisher"]
+    alpha: NonNegative  # power of the metric
+    text: bool  # predicted from the tokens
+    sinks: Count32 | None
+    window: Count32
+    kept_bits: KeptBits
+    block: BlockTokens
+
+
+class Expected(Record):
+    """What was measured at fitting on sequences that nothing was fitted on: the promise of a codec."""
+
+    context: PositiveInt  # tokens of the container that `bits_per_value` is of
+    bits_per_value: Positive  # all bytes of it
+    coded_bits: NonNegative  # of a coded token, states of lanes left out
+    tokens: PositiveInt  # scored
+    delta_nll: Finite  # nats per token above the uncompressed cache
+    delta_nll_interval: tuple[Finite, Finite] | None  # None with fewer than 8 sequences
+    kl: Finite  # nats per token; rounding can bring it below 0
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]  # share of tokens
+
+
+class CardBasis(Record):
+    """Columns start … stop of a vector have so many coefficients."""
+
+    start: NonNegativeInt
+    stop: PositiveInt
+    coefficients: NonNegativeInt
+
+
+class CardKept(Record):
+    """What is not transformed."""
+
+    sinks: Count32
+    window: Count32
+    bits: KeptBits
+
+
+class CardText(Record):
+    """Sizes of what predicts from the tokens."""
+
+    vocabulary: PositiveInt
+    features: PositiveInt  # of a token
+    rank: PositiveInt  # of the prediction
+    columns: PositiveInt  # in which tokens are looked for
+    places: PositiveInt  # dimensions in which they are told apart
+
+
+class EigenCard(CodecCard):
+    """Everything of a saved `EigenCodec` that is no tensor."""
+
+    kind: Literal["eigen"] = "eigen"  # type: ignore[assignment]
+    settings: EigenCardSettings
+    expected: Expected
+    codec_sha256: SHA256  # by which containers name the codec
+    parts: Annotated[list[CardPart], Field(min_length=1)]
+    bases: Annotated[list[CardBasis], Field(min_length=1)]
+    step: Positive
+    tables: PositiveInt
+    lanes: Annotated[int, Field(ge=1, le=MAX_LANES)]
+    kept: CardKept
+    block: BlockTokens
+    text: CardText | None

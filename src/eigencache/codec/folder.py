@@ -12,16 +12,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eigencache.codec.card import CodecCard, CodecOrigin, CodecSettings
+from eigencache.codec import saved_eigen, saved_pca
+from eigencache.codec.card import (
+    CardHead,
+    CodecCard,
+    CodecOrigin,
+    EigenCard,
+    EigenCardSettings,
+    Expected,
+    PCACard,
+    PCACardSettings,
+)
+from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.pca import PCACodec
-from eigencache.codec.tensors import WINDOWS, card_fault, card_groups, card_rotations, codec_from, tensor_fault, tensors_of
+from eigencache.codec.saved import Fault, Kind, Tensors, tensor_fault
 from eigencache.errors import CodecError, OutputError, RecordError
 
 CARD, TENSORS = "card.json", "codec.safetensors"
+KINDS: dict[str, Kind] = {"pca": saved_pca.KIND, "eigen": saved_eigen.KIND}  # by what a card says
+WINDOWS = "calibration.windows"
+FittedCodec = PCACodec | EigenCodec
+Settings = PCACardSettings | EigenCardSettings
+Card = PCACard | EigenCard
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,33 +46,45 @@ class SavedCodec:
     """A codec that was read from `folder`; `windows`: hashes of its calibration text, ascending, uint64."""
 
     folder: Path
-    codec: PCACodec
-    card: CodecCard
+    codec: FittedCodec
+    card: Card
     windows: np.ndarray
+
+    @property
+    def coded_bits(self) -> float | None:
+        """What a coded token is expected to cost; None for a codec whose bytes follow from the number of tokens."""
+        return self.card.expected.coded_bits if isinstance(self.card, EigenCard) else None
 
 
 def save_codec(
-    folder: str | Path, codec: PCACodec, settings: CodecSettings, origin: CodecOrigin, windows: np.ndarray
+    folder: str | Path,
+    codec: FittedCodec,
+    settings: Settings,
+    origin: CodecOrigin,
+    windows: np.ndarray,
+    expected: Expected | None = None,
 ) -> None:
     """Write both files or none; a codec that lies there is replaced, anything else is never touched.
 
-    `windows`: sketch of the calibration text (`corpora.overlap.sketch`), uint64. Raises `OutputError` for a folder that
-    holds other things or cannot be written, `CodecError` for a codec that could not be read back.
+    `windows`: sketch of the calibration text (`corpora.overlap.sketch`), uint64. `expected`: of an `EigenCodec`. Raises
+    `OutputError` for a folder that holds other things or cannot be written, `CodecError` for a codec that could not be
+    read back.
     """
     folder = Path(folder)
     check_replaceable(folder)
-    tensors = tensors_of(codec) | {WINDOWS: torch.from_numpy(windows.view(np.int64).copy())}
+    kind = next(kind for kind in KINDS.values() if isinstance(codec, kind.codec))
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in kind.tensors_of(codec).items()}
+    tensors[WINDOWS] = torch.from_numpy(windows.view(np.int64).copy())
     data = save(tensors)
-    card = CodecCard(
-        name=codec.name,
-        settings=settings,
-        origin=origin,
-        tensors_sha256=hashlib.sha256(data).hexdigest(),
-        groups=card_groups(codec),
-        rotations=card_rotations(codec),
-        windows=len(windows),
-    )
-    if fault := card_fault(card) or tensor_fault(card, tensors):
+    said = {"name": codec.name, "settings": settings, "origin": origin, "windows": len(windows)}
+    said |= {"tensors_sha256": hashlib.sha256(data).hexdigest()} | ({} if expected is None else {"expected": expected})
+    try:
+        card = kind.card(**said, **kind.entries_of(codec))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CodecError(f"{codec.name}: cannot be saved: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    fault = kind.card_fault(card) or _tensor_fault(kind, card, tensors)
+    if fault := fault or kind.codec_fault(card, kind.codec_from(card, tensors)):
         raise CodecError(f"{codec.name}: cannot be saved: {fault}")
     _write(folder, {TENSORS: data, CARD: card.model_dump_json(indent=1).encode()})
 
@@ -66,14 +95,17 @@ def load_codec(folder: str | Path) -> SavedCodec:
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such folder: name one that `eigencache evaluate --save-codec` wrote")
     try:
-        card = CodecCard.load(folder / CARD)
+        kind = KINDS[CardHead.load(folder / CARD).kind]
+        card = kind.card.load(folder / CARD)
     except RecordError as error:
         raise CodecError(f"{error}: save the codec again with this version") from error
-    if fault := card_fault(card):
+    if fault := kind.card_fault(card):
         raise CodecError(f"{folder / CARD}: {fault}: save the codec again")
-    tensors = _read_tensors(folder / TENSORS, card)
-    windows = tensors[WINDOWS].numpy().view(np.uint64).copy()
-    return SavedCodec(folder, codec_from(card, tensors), card, windows)
+    tensors = _read_tensors(folder / TENSORS, kind, card)
+    codec = kind.codec_from(card, tensors)
+    if fault := kind.codec_fault(card, codec):
+        raise CodecError(f"{folder / CARD}: {fault}: save the codec again")
+    return SavedCodec(folder, codec, card, tensors[WINDOWS].numpy().view(np.uint64))  # type: ignore[arg-type]
 
 
 def check_replaceable(folder: Path) -> None:
@@ -98,7 +130,13 @@ def _is_card(path: Path) -> bool:
     return isinstance(content, dict) and str(content.get("schema_version")).startswith("eigencache.codec/")
 
 
-def _read_tensors(path: Path, card: CodecCard) -> dict[str, Tensor]:
+def _tensor_fault(kind: Kind, card: CodecCard, tensors: Tensors) -> Fault:
+    expected = {WINDOWS: (torch.int64, (card.windows,))} | kind.tensor_kinds(card)
+    return tensor_fault(expected, tensors) or kind.value_fault(card, tensors)
+
+
+def _read_tensors(path: Path, kind: Kind, card: CodecCard) -> dict[str, Tensor]:
+    """Every tensor in a storage of its own, so that none lies unaligned."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -110,10 +148,10 @@ def _read_tensors(path: Path, card: CodecCard) -> dict[str, Tensor]:
             "save the codec again"
         )
     try:
-        tensors = load(data)
+        tensors = {name: x.clone() for name, x in load(data).items()}
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # by what is wrong with the header
         raise CodecError(f"{path}: no file of tensors ({error}): save the codec again") from error
-    if fault := tensor_fault(card, tensors):
+    if fault := _tensor_fault(kind, card, tensors):
         raise CodecError(f"{path}: {fault}: save the codec again")
     return tensors
 

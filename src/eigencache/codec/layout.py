@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigencache.codec.base import Cached
 from eigencache.errors import CodecError
-from eigencache.spectral.rope import Rotation, rotate, unrotate
+from eigencache.spectral.rope import Angles, Rotation, rotate, unrotate
 
 Rotations = Mapping[int, tuple[int, Rotation]]  # layer_idx → which slot is stored before rotation, and how it is rotated
 Slots = dict[tuple[int, int], Tensor]  # (layer_idx, slot) → [batch, heads, seq, dim]
@@ -53,53 +53,70 @@ class Layout:
         """
         tokens = max(slots[0].shape[2] for slots in cached.values())
         slots = unrotated(cached, self.rotations, start, tokens)
-        columns, at = [], 0
+        some = next(iter(slots.values()))
+        vectors = torch.empty(len(some), tokens, self.width, device=some.device)
+        at = 0
         for part in self.parts:
-            x = columns_of(slots, part).float()
-            missing = tokens - x.shape[1]
+            x = heads_of(slots, part)
+            columns, missing = vectors[..., at : at + part.width], tokens - x.shape[2]
             if missing:
                 if mean is None:
-                    raise CodecError(f"layer {part.layer_idx} holds {x.shape[1]} tokens, others {tokens}")
-                x = torch.cat([mean[at : at + part.width].to(x).expand(len(x), missing, -1), x], 1)
-            columns.append(x)
+                    raise CodecError(f"layer {part.layer_idx} holds {x.shape[2]} tokens, others {tokens}")
+                columns[:, :missing] = mean[at : at + part.width]
+            columns[:, missing:].unflatten(-1, (-1, part.dim)).copy_(x.transpose(1, 2))
             at += part.width
-        return torch.cat(columns, -1)
+        return vectors
 
     def slots(self, vectors: Tensor, start: int) -> Slots:
         """The slots again, keys rotated: the inverse of `vectors`."""
         columns = vectors.split([part.width for part in self.parts], -1)
         return rotated(slots_of(zip(self.parts, columns, strict=True)), self.rotations, start)
 
+    def require_all(self, cached: Cached) -> None:
+        """Raises `CodecError` unless the cache holds these heads and no others: what no part names would be lost."""
+        own: dict[tuple[int, int], tuple[int, int]] = {}
+        for part in sorted(self.parts, key=lambda part: part.heads):
+            own[part.layer_idx, part.slot] = (part.heads[1], part.dim)
+        held = {(i, slot): (x.shape[1], x.shape[3]) for i, both in cached.items() for slot, x in enumerate(both)}
+        if other := sorted({layer_idx for (layer_idx, _), _ in own.items() ^ held.items()}):
+            raise CodecError(f"layers {other}: the cache has other heads there, this codec was fitted on another model")
+
 
 def unrotated(cached: Cached, rotations: Rotations, start: int, tokens: int | None = None) -> Slots:
     """Every slot, those in `rotations` before rotation, in float32. Of `tokens` a layer may hold the last ones only."""
     slots = {(i, slot): x for i, both in cached.items() for slot, x in enumerate(both)}
+    known = _Angles()
     for layer_idx, (slot, rotation) in rotations.items():
         if (layer_idx, slot) not in slots:
             raise CodecError(f"the cache has no layer {layer_idx}: this codec was fitted on another model")
         x = slots[layer_idx, slot]
         first = start + (x.shape[2] if tokens is None else tokens) - x.shape[2]
-        angles = rotation.angles(torch.arange(first, first + x.shape[2])).to(x.device)
+        angles = known.of(rotation, range(first, first + x.shape[2])).to(x.device)
         slots[layer_idx, slot] = unrotate(x.float(), angles, rotation.pairing)
     return slots
 
 
 def rotated(slots: Slots, rotations: Rotations, start: int) -> Slots:
     """The slots in `rotations` rotated to positions start, start + 1, …, the others as they are."""
-    turned = dict(slots)
+    turned, known = dict(slots), _Angles()
     for layer_idx, (slot, rotation) in rotations.items():
         x = slots[layer_idx, slot]
-        angles = rotation.angles(torch.arange(start, start + x.shape[2])).to(x.device)
+        angles = known.of(rotation, range(start, start + x.shape[2])).to(x.device)
         turned[layer_idx, slot] = rotate(x, angles, rotation.pairing)
     return turned
 
 
 def columns_of(slots: Slots, part: Part) -> Tensor:
     """The numbers of one part [batch, seq, width]. Raises `CodecError` where the cache has no such heads."""
+    return heads_of(slots, part).transpose(1, 2).flatten(2)
+
+
+def heads_of(slots: Slots, part: Part) -> Tensor:
+    """The heads of one part [batch, heads, seq, dim]. Raises `CodecError` where the cache has no such heads."""
     x = slots.get((part.layer_idx, part.slot))
     if x is None or x.shape[1] < part.heads[1] or x.shape[-1] != part.dim:
         raise CodecError(f"the cache has no {part}: this codec was fitted on another model")
-    return x[:, part.heads[0] : part.heads[1]].transpose(1, 2).flatten(2)
+    return x[:, part.heads[0] : part.heads[1]]
 
 
 def slots_of(columns: Iterable[tuple[Part, Tensor]]) -> Slots:
@@ -109,6 +126,27 @@ def slots_of(columns: Iterable[tuple[Part, Tensor]]) -> Slots:
         heads = x.unflatten(-1, (-1, part.dim)).transpose(1, 2)
         found.setdefault((part.layer_idx, part.slot), []).append((part.heads[0], heads))
     return {at: torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])], 1) for at, parts in found.items()}
+
+
+class _Angles:
+    """The last angles that were asked for: layers mostly share them, and cos and sin in float64 are dear."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Rotation, range, Angles] | None = None
+
+    def of(self, rotation: Rotation, positions: range) -> Angles:
+        """`rotation.angles` at `positions`."""
+        if self._last is None or self._last[1] != positions or not _same(self._last[0], rotation):
+            angles = rotation.angles(torch.arange(positions.start, positions.stop))
+            self._last = rotation, positions, angles
+        return self._last[2]
+
+
+def _same(a: Rotation, b: Rotation) -> bool:
+    """Whether both give the same angles; how numbers are paired is another matter."""
+    if a.frequencies.device != b.frequencies.device:
+        return False
+    return a.scale == b.scale and torch.equal(a.frequencies, b.frequencies)
 
 
 def by_layer(slots: Slots, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from eigencache.codec.base import owned
+from eigencache.codec.packing import pack, unpack
 from eigencache.errors import CodecError
 
 GROUP = 64  # tokens that share lowest value and step
@@ -34,38 +33,40 @@ def quantise(y: Tensor, bits: int, group: int = GROUP) -> Quantised:
     batch, seq, rank = y.shape
     groups = -(-seq // group)
     padded = torch.cat([y, y[:, -1:].expand(batch, groups * group - seq, rank)], 1).unflatten(1, (groups, group)).float()
-    low = padded.amin(2).half()
-    low = torch.where(low.float() > padded.amin(2), _below(low), low)
-    step = ((padded.amax(2) - low.float()) / (2**bits - 1)).half()
-    step = torch.where(step.float() * (2**bits - 1) < padded.amax(2) - low.float(), _above(step), step)
+    low, step = low_and_step(padded, bits, 2)
     if not (low.isfinite().all() and step.isfinite().all()):
         raise CodecError(f"coefficients up to {float(y.abs().max()):.3g} do not fit into float16 scales")
     divisor = torch.where(step > 0, step, 1).float()[:, :, None]
     codes = ((padded - low.float()[:, :, None]) / divisor).round().clamp(0, 2**bits - 1)
     codes = codes.to(torch.uint8).flatten(1, 2)[:, :seq]
-    return Quantised(_packed(codes) if bits == 4 else owned(codes), low, step)
+    return Quantised(pack(codes, bits), low, step)
 
 
 def dequantise(quantised: Quantised, bits: int, rank: int, group: int = GROUP) -> Tensor:
     """Coefficients [batch, seq, rank] again, float32."""
-    codes = _unpacked(quantised.codes, rank) if bits == 4 else quantised.codes
+    codes = unpack(quantised.codes, bits, rank)
     seq = codes.shape[1]
     low, step = (part.float().repeat_interleave(group, dim=1)[:, :seq] for part in (quantised.low, quantised.step))
     return codes.float() * step + low
 
 
-def _packed(codes: Tensor) -> Tensor:
-    codes = F.pad(codes, (0, codes.shape[-1] % 2))
-    return (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous()
+def low_and_step(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Lowest value and step along `dim` in float16, rounded so that 2^bits codes reach every number of float32 x.
+
+    Infinite where float16 is too narrow.
+    """
+    lowest, highest = x.amin(dim), x.amax(dim)
+    low = lowest.half()
+    low = torch.where(low.float() > lowest, below(low), low)
+    step = ((highest - low.float()) / (2**bits - 1)).half()
+    return low, torch.where(step.float() * (2**bits - 1) < highest - low.float(), above(step), step)
 
 
-def _unpacked(codes: Tensor, rank: int) -> Tensor:
-    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :rank]
-
-
-def _above(x: Tensor) -> Tensor:
+def above(x: Tensor) -> Tensor:
+    """The next number above, in x's own dtype."""
     return torch.nextafter(x, torch.full_like(x, torch.inf))
 
 
-def _below(x: Tensor) -> Tensor:
+def below(x: Tensor) -> Tensor:
+    """The next number below, in x's own dtype."""
     return torch.nextafter(x, torch.full_like(x, -torch.inf))

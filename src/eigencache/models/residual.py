@@ -178,3 +178,19 @@ def _columns(width: int, layer: Layer, target: AdapterTarget, fused: bool) -> It
         return
     yield every[heads * dim :].view(2, -1)[int(target == "v")]
     yield every.view(kv_heads, -1, dim)[:, -1 if target == "v" else -2].flatten()
+
+
+def weight_rows(site: Site) -> tuple[Tensor, Tensor | None]:
+    """Weight [columns, hidden] and bias of what a site gives: of a linear layer, or of the transposed one of GPT-2.
+
+    Raises `UnsupportedArchitectureError` for any other module.
+    """
+    weight, bias = getattr(site.module, "weight", None), getattr(site.module, "bias", None)
+    if isinstance(site.module, nn.Linear):
+        rows = site.module.weight
+    elif type(site.module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        rows = weight.mT
+    else:
+        raise UnsupportedArchitectureError(f"layer {site.layer_idx}: {type(site.module).__name__} is no plain linear layer")
+    columns = site.columns.to(rows.device)
+    return rows.detach()[columns], None if bias is None else bias.detach()[columns]

@@ -1,6 +1,6 @@
 """What codecs do to what a model says, as tables: likelihood, generation, retrieval, bytes."""
 
-from eigencache.quality import EvaluationRecord
+from eigencache.quality import BenchRecord, EvaluationRecord
 from eigencache.report.measured import ABSENT
 from eigencache.report.sweeps import interval_cell
 from eigencache.report.table import Table
@@ -41,7 +41,7 @@ def likelihood_table(record: EvaluationRecord) -> Table:
     return Table(f"{record.model.name}: likelihood through the cache", columns, rows, notes, warnings, frozenset({"Read"}))
 
 
-def divergence_table(record: EvaluationRecord) -> Table:
+def divergence_table(record: EvaluationRecord | BenchRecord) -> Table:
     """How long greedy generation stays what it was."""
     columns = ("Codec", "Prompts", "New tokens", "Tokens until parting", "median", "Agreement", "Never parted")
     rows = tuple(
@@ -59,9 +59,10 @@ def divergence_table(record: EvaluationRecord) -> Table:
     return Table(f"{record.model.name}: greedy generation", columns, rows)
 
 
-def retrieval_table(record: EvaluationRecord) -> Table:
+def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
     """Exact answers; a task that the model cannot do uncompressed is not applicable."""
-    codecs = list(record.ledgers)
+    compared = record.ledgers if isinstance(record, EvaluationRecord) else [one.codec for one in record.divergence]
+    codecs = list(dict.fromkeys([*compared, *(result.codec for one in record.retrieval for result in one.results)]))
     columns = ("Task", "Context", "Depth", "Uncompressed", *codecs)
     rows = []
     for one in record.retrieval:

@@ -3,6 +3,8 @@
 All matrices are float64 [p, p]. Every metric is regularised before it is inverted, and the ε is recorded.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,15 @@ def _per_lag(angles: Angles) -> Angles:
 def block_diagonal(metrics: list[Tensor]) -> Tensor:
     """The metric of concatenated vectors whose parts do not share a cost [Σp, Σp]."""
     return torch.block_diag(*metrics)
+
+
+def block_product(x: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """x times a block-diagonal matrix, `blocks` [heads, dim, dim] one after the other; none is the identity. x [..., p]."""
+    if not blocks:
+        return x
+    columns = x.split([block.shape[0] * block.shape[1] for block in blocks], -1)
+    products = [
+        torch.einsum("...hd,hde->...he", part.unflatten(-1, block.shape[:2]), block).flatten(-2)
+        for part, block in zip(columns, blocks, strict=True)
+    ]
+    return torch.cat(products, -1)

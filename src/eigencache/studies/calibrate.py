@@ -109,7 +109,7 @@ class Calibration:
             measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
             self._metrics[name] = measure(
                 self.loaded,
-                _spread(self.sequences, self.metric_tokens),
+                spread_out(self.sequences, self.metric_tokens),
                 self.rotations,
                 on_batch=partial(self.on_progress, f"{name} metric"),
             )
@@ -188,7 +188,7 @@ class Calibration:
             )
 
 
-def _spread(sequences: Sequences, tokens: int) -> Sequences:
+def spread_out(sequences: Sequences, tokens: int) -> Sequences:
     """Sequences from all over the text with `tokens` tokens or a little more: metrics need less than bases."""
     step = max(1, sequences.corpus.tokens // tokens)
     return replace(sequences, ids=sequences.ids[::step])

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eigencache.codec.folder import SavedCodec
+from eigencache.codec.base import Codec
+from eigencache.codec.folder import FittedCodec, SavedCodec
 from eigencache.codec.ledger import ledger
-from eigencache.codec.pca import PCACodec
 from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.divergence import measure_divergence
@@ -27,7 +27,7 @@ def evaluate_codecs(
     loaded: LoadedModel,
     sequences: Sequences,
     calibration: Calibration | SavedCodec,
-    codecs: Mapping[str, PCACodec],
+    codecs: Mapping[str, FittedCodec],
     protocols: Sequence[Protocol],
     *,
     prompts: int = 8,
@@ -43,12 +43,15 @@ def evaluate_codecs(
 ) -> EvaluationRecord:
     """Measure everything; `partial`: where results are kept while it runs. `prompts` 0 and `tasks` () leave parts out.
 
-    `calibration`: what the codecs were fitted from, or the saved codec that says so.
+    `calibration`: what the codecs were fitted from, or the saved codec that says so (an `EigenCodec` needs its own).
     Raises what the parts raise, and `CorpusError` for a text that overlaps the calibration text unless `force`.
     """
     watch = Stopwatch()
     fitted_on, overlap = _calibration_text(calibration, sequences, force)
     saved = calibration.card.tensors_sha256 if isinstance(calibration, SavedCodec) else None
+    values_per_token = loaded.geometry.values_per_token
+    coded_bits = calibration.coded_bits if isinstance(calibration, SavedCodec) else None
+    ledgers = {name: ledger(codec, values_per_token, coded_bits=coded_bits) for name, codec in codecs.items()}
     model = model_record(loaded, "the cache itself")
     key = {
         "model": model.sha256,
@@ -88,7 +91,6 @@ def evaluate_codecs(
             on_progress=lambda done, of: on_progress("retrieval", done, of),
         )
         kept.add({"retrieval": [one.model_dump() for one in cells]})
-    values_per_token = loaded.geometry.values_per_token
     return EvaluationRecord(
         model=model,
         corpus=sequences.corpus,
@@ -97,7 +99,7 @@ def evaluate_codecs(
         likelihood=[_likelihood(kept.done, protocol, codecs, values_per_token) for protocol in protocols],
         divergence=[Divergence(**one) for part in kept.done for one in part.get("divergence", ())],
         retrieval=[Retrieval(**one) for part in kept.done for one in part.get("retrieval", ())],
-        ledgers={name: ledger(codec, values_per_token) for name, codec in codecs.items()},
+        ledgers=ledgers,
         warnings=[*sequences.corpus.warnings, *fitted_on.warnings, *([overlap] if overlap else [])],
     )
 
@@ -109,7 +111,7 @@ def _calibration_text(calibration: Calibration | SavedCodec, sequences: Sequence
     return calibration.sequences.corpus, check_overlap(sequences.ids, calibration.sequences.ids, force=force)
 
 
-def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, PCACodec], values_per_token: int) -> Likelihood:
+def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, Codec], values_per_token: int) -> Likelihood:
     batches = [one for one in done if one.get("protocol") == protocol.model_dump()]
     scores = scores_of(batches, codecs, values_per_token)
     return Likelihood(protocol=protocol, uncompressed_nll=scores.uncompressed_nll, results=list(scores.quality.values()))

@@ -1,37 +1,59 @@
 """What a codec was fitted from, as the card of a saved codec says it: model, rotation, text, settings, versions."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
 
-from eigencache.codec.card import CodecOrigin, CodecSettings
+from eigencache.codec.card import CodecOrigin, EigenCardSettings, Expected, PCACardSettings
 from eigencache.codec.pca import PCACodec
 from eigencache.corpora.overlap import sketch
-from eigencache.models.load import fingerprint
-from eigencache.spectral.rope import rope_sha256
+from eigencache.corpora.sequences import Sequences
+from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.rotation import rotations_of
+from eigencache.records import Run
+from eigencache.spectral.rope import Rotation, rope_sha256
 from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.studies.eigen_fit import EigenSettings
 
 
 class Fitting(NamedTuple):
     """What `save_codec` takes beside the codec; `windows`: sketch of the calibration text."""
 
-    settings: CodecSettings
+    settings: PCACardSettings | EigenCardSettings
     origin: CodecOrigin
     windows: np.ndarray
+    expected: Expected | None = None
 
 
 def fitting_of(codec: PCACodec, settings: PCASettings, calibration: Calibration) -> Fitting:
     """Of a codec that `calibration` has just fitted with `settings`: the run that is recorded ends now."""
-    loaded, gathered = calibration.loaded, calibration.gathered
+    gathered = calibration.gathered
     assert gathered is not None  # every calibration has read its text
-    origin = CodecOrigin(
+    run = gathered.watch.run(calibration.seed, {"batch_size": calibration.batch_size})
+    origin = _origin(calibration.loaded, calibration.rotations, calibration.sequences, run)
+    about = PCACardSettings(**asdict(settings), bits=codec.bits, rank=codec.rank)
+    return Fitting(about, origin, sketch(calibration.sequences.ids))
+
+
+def eigen_fitting_of(
+    settings: EigenSettings, expected: Expected, loaded: LoadedModel, sequences: Sequences, run: Run
+) -> Fitting:
+    """Of an `EigenCodec` that `fit_eigen` fitted with `settings` on `sequences`, those that it kept apart included.
+
+    Costs one forward pass over a few tokens, which finds the rotations.
+    """
+    about = EigenCardSettings(**asdict(settings))
+    return Fitting(about, _origin(loaded, rotations_of(loaded), sequences, run), sketch(sequences.ids), expected)
+
+
+def _origin(loaded: LoadedModel, rotations: Mapping[int, Rotation], sequences: Sequences, run: Run) -> CodecOrigin:
+    return CodecOrigin(
         model=loaded.name,
         model_sha256=fingerprint(loaded.model),
-        rope_sha256=rope_sha256(calibration.rotations),
+        rope_sha256=rope_sha256(rotations),
         dtype=str(loaded.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        calibration=calibration.sequences.corpus,
-        run=gathered.watch.run(calibration.seed, {"batch_size": calibration.batch_size}),
+        calibration=sequences.corpus,
+        run=run,
     )
-    about = CodecSettings(**asdict(settings), bits=codec.bits, rank=codec.rank)
-    return Fitting(about, origin, sketch(calibration.sequences.ids))

@@ -18,10 +18,15 @@ from eigencache.studies.resume import Partial
 
 @dataclass(frozen=True)
 class Scores:
-    """What every codec costs, by name, and the loss of the uncompressed cache in nats per token."""
+    """What every codec costs, by name, and the loss of the uncompressed cache in nats per token.
+
+    `excess`: nats above the uncompressed cache, sequence by sequence, of the same `tokens` scored.
+    """
 
     uncompressed_nll: float
     quality: dict[str, Quality]
+    excess: dict[str, list[float]]
+    tokens: list[int]
 
 
 def score_codecs(
@@ -81,4 +86,6 @@ def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Codec], va
         )
         for name, codec in codecs.items()
     }
-    return Scores(sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain), quality)
+    excess = {name: [a.nll - b.nll for a, b in zip(losses_of(name), plain, strict=True)] for name in codecs}
+    tokens = [loss.tokens for loss in plain]
+    return Scores(sum(loss.nll for loss in plain) / sum(tokens), quality, excess, tokens)

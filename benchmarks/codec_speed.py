@@ -1,0 +1,165 @@
+"""How fast one core brings a cache to bytes and back with `eigen`: MB of 16-bit cache a second, whole and entropy stage.
+
+    python benchmarks/codec_speed.py [MODEL …] [--bits 0.1,0.4,1.6] [--context 512] [--tokens 65536] [--repeats 9] [--parts]
+
+Whole: from keys and values in 16 bits to a container, and back (transform, quantiser, entropy coder, checksums), with and
+without prediction from the text. Entropy stage: from integers to bytes and back, in blocks of 128 tokens. `zstd −1`, its
+level 1, has the same integers in 8 bits, what does not fit apart. The cache is that of sequences kept apart from fitting.
+Medians; in every repeat all that is compared runs in turn. `--parts`: where the time goes, each part alone.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from eigencache.codec.base import Cached
+from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.layout import by_layer
+from eigencache.models.load import BUNDLED, load
+from eigencache.report.table import Table
+from eigencache.studies.eigen_fit import EigenFit, EigenSettings
+from eigencache.studies.eigen_targets import at_bits
+from entropy import Bytes, fitted_codecs, zstandard
+
+COLUMNS = ("Model, bits asked", "Kept", "Encode", "Decode", "rANS enc", "rANS dec", "zstd enc", "zstd dec", "enc ÷", "dec ÷")
+STEPS = (
+    "encode",
+    "to vectors",
+    "find tokens",
+    "predict",
+    "transform",
+    "quantise",
+    "rANS enc",
+    "decode",
+    "rANS dec",
+    "dequantise",
+    "transform back",
+    "to slots",
+)
+
+
+def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
+    """A cache of so many tokens, put together again from all coefficients of sequences kept apart."""
+    x = fit.transform.mean + fit.transform.decode(fit.held.y[:tokens], 1.0)
+    if fit.text is not None and fit.held.ranks is not None:
+        x = x + fit.text.predict(fit.held.ranks[None, :tokens], fit.settings.block)[0]
+    return by_layer(fit.layout.slots(x[None], fit.sinks), dtype)
+
+
+def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each; the first turn is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def integers(codec: EigenCodec, cached: Cached, start: int) -> list[np.ndarray]:
+    """What the entropy coder is given, block by block."""
+    symbols = codec._symbols(codec.layout.vectors(cached, start, codec.transform.mean))[0].numpy()
+    return [np.ascontiguousarray(symbols[at : at + codec.block].T) for at in range(0, len(symbols), codec.block)]
+
+
+def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
+    """Seconds of all that the table shows."""
+    blocks, coder = integers(codec, cached, start), codec._coder
+    zstd = Bytes(len(blocks[0]), zstandard.ZstdCompressor(level=1).compress, zstandard.ZstdDecompressor().decompress)
+    encoded = codec.encode(cached, start)
+    coded, zipped = ([one.encode(block) for block in blocks] for one in (coder, zstd))
+    pairs, zipped_pairs = ([*zip(data, (b.shape[1] for b in blocks), strict=True)] for data in (coded, zipped))
+    for (data, tokens), block in zip(pairs, blocks, strict=True):
+        assert np.array_equal(coder.decode(data, tokens), block)
+    return in_turn(
+        {
+            "encode": lambda: codec.encode(cached, start),
+            "decode": lambda: codec.decode(encoded),
+            "rans encode": lambda: [coder.encode(block) for block in blocks],
+            "rans decode": lambda: [coder.decode(*pair) for pair in pairs],
+            "zstd encode": lambda: [zstd.encode(block) for block in blocks],
+            "zstd decode": lambda: [zstd.decode(*pair) for pair in zipped_pairs],
+        },
+        repeats,
+    )
+
+
+def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
+    """Seconds of the steps of both ways, each alone."""
+    layout, transform, quantiser, text = codec.layout, codec.transform, codec.quantiser, codec.text
+    x = layout.vectors(cached, start, transform.mean) - transform.mean
+    y = transform.encode(x, codec.step)
+    q = quantiser.quantise(y)
+    back = transform.decode(quantiser.dequantise(q), codec.step)
+    works: dict[str, Callable[[], object]] = {
+        "to vectors": lambda: layout.vectors(cached, start, transform.mean),
+        "transform": lambda: transform.encode(x, codec.step),
+        "quantise": lambda: quantiser.quantise(y),
+        "dequantise": lambda: quantiser.dequantise(q),
+        "transform back": lambda: transform.decode(quantiser.dequantise(q), codec.step),
+        "to slots": lambda: layout.slots(back, start),
+    }
+    if text is not None:
+        ranks = text.find(x)
+        works |= {"find tokens": lambda: text.find(x), "predict": lambda: text.predict(ranks, codec.block)}
+    return in_turn(works, repeats)
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED))
+    parser.add_argument("--bits", default="0.1,0.4,1.6", help="per value, of the whole container")
+    parser.add_argument("--context", type=int, default=512, help="tokens that are encoded at a time")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, steps, kept = [], [], []
+    for name in args.models:
+        loaded = load(name)
+        for text in (True, False):
+            fit = fitted_codecs(loaded, args.tokens, EigenSettings(text=text))
+            cached = cache_of(fit, args.context, torch.float16)
+            nbytes = 2 * args.context * fit.layout.width
+            for bits in map(float, args.bits.split(",")):
+                codec = replace(at_bits(fit, bits).codec, dtype=torch.float16)
+                seconds = whole_and_entropy(codec, cached, fit.sinks, args.repeats)
+                label = f"{name}, {bits:g}" + (", text" if text else "")
+                speeds = {work: nbytes / taken / 1e6 for work, taken in seconds.items()}
+                ratios = [seconds[f"zstd {way}"] / seconds[f"rans {way}"] for way in ("encode", "decode")]
+                width = f"{codec.transform.coefficients} of {fit.layout.width}"
+                rows.append((label, width, *(f"{s:,.0f}" for s in speeds.values()), *(f"{r:.2f}" for r in ratios)))
+                kept.append({"label": label, "kept": width, "tokens": args.context, "mb_per_s": speeds, "seconds": seconds})
+                if args.parts:
+                    found = parts(codec, cached, fit.sinks, args.repeats)
+                    times = {"encode": seconds["encode"], "decode": seconds["decode"]} | found
+                    times |= {"rANS enc": seconds["rans encode"], "rANS dec": seconds["rans decode"]}
+                    kept[-1]["parts"] = times
+                    steps.append((label, *(f"{1e3 * times[at]:.2f}" if at in times else "—" for at in STEPS)))
+    note = (
+        f"CPU, one thread, torch {torch.__version__}; {args.context} tokens at a time; MB of 16-bit cache a second, medians"
+    )
+    note += f" of {args.repeats}; ÷: rANS over zstd −1, above 1 rANS is faster"
+    console = Console()
+    console.print(Table("eigen: speed of a core", COLUMNS, tuple(rows), notes=(note,)))
+    if steps:
+        console.print(Table("Where the time goes, ms", ("Model, bits asked", *STEPS), tuple(steps)))
+    if args.output:
+        args.output.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

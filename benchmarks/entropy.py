@@ -1,0 +1,356 @@
+"""Entropy coders on the integers of a fitted `eigen` codec: bytes over the ideal static model's, and speed, all exact.
+
+    python benchmarks/entropy.py [MODEL …] [--bits 0.1,0.4,1.6] [--tokens 65536] [--repeats 3] [--contexts] [--output JSON]
+
+The integers are those of the coefficients of sequences kept apart; ranks of tokens are left out. Every coder gets int32
+[coefficients, tokens] and gives bytes that decode on their own: of blocks of 128 tokens, as random access needs them, and
+of the whole text. The ideal length is Σ −log₂ of the shares that integers have in the text the codec was fitted on, one
+distribution per class of coefficients. Speed is of one thread and counts the way from integers to bytes and back, with
+what a coder needs to be handed; tables and models are made beforehand. `--contexts` gives ideal lengths when a token's
+earlier coefficients choose among 6 tables per class.
+"""
+
+import argparse
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.entropy import EntropyCoder, RansCoder
+from eigencache.codec.tables import Tables
+from eigencache.corpora.sequences import pack
+from eigencache.corpora.text import read_text
+from eigencache.models.load import BUNDLED, LoadedModel, load
+from eigencache.report.table import Table
+from eigencache.studies.eigen_fit import FITTED, EigenFit, EigenSettings, fit_eigen
+from eigencache.studies.eigen_targets import at_bits
+from eigencache.studies.probe import default_length
+
+try:
+    import constriction
+    import pcodec
+    import zstandard
+except ImportError as error:
+    raise SystemExit(
+        f"{error}: the coders compared with are installed by `pip install pcodec constriction zstandard`"
+    ) from error
+
+DEFAULTS = EigenSettings()
+BLOCK = 128
+CONTEXTS = 6
+_MEMORY = 0.9  # of the running magnitude, from one coefficient to the next
+_UNSEEN = 0.5  # counts of all that a text did not hold
+_BACKING = 32  # counts that a class lends to each of its contexts
+
+
+class Models:
+    """Shares of the integers of every class, of a text; what it did not hold is an escape of 32 bits."""
+
+    def __init__(self, fitted: np.ndarray, table_of: np.ndarray) -> None:
+        self.table_of, self.halves, self.shares = table_of, [], []
+        for table in range(int(table_of.max()) + 1):
+            values = fitted[table_of == table].ravel()
+            half = int(np.abs(values).max()) + 1
+            counts = np.append(np.bincount(values + half, minlength=2 * half + 1), _UNSEEN)
+            self.halves.append(half)
+            self.shares.append(counts / counts.sum())
+
+    def indexed(self, symbols: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the integers of one class stand in its shares, and those that are escaped."""
+        values, half = symbols[self.table_of == table].ravel(), self.halves[table]
+        inside = np.abs(values) <= half
+        seen = self.shares[table][np.where(inside, values + half, -1)] > 0
+        return np.where(inside & seen, values + half, 2 * half + 1), values[~(inside & seen)]
+
+    def bits(self, symbols: np.ndarray) -> float:
+        """Ideal length of integers [coefficients, tokens]."""
+        total = 0.0
+        for table, shares in enumerate(self.shares):
+            index, escaped = self.indexed(symbols, table)
+            total += -np.log2(shares[index]).sum() + 32 * len(escaped)
+        return float(total)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A coder of bytes on int8, coefficient by coefficient; −128 stands for what follows at the end in 32 bits."""
+
+    width: int
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes], bytes]
+
+    def encode(self, symbols: np.ndarray) -> bytes:
+        """As `EntropyCoder`."""
+        narrow = symbols.astype(np.int8)
+        wide = (narrow != symbols) | (narrow == -128)
+        if not wide.any():
+            return self.compress(narrow.tobytes())
+        narrow[wide] = -128
+        return self.compress(narrow.tobytes() + symbols[wide].tobytes())
+
+    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+        """As `EntropyCoder`."""
+        raw, count = self.decompress(data), self.width * tokens
+        symbols = np.frombuffer(raw, np.int8, count).astype(np.int32)
+        if count < len(raw):
+            symbols[symbols == -128] = np.frombuffer(raw[count:], np.int32)
+        return symbols.reshape(self.width, tokens)
+
+
+class Pcodec:
+    """Level 8 on int16 where all fit, else int32: one stream per class of coefficients, each with its length before it."""
+
+    def __init__(self, table_of: np.ndarray) -> None:
+        self.rows = rows_of(table_of)
+        self.config = pcodec.ChunkConfig(compression_level=8, delta_spec=pcodec.DeltaSpec.no_op())
+
+    def encode(self, symbols: np.ndarray) -> bytes:
+        """As `EntropyCoder`."""
+        symbols = symbols.astype(np.int16 if np.abs(symbols).max() < 2**15 else np.int32)
+        parts = [pcodec.standalone.simple_compress(symbols[rows].ravel(), self.config) for rows in self.rows]
+        return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+        """As `EntropyCoder`."""
+        symbols, at = np.empty((sum(map(len, self.rows)), tokens), np.int32), 0
+        for rows in self.rows:
+            end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+            symbols[rows] = pcodec.standalone.simple_decompress(data[at + 4 : end]).reshape(-1, tokens)
+            at = end
+        return symbols
+
+
+class Constriction:
+    """The ANS coder of `constriction` with one categorical model per class, 24 bits a share; escapes come first, counted."""
+
+    def __init__(self, models: Models) -> None:
+        self.models, self.rows = models, rows_of(models.table_of)
+        self.coded = [constriction.stream.model.Categorical(shares, perfect=False) for shares in models.shares]
+
+    def encode(self, symbols: np.ndarray) -> bytes:
+        """As `EntropyCoder`."""
+        coder, escapes = constriction.stream.stack.AnsCoder(), []
+        for table in range(len(self.rows) - 1, -1, -1):
+            index, escaped = self.models.indexed(symbols, table)
+            coder.encode_reverse(index.astype(np.int32), self.coded[table])
+            escapes.insert(0, escaped.astype(np.int32))
+        beyond = np.concatenate(escapes)
+        return len(beyond).to_bytes(4, "little") + beyond.tobytes() + coder.get_compressed().astype("<u4").tobytes()
+
+    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+        """As `EntropyCoder`."""
+        escaped = np.frombuffer(data, np.int32, int.from_bytes(data[:4], "little"), 4)
+        coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + escaped.nbytes))
+        symbols, at = np.empty((len(self.models.table_of), tokens), np.int32), 0
+        for rows, half, model in zip(self.rows, self.models.halves, self.coded, strict=True):
+            index = coder.decode(model, len(rows) * tokens)
+            values = index - np.int32(half)
+            if count := int((index > 2 * half).sum()):
+                values[index > 2 * half] = escaped[at : at + count]
+                at += count
+            symbols[rows] = values.reshape(-1, tokens)
+        return symbols
+
+
+@dataclass(frozen=True)
+class Result:
+    """One coder on one set of integers. `excess`: bytes over the ideal length, less 1; speeds in 10⁶ integers a second."""
+
+    model: str
+    bits_asked: float
+    tokens: int
+    coefficients: int
+    integers: int
+    ideal_bits_per_value: float
+    coder: str
+    blocks_of: int
+    nbytes: int
+    excess: float
+    encode_msymbols: float
+    decode_msymbols: float
+
+
+def rows_of(table_of: np.ndarray) -> list[np.ndarray]:
+    """The coefficients of every class."""
+    return [np.flatnonzero(table_of == table) for table in range(int(table_of.max()) + 1)]
+
+
+def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DEFAULTS) -> EigenFit:
+    """A fit on so many tokens of `stdlib`."""
+    return fit_eigen(
+        loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=default_length(loaded)), settings
+    )
+
+
+def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarray]:
+    """Integers [coefficients, tokens] of what was fitted on and of what was kept apart, without ranks of tokens."""
+    pairs = zip(fit.transform.bases, codec.transform.bases, strict=True)
+    kept = torch.cat([torch.isin(whole.scale, part.scale) for whole, part in pairs])
+    assert int(kept.sum()) == codec.transform.coefficients
+    fitted, held = fit.fitted.y, fit.held.y
+    fitted = fitted[:: max(1, len(fitted) // FITTED)]
+    quantised = (codec.quantiser.quantise(y[:, kept] / codec.step) for y in (fitted, held[: len(held) // BLOCK * BLOCK]))
+    return tuple(np.ascontiguousarray(q.T.numpy()) for q in quantised)  # type: ignore[return-value]
+
+
+def without_ranks(tables: Tables) -> Tables:
+    """The tables of coefficients alone: the first is of ranks, and the first row."""
+    return Tables(tables.table_of[1:] - 1, tables.shifts[1:], tables.halves[1:], tables.starts[1:])
+
+
+def coders(tables: Tables, lanes: int, models: Models) -> Iterator[tuple[str, EntropyCoder]]:
+    """Every coder that is compared, by name."""
+    yield f"rANS, {lanes} lanes (ours)", RansCoder(tables, lanes)
+    yield "constriction ANS", Constriction(models)
+    yield "pcodec 8, per class", Pcodec(tables.table_of)
+    for level in (-1, 1, 19):
+        zstd, unzstd = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
+        yield f"zstd {level}".replace("-", "−"), Bytes(len(tables.table_of), zstd.compress, unzstd.decompress)
+    yield "zlib 6", Bytes(len(tables.table_of), zlib.compress, zlib.decompress)
+
+
+def timed(work: Callable[[], list], repeats: int) -> tuple[list, float]:
+    """What it gives, and the median of its seconds; the first time is not counted."""
+    result, seconds = work(), []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - began)
+    return result, median(seconds)
+
+
+def measured(coder: EntropyCoder, symbols: np.ndarray, block: int, repeats: int) -> tuple[int, float, float]:
+    """Bytes, and seconds of encoding and decoding; what is decoded is what was encoded."""
+    blocks = [np.ascontiguousarray(symbols[:, at : at + block]) for at in range(0, symbols.shape[1], block)]
+    data, encoding = timed(lambda: [coder.encode(one) for one in blocks], repeats)
+    pairs = list(zip(data, blocks, strict=True))
+    again, decoding = timed(lambda: [coder.decode(one, whole.shape[1]) for one, whole in pairs], repeats)
+    assert all(np.array_equal(one, whole) for one, whole in zip(again, blocks, strict=True))
+    return sum(map(len, data)), encoding, decoding
+
+
+def compare(name: str, fit: EigenFit, bits: float, repeats: int) -> Iterator[Result]:
+    """Every coder at one rate, in blocks and as a whole."""
+    codec = at_bits(fit, bits).codec
+    tables = without_ranks(codec.tables)
+    fitted, symbols = integers_of(fit, codec)
+    models = Models(fitted, tables.table_of)
+    ideal = models.bits(symbols)
+    width, tokens = symbols.shape
+    for block in (BLOCK, tokens):
+        for label, coder in coders(tables, codec.lanes, models):
+            nbytes, encoding, decoding = measured(coder, symbols, block, repeats)
+            speeds = (symbols.size / seconds / 1e6 for seconds in (encoding, decoding))
+            per_value = ideal / tokens / fit.layout.width
+            excess = 8 * nbytes / ideal - 1
+            yield Result(name, bits, tokens, width, symbols.size, per_value, label, block, nbytes, excess, *speeds)
+
+
+def losses(fit: EigenFit, bits: float) -> tuple[str, ...]:
+    """Where our bytes go beyond the ideal length, each as a share of it."""
+    codec = at_bits(fit, bits).codec
+    tables = without_ranks(codec.tables)
+    fitted, symbols = integers_of(fit, codec)
+    ideal, coder = Models(fitted, tables.table_of).bits(symbols), RansCoder(tables, codec.lanes)
+    blocks = [symbols[:, at : at + BLOCK] for at in range(0, symbols.shape[1], BLOCK)]
+    coded = 8 * sum(len(coder.encode(np.ascontiguousarray(block))) for block in blocks)
+    in_tables = tables.bits(symbols)
+    high = symbols >> tables.shifts[tables.table_of][:, None]
+    escaped = int((np.abs(high) > tables.halves[tables.table_of][:, None]).sum())
+    states = len(blocks) * codec.lanes * 16  # a state holds 16 bits of what was coded, and takes 32
+    parts = (in_tables - ideal, states, coded - in_tables - states)
+    return (*(f"{part / ideal:+.2%}" for part in parts), f"{escaped / symbols.size:.1e}", f"{coded / ideal - 1:+.2%}")
+
+
+def contexts_of(symbols: np.ndarray, means: np.ndarray) -> Iterator[np.ndarray]:
+    """Per coefficient, how large a token's earlier ones were, of what they are on average [tokens]."""
+    running = np.ones(symbols.shape[1])
+    for row, mean in zip(symbols, means, strict=True):
+        yield running
+        running = _MEMORY * running + (1 - _MEMORY) * np.abs(row) / mean
+
+
+def in_contexts(fitted: np.ndarray, symbols: np.ndarray, table_of: np.ndarray) -> float:
+    """Ideal length in bits when the running magnitude of a token's earlier integers chooses one of 6 tables."""
+    means = np.abs(fitted).mean(1) + 1e-3
+    seen, met = (np.stack(list(contexts_of(part, means))) for part in (fitted, symbols))
+    total = 0.0
+    for rows in rows_of(table_of):
+        values, half = fitted[rows].ravel(), int(np.abs(fitted[rows]).max()) + 1
+        edges = np.quantile(seen[rows], np.linspace(0, 1, CONTEXTS + 1)[1:-1])
+        chosen = np.searchsorted(edges, seen[rows].ravel())
+        counts = np.bincount(values + half, minlength=2 * half + 1)
+        shares = np.append(counts, _UNSEEN) / (counts.sum() + _UNSEEN)
+        own = np.stack([np.bincount(values[chosen == i] + half, minlength=2 * half + 2) for i in range(CONTEXTS)])
+        own = (own + _BACKING * shares) / (own.sum(1, keepdims=True) + _BACKING)
+        found = symbols[rows].ravel()
+        index = np.where(np.abs(found) <= half, found + half, -1)
+        index = np.where(shares[index] > 0, index, -1)
+        total += -np.log2(own[np.searchsorted(edges, met[rows].ravel()), index]).sum() + 32 * (index == -1).sum()
+    return float(total)
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED))
+    parser.add_argument("--bits", default="0.1,0.4,1.6", help="per value, of the whole container")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration; one in 8 is kept apart and coded")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contexts", action="store_true", help="ideal lengths with adaptive contexts, and no coders")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    console, rates, results = Console(), [float(bits) for bits in args.bits.split(",")], []
+    spent, contexts = [], []
+    for name in args.models:
+        fit = fitted_codecs(load(name), args.tokens)
+        for bits in rates:
+            if args.contexts:
+                codec = at_bits(fit, bits).codec
+                fitted, symbols = integers_of(fit, codec)
+                table_of, values = without_ranks(codec.tables).table_of, symbols.shape[1] * fit.layout.width
+                static = Models(fitted, table_of).bits(symbols) / values
+                adaptive = in_contexts(fitted, symbols, table_of) / values
+                contexts.append((f"{name}, {bits:g}", f"{static:.4f}", f"{adaptive:.4f}", f"{adaptive / static - 1:+.2%}"))
+                continue
+            found = list(compare(name, fit, bits, args.repeats))
+            results += found
+            spent.append((f"{name}, {bits:g}", *losses(fit, bits)))
+            console.print(table_of_results(found))
+    if args.contexts:
+        columns = ("Model, bits asked", "Static, bits per value", "6 contexts", "Change")
+        console.print(Table("Ideal length of coefficients, static and in contexts", columns, tuple(contexts)))
+    else:
+        columns = ("Model, bits asked", "Tables", "States", "Rest", "Share escaped", "Together")
+        console.print(Table(f"rANS in blocks of {BLOCK}, over the ideal length", columns, tuple(spent)))
+    if args.output:
+        args.output.write_text(json.dumps([asdict(result) for result in results] or contexts, indent=1) + "\n")
+
+
+def table_of_results(results: list[Result]) -> Table:
+    """All coders at one rate of one model, a row each."""
+    first, half = results[0], len(results) // 2
+    rows = []
+    for block, whole in zip(results[:half], results[half:], strict=True):
+        speeds = (f"{speed:.1f}" for r in (block, whole) for speed in (r.encode_msymbols, r.decode_msymbols))
+        b_enc, b_dec, w_enc, w_dec = speeds
+        rows.append((block.coder, f"{block.excess:+.1%}", b_enc, b_dec, f"{whole.excess:+.1%}", w_enc, w_dec))
+    columns = ("Coder", "Blocks: bytes", "encode", "decode", "Whole: bytes", "encode ", "decode ")
+    title = (
+        f"{first.model} at {first.bits_asked:g} bits per value: {first.coefficients} coefficients of {first.tokens:,} tokens"
+    )
+    ideal = f"bytes over the ideal static model's, which are {first.ideal_bits_per_value:.4f} bits per value"
+    return Table(title, columns, tuple(rows), notes=(f"{ideal}; million integers a second, one thread, medians",))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`eigencache bench [MODEL…]`: methods at equal loss, all bytes counted."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import (
+    BatchSize,
+    CalibrationText,
+    Device,
+    Dtype,
+    Force,
+    Text,
+    check_folder,
+    length_numbers,
+    positive_numbers,
+    unique,
+)
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache bench ref-llama --methods eigen,kvtc,int --lengths 512 --seeds 1\n
+  eigencache bench --output docs/leaderboard\n
+  eigencache bench ref-qwen2 --methods eigen,kvtc-no-window --points 0.1,0.3,1 --tasks copy,recall --prompts 8\n
+  eigencache bench meta-llama/Llama-3.2-1B --text wikitext2 --lengths 2048
+"""
+
+
+def run(
+    models: Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Such as eigen,kvtc,int; default: all.")] = None,
+    points: Annotated[
+        str, typer.Option("--points", help="Bits per value at which methods that take any are measured.")
+    ] = "0.03,0.06,0.12,0.25,0.5,1,2",
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Tokens of a sequence; the last of them are scored.")
+    ] = "512,2048",
+    scored: Annotated[int, typer.Option("--scored", min=2, help="Tokens at the end of a sequence that are scored.")] = 128,
+    text: Text = "stdlib:held-out",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at every length.")] = 49_152,
+    calibration_text: CalibrationText = "stdlib",
+    calibration_tokens: Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens of every seed.")] = 65_536,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Calibrations, each on other sequences of its text.")] = 3,
+    tasks: Annotated[str, typer.Option("--tasks", help="Retrieval tasks, such as copy,recall; or none.")] = "none",
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="Prompts to generate from; 0 for none.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for README.md, bench.html, plots, JSON.")
+    ] = None,
+    force: Force = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Compare methods by the bytes they hold at equal loss through the cache, with intervals.
+
+    With --output, an interrupted run goes on where it stopped when it is started again.
+    """
+    if output:
+        check_folder(output)
+    import sys
+
+    from rich.console import Console
+
+    from eigencache.cli.measuring import load_with_text, pack_with_progress
+    from eigencache.cli.progress import progress_bar
+    from eigencache.errors import CorpusError
+    from eigencache.evaluate.tasks import task_named
+    from eigencache.models.load import BUNDLED
+    from eigencache.report.bench import against_table
+    from eigencache.report.bench_page import OURS, tables_of, write_bench
+    from eigencache.studies.bench import BenchSettings, bench_model
+    from eigencache.studies.methods import chosen_methods
+
+    wanted = () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
+    for task in wanted:
+        task_named(task)
+    whole = length_numbers(lengths)
+    if short := [length for length in whole if length < scored + 8]:
+        raise CorpusError(f"--lengths {short[0]}: the last {scored} tokens are scored, at least 8 more have to be held")
+    settings = BenchSettings(
+        methods=tuple(chosen_methods(methods)),
+        rates=positive_numbers("--points", points),
+        seeds=tuple(range(seeds)),
+        scored=scored,
+        tasks=wanted,
+        prompts=prompts,
+        batch_size=batch_size,
+    )
+    console, records = Console(), []
+    for model in unique(models or BUNDLED):
+        loaded, calibration = load_with_text(
+            model,
+            text=calibration_text,
+            tokens=calibration_tokens * min(seeds, 3),
+            max_length=512,
+            device=device,
+            dtype=dtype,
+        )
+        held_out = {length - scored: pack_with_progress(loaded, text, tokens, length) for length in whole}
+        partial = output / f"{loaded.name}.partial" if output else None
+        with progress_bar(model) as on_progress:
+            records.append(
+                bench_model(
+                    loaded,
+                    calibration,
+                    calibration_tokens,
+                    held_out,
+                    settings,
+                    force=force,
+                    partial=partial,
+                    on_progress=on_progress,
+                )
+            )
+        for table in tables_of(records[-1]):
+            console.print(table)
+    if len(records) > 1 and OURS in settings.methods:
+        console.print(against_table(records, OURS))
+    if output:
+        for path in write_bench(records, output, " ".join(["eigencache", *sys.argv[1:]])):
+            console.print(f"written: {path}", markup=False, highlight=False)
+        for record in records:
+            (output / f"{record.model.name}.partial").unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""`eigencache fit MODEL`: a codec for the cache of one model, of a size or of a loss."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import BatchSize, Device, Dtype, MaxLength, Seed, Text, Tokens, check_folder
+from eigencache.cli.sweep import MetricName
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache fit ref-llama -o llama-codec\n
+  eigencache fit ref-qwen2 --bits 0.25 -o qwen-codec\n
+  eigencache fit ref-deepseek --ratio 16 --no-text-prediction -o mla-codec\n
+  eigencache fit meta-llama/Llama-3.2-1B --text wikitext2 --max-nll 0.005 --dtype bfloat16 -o llama-3-codec\n
+  eigencache evaluate ref-llama --codec llama-codec
+"""
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the codec.")],
+    text: Text = "stdlib",
+    tokens: Tokens = 131_072,
+    max_length: MaxLength = None,
+    bits: Annotated[float | None, typer.Option("--bits", help="Bits per value, everything counted.")] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="16-bit bytes over bytes held.")] = None,
+    max_nll: Annotated[
+        float | None, typer.Option("--max-nll", help="Nats per token that may be lost; 0.01 if nothing else is asked.")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens at which a size is meant.")] = 2048,
+    scope: Annotated[str, typer.Option("--scope", help="head, layer, kind or joint: what shares a basis.")] = "joint",
+    metric: Annotated[MetricName, typer.Option("--metric", help="What an error is weighed with.")] = MetricName.fisher,
+    alpha: Annotated[float, typer.Option("--alpha", min=0, max=2, help="Power of the metric.")] = 0.75,
+    text_prediction: Annotated[
+        bool, typer.Option("--text-prediction/--no-text-prediction", help="Predict the cache from its tokens.")
+    ] = True,
+    sinks: Annotated[
+        int | None, typer.Option("--sinks", min=0, help="First tokens kept; default: those that stand out.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens kept.")] = 0,
+    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits of a number of kept tokens: 8 or 16.")] = 8,
+    block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Tokens that decode together.")] = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+) -> None:
+    """Fit the codec `eigen`: transform, step and entropy tables, for a size or for a loss, and save it in a folder.
+
+    Size and loss are measured on an eighth of the text that nothing is fitted on.
+    """
+    check_folder(output.parent)
+    from rich.console import Console
+
+    from eigencache.cli.measuring import load_with_text
+    from eigencache.cli.progress import progress_bar
+    from eigencache.codec.folder import check_replaceable, save_codec
+    from eigencache.report.codecs import codec_table
+    from eigencache.studies.eigen_fit import settings_of
+    from eigencache.studies.fit import Goal, fit_codec
+
+    check_replaceable(output)
+    goal = Goal.of(bits, ratio, max_nll)
+    settings = settings_of(
+        scope=scope,
+        metric=metric.value,
+        alpha=alpha,
+        text=text_prediction,
+        sinks=sinks,
+        window=window,
+        kept_bits=kept_bits,
+        block=block,
+    )
+    loaded, sequences = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
+    with progress_bar(model) as on_progress:
+        fitted = fit_codec(
+            loaded,
+            sequences,
+            settings,
+            goal,
+            context=context,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    save_codec(output, fitted.codec, *fitted.fitting)
+    console = Console()
+    console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token))
+    console.print(f"written: {output}", markup=False, highlight=False)

@@ -1,0 +1,65 @@
+"""`kivi`: keys per channel over 32 tokens, values per token over 32 channels, the last 128 tokens in 16 bits.
+
+Source: Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024, arXiv 2402.02750,
+github.com/jy-yuan/KIVI. Asymmetric, 2 or 4 bits, lowest value and step in 16 bits: 3 and 5 bits per number; keys after
+rotation.
+
+Where this differs: the last `residual` tokens are those of the stretch that is encoded. Keys that fill no group of 32
+tokens are kept in 16 bits and counted, so a cache should be encoded in stretches of a multiple of 32 tokens (values need
+no full groups, as in the paper). Where a head is no multiple of 32, the last group of its values is narrower. Lowest value
+and step are rounded outwards to float16, so that nothing is clipped. For MLA, which the paper does not treat, the latent
+counts as keys and the rotary key as values.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.base import to_sixteen_bit
+from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.per_slot import PerSlot, Tensors
+from eigencache.codec.kept import WithKept
+
+
+@dataclass(frozen=True, eq=False)
+class KIVI(PerSlot):
+    """The quantised part of KIVI. `dtype`: the model's."""
+
+    bits: Literal[2, 4]
+    dtype: torch.dtype
+    group: int = 32
+    nbytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """`kivi 2 bit`, `kivi 4 bit`."""
+        return f"kivi {self.bits} bit"
+
+    def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
+        """Groups of tokens for keys, with the tokens that fill none; groups of channels for values."""
+        if slot == 1:
+            return quantised(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
+        full = x.shape[2] // self.group * self.group
+        parts: dict[str, Tensor] = {}
+        if full:
+            parts |= quantised(x[:, :, :full].mT, self.bits, self.group, what)._asdict()
+        if full < x.shape[2]:
+            parts["rest"] = to_sixteen_bit(x[:, :, full:], what)
+        return parts
+
+    def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
+        """Values, or keys of the groups and then of the tokens that fill none."""
+        found = [parts["rest"].float()] if "rest" in parts else []
+        if "codes" in parts:
+            groups = Groups(parts["codes"], parts["low"], parts["step"])
+            if slot == 1:
+                return dequantised(groups, self.bits, width, min(self.group, width))
+            found.insert(0, dequantised(groups, self.bits, groups.step.shape[-1] * self.group, self.group).mT)
+        return torch.cat(found, 2)
+
+
+def kivi(bits: Literal[2, 4], dtype: torch.dtype, *, residual: int = 128) -> WithKept:
+    """KIVI as published, with the last `residual` tokens in 16 bits."""
+    return WithKept(KIVI(bits, dtype), dtype, window=residual)

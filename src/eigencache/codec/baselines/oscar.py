@@ -1,0 +1,145 @@
+"""`oscar`: keys in the eigenbasis of the queries, values in that of what is attended, Hadamard-mixed, clipped, 2 bits.
+
+Source: OSCAR: Offline Spectral Covariance-Aware Rotation for 2-bit KV Cache Quantization, 2026, arXiv 2605.17757,
+github.com/FutureMLS-Lab/OSCAR. Per layer and KV head a basis U·H·P: eigenvectors of the second moment of the queries (for
+keys) or of the values weighted by attention (for values), a Hadamard matrix, and a bit-reversed order. A token's vector
+is clipped at a quantile of its own magnitudes (0.96 for keys, 0.92 for values in the repository's recipes), then
+quantised asymmetrically in groups of 128 numbers of a head; keys after rotation; the first 64 tokens and the last 256 in
+16 bits. For MLA the latent is treated so, and the rotary key stays in 16 bits: give no value moments for such layers.
+
+Where this differs: where a head is no power of two, a seeded random orthogonal matrix mixes in place of H·P; quantiles may
+be chosen on calibration vectors (`clip_candidates`), for all layers alike; lowest value and step in float16 (2.25 bits per
+number of a head of 128, the figure of the paper), where the repository's recipes store them in float32. The repository's
+variant with a Lloyd–Max codebook is left out. What is weighted how is the caller's: moments come as matrices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.base import Cached
+from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.per_slot import PerSlot, Tensors
+from eigencache.codec.baselines.turboquant import random_orthogonal
+from eigencache.codec.kept import WithKept
+from eigencache.errors import CodecError
+
+PUBLISHED_CLIPS = (0.96, 0.92)  # keys, values
+CLIPS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.86, 0.82)
+Moments = Mapping[int, Tensor]  # layer_idx → [kv_heads, d, d]
+
+
+@dataclass(frozen=True, eq=False)
+class OSCAR(PerSlot):
+    """`bases`: (layer, slot) → [kv_heads, d, d] orthogonal; slots without one stay in 16 bits. `dtype`: the model's."""
+
+    bases: Mapping[tuple[int, int], Tensor]
+    clips: tuple[float, float]
+    bits: Literal[2, 3, 4]
+    dtype: torch.dtype
+    group: int = 128
+
+    @property
+    def name(self) -> str:
+        """`oscar 2 bit`."""
+        return f"oscar {self.bits} bit"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all bases."""
+        return sum(basis.nbytes for basis in self.bases.values())
+
+    def is_raw(self, layer_idx: int, slot: int) -> bool:
+        """Whether the slot has no basis. Raises `CodecError` for a layer that has none at all."""
+        if (layer_idx, 0) not in self.bases:
+            raise CodecError(f"{self.name} has no basis for layer {layer_idx}: it was fitted on another model")
+        return (layer_idx, slot) not in self.bases
+
+    def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
+        """Codes, lowest values and steps of the clipped coordinates."""
+        basis = self.bases[layer_idx, slot].to(x.device)
+        if basis.shape != (x.shape[1], x.shape[3], x.shape[3]):
+            raise CodecError(f"{what} has other heads than {self.name} was fitted for")
+        y = clipped(x.float() @ basis, self.clips[slot])
+        return quantised(y, self.bits, min(self.group, y.shape[-1]), what)._asdict()
+
+    def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
+        """Vectors again."""
+        y = dequantised(Groups(**parts), self.bits, width, min(self.group, width))
+        return y @ self.bases[layer_idx, slot].to(y.device).mT
+
+
+def fit_oscar(
+    key_moments: Moments,
+    value_moments: Moments,
+    dtype: torch.dtype,
+    *,
+    bits: Literal[2, 3, 4] = 2,
+    sample: Cached | None = None,
+    clip_candidates: tuple[float, ...] = CLIPS,
+    sinks: int = 64,
+    window: int = 256,
+    group: int = 128,
+    seed: int = 0,
+) -> WithKept:
+    """OSCAR from second moments per layer and KV head: of the queries (keys), of the attended values (values).
+
+    With a `sample` of the cache, keys after rotation, clips are those of `clip_candidates` with the least error: in the
+    metric of the queries for keys, of the values themselves for values, every layer's share of its own energy counting
+    alike. Without one they are the published ones. `sinks=0, window=0` keeps no token apart.
+    """
+    moments = {(i, slot): m for slot, layers in enumerate((key_moments, value_moments)) for i, m in layers.items()}
+    bases = {at: _basis(m, seed) for at, m in moments.items()}
+    codec = OSCAR(bases, PUBLISHED_CLIPS, bits, dtype, group)
+    if sample is not None:
+        losses = [[_loss(codec, key_moments, sample, slot, clip) for clip in clip_candidates] for slot in (0, 1)]
+        keys, values = (clip_candidates[tried.index(min(tried))] for tried in losses)
+        codec = OSCAR(bases, (keys, values), bits, dtype, group)
+    return WithKept(codec, dtype, sinks, window)
+
+
+def clipped(y: Tensor, ratio: float) -> Tensor:
+    """Every vector held within the `⌊ratio·d⌋`-th of its magnitudes, counted from the smallest, 0; 1 clips nothing."""
+    index = min(int(ratio * y.shape[-1]), y.shape[-1] - 1)
+    limit = y.abs().sort(-1).values[..., index : index + 1]
+    return torch.minimum(torch.maximum(y, -limit), limit)
+
+
+def hadamard(width: int) -> Tensor:
+    """The normalised Hadamard matrix of a power of two, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
+
+
+def _basis(moments: Tensor, seed: int) -> Tensor:
+    """U·H·P per head, float32: eigenvectors by rising eigenvalue, columns from the last on at reversed bits."""
+    width = moments.shape[-1]
+    if not moments.isfinite().all():
+        raise CodecError("oscar: second moments hold NaN or infinite values")
+    vectors = torch.linalg.eigh((moments.double() + moments.double().mT) / 2).eigenvectors
+    if width & (width - 1):
+        return (vectors @ random_orthogonal(width, seed).double().to(vectors.device)).float()
+    digits = width.bit_length() - 1
+    order = torch.zeros(width, dtype=torch.long)
+    for i in range(width):
+        order[int(f"{i:0{digits}b}"[::-1], 2) if digits else 0] = width - 1 - i
+    return (vectors @ hadamard(width).to(vectors.device))[..., order.to(vectors.device)].float()
+
+
+def _loss(codec: OSCAR, key_moments: Moments, sample: Cached, slot: int, clip: float) -> float:
+    """Error over energy with one clip for all layers, summed over layers."""
+    tried = OSCAR(codec.bases, (clip, clip), codec.bits, torch.float32, codec.group)
+    total = 0.0
+    for layer_idx, both in sample.items():
+        x = both[slot].float()
+        if (layer_idx, slot) not in codec.bases:
+            continue
+        error = tried.slot_decoded(tried.slot_encoded(x, layer_idx, slot, "the sample"), layer_idx, slot, x.shape[-1]) - x
+        metric = key_moments[layer_idx].to(x) if slot == 0 else torch.eye(x.shape[-1]).to(x)
+        total += float(((error @ metric) * error).sum() / ((x @ metric) * x).sum().clamp_min(1e-30))
+    return total

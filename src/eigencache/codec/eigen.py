@@ -1,0 +1,241 @@
+"""`eigen`: one transform in the metric of what an error costs, one step, static entropy tables, blocks that decode alone.
+
+Per token the keys before rotation and the values of all layers stand in one vector x. y = Uᵀ M^{1/2} (x − μ) is quantised
+with one step for every coefficient of every layer (THEORY 5, 6), and the integers are coded with static tables (7). What
+is kept of a sequence is one container (docs/format.md): first tokens and a recent window raw, the rest in blocks.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigencache.codec.base import Cached, EncodedBytes, length_of
+from eigencache.codec.container import Container, ContainerHeader, Reader, write
+from eigencache.codec.deadzone import DeadZone
+from eigencache.codec.entropy import RansCoder
+from eigencache.codec.joint import JointTransform
+from eigencache.codec.layout import Layout, Slots, by_layer
+from eigencache.codec.raw import raw_bytes, raw_nbytes, raw_vectors
+from eigencache.codec.tables import Tables
+from eigencache.codec.text import TextPredictor
+from eigencache.errors import CodecError
+from eigencache.kernels.dispatch import Backend, chosen
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is not transformed: first positions and most recent tokens, in 16 or 8 bits."""
+
+    sinks: int = 4
+    window: int = 0
+    bits: Literal[16, 8] = 8
+
+
+@dataclass(frozen=True, eq=False)
+class EigenCodec:
+    """A fitted codec. `step`: of all coefficients, in the metric's unit; `block`: tokens that decode together.
+
+    With `text`, the first row of a block's integers are the ranks of its tokens. `dtype`: the model's.
+    `backend` decodes (kernels/dispatch.py); whichever it is, the integers are the same.
+    """
+
+    name: str
+    layout: Layout
+    transform: JointTransform
+    step: float
+    quantiser: DeadZone
+    tables: Tables
+    lanes: int
+    kept: Kept
+    block: int
+    dtype: torch.dtype
+    text: TextPredictor | None = None
+    backend: Backend | None = None
+
+    def __post_init__(self) -> None:
+        """A plain number for a step: what another one is written as would make another SHA-256."""
+        object.__setattr__(self, "step", float(self.step))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held once: transform, text predictor, quantiser and tables."""
+        return sum(t.nbytes for t in self._tensors()) + sum(a.nbytes for a in self._arrays())
+
+    @cached_property
+    def sha256(self) -> bytes:
+        """Of all that decides what bytes mean: a container names the codec that wrote it by this."""
+        columns = [(basis.start, basis.stop) for basis in self.transform.bases]
+        said = (self.layout.parts, columns, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
+        digest = sha256(repr(said).encode())
+        for layer_idx, (slot, rotation) in sorted(self.layout.rotations.items()):
+            digest.update(repr((layer_idx, slot, rotation.scale, rotation.pairing)).encode())
+            digest.update(rotation.frequencies.cpu().numpy().astype("<f8").tobytes())
+        for tensor in self._tensors():
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        for array in self._arrays():
+            digest.update(array.astype("<i4").tobytes())
+        return digest.digest()
+
+    def to(self, device: str | torch.device) -> "EigenCodec":
+        """The same with its tensors where the cache is; tables stay with the CPU, which encodes."""
+        moved = replace(
+            self,
+            transform=self.transform.to(device),
+            quantiser=self.quantiser.to(device),
+            text=self.text and self.text.to(device),
+        )
+        moved.__dict__["sha256"] = self.sha256
+        return moved
+
+    def encode(self, cached: Cached, start: int = 0) -> EncodedBytes:
+        """One container per row of the batch. A sliding-window layer may hold the last tokens only.
+
+        Raises `CodecError` for a cache of other shapes than the codec was fitted for, and for NaN.
+        """
+        self.layout.require_all(cached)
+        tokens = length_of(cached)
+        sinks = min(tokens, max(0, self.kept.sinks - start))
+        window = min(self.kept.window, tokens - sinks)
+        lacking = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
+        x = self.layout.vectors(cached, start, self.transform.mean)
+        if not x.isfinite().all():  # a head without coefficients would hide it
+            raise CodecError("the cache holds NaN or infinite numbers")
+        symbols = self._symbols(x[:, sinks : tokens - window]).cpu().numpy()
+        raw = Layout(self.layout.parts, {}).vectors(cached, start, torch.zeros_like(self.transform.mean)).to(self.dtype)
+        header = ContainerHeader(
+            self.sha256, start, tokens, sinks, window, self.kept.bits, self.block, tuple(sorted(lacking.items()))
+        )
+
+        def row(index: int) -> bytes:
+            ends = [raw[index, : header.sinks], raw[index, tokens - header.window :]]
+            first, last = ([raw_bytes(end, self._heads, self.kept.bits)] if len(end) else [] for end in ends)
+            blocks = range(0, symbols.shape[1], self.block)
+            coded = _parallel(lambda at: self._coder.encode(symbols[index, at : at + self.block].T), blocks)
+            return write(Container(**vars(header), sections=(*first, *coded, *last)))
+
+        return EncodedBytes(tuple(row(index) for index in range(len(x))), start, tokens)
+
+    def decode(self, encoded: EncodedBytes, tokens: slice = slice(None)) -> dict[int, tuple[Tensor, Tensor]]:
+        """The cache's tensors [batch, heads, seq, dim] in the model's dtype; of `tokens` only, where they are given.
+
+        Only blocks that hold one of `tokens`, counted from the container's first, are looked at. Raises `CodecError`
+        for a container of another codec, for a damaged one, and for rows that are not of the same tokens.
+        """
+        readers = [Reader(row) for row in encoded.rows]
+        for reader in readers:
+            reader.header.check_codec(self.sha256)
+        if len({reader.header for reader in readers}) > 1:
+            raise CodecError("rows of unlike stretches cannot be decoded together: decode them one by one")
+        header = readers[0].header
+        span = range(header.tokens)[tokens]
+        if span.step != 1 or not span:
+            raise CodecError(f"tokens {tokens}: of {header.tokens}, a stretch of neighbours can be decoded")
+        slots = by_layer(self._slots(readers, span), self.dtype)
+        lacking = {i: max(0, count - span.start) for i, count in header.absent}
+        return {i: (k[:, :, lacking.get(i, 0) :], v[:, :, lacking.get(i, 0) :]) for i, (k, v) in slots.items()}
+
+    def nbytes_of(self, tokens: int, coded_bits: float) -> float:
+        """Bytes of `tokens` positions from 0 in one container, when a coded token costs `coded_bits` without states."""
+        sinks = min(tokens, self.kept.sinks)
+        window = min(self.kept.window, tokens - sinks)
+        header = ContainerHeader(bytes(32), 0, tokens, sinks, window, self.kept.bits, self.block, ())
+        raw = raw_nbytes(sinks + window, self._heads, self.kept.bits)
+        states = 4 * self.lanes * header.block_count
+        return header.header_nbytes + raw + states + (tokens - sinks - window) * coded_bits / 8
+
+    def _symbols(self, x: Tensor) -> Tensor:
+        """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: ranks of tokens, if any, and coefficients."""
+        x = x - self.transform.mean
+        if self.text is None:
+            return self.quantiser.quantise(self.transform.encode(x, self.step))
+        ranks = self.text.find(x)
+        q = self.quantiser.quantise(self.transform.encode(x - self.text.predict(ranks, self.block), self.step))
+        return torch.cat([ranks.to(torch.int32)[..., None], q], -1)
+
+    def _vectors(self, symbols: Tensor) -> Tensor:
+        """Vectors [batch, seq, width] of integers, of which the first is the first of a block."""
+        predicted = self.transform.mean
+        if self.text is not None:
+            ranks, symbols = symbols[..., 0].long(), symbols[..., 1:]
+            if bool((ranks < 0).any() or (ranks >= len(self.text.features)).any()):
+                raise CodecError("a block names a token that the vocabulary does not have: it is damaged")
+            predicted = predicted + self.text.predict(ranks, self.block)
+        return predicted + self.transform.decode(self.quantiser.dequantise(symbols), self.step)
+
+    @cached_property
+    def _coder(self) -> RansCoder:
+        return RansCoder(self.tables, self.lanes)
+
+    @cached_property
+    def _heads(self) -> list[int]:
+        return [part.dim for part in self.layout.parts for _ in range(*part.heads)]
+
+    def _slots(self, readers: list[Reader], span: range) -> Slots:
+        """The slots of `span`, all rows: sinks, what was coded, and window, one after the other."""
+        header = readers[0].header
+        edges = (0, header.sinks, header.tokens - header.window, header.tokens)
+        pieces = []
+        for role, whole in zip((self._raw, self._decoded, self._raw), map(range, edges, edges[1:]), strict=True):
+            chosen = range(max(whole.start, span.start), min(whole.stop, span.stop))
+            if chosen:
+                pieces.append(role(readers, chosen))
+        return {at: torch.cat([piece[at].to(self.dtype) for piece in pieces], 2) for at in pieces[0]}
+
+    def _raw(self, readers: list[Reader], span: range) -> Slots:
+        header = readers[0].header
+        (section,) = header.sections_of(span)
+        whole, bits = header.tokens_of(section), header.kept_bits
+        rows = [raw_vectors(r.section(section), len(whole), self._heads, bits, self.dtype) for r in readers]
+        x = torch.stack(rows)[:, span.start - whole.start : span.stop - whole.start].to(self.transform.mean.device)
+        return Layout(self.layout.parts, {}).slots(x, header.start + span.start)
+
+    def _decoded(self, readers: list[Reader], span: range) -> Slots:
+        header = readers[0].header
+        sections = header.sections_of(span)
+        places = [(reader, section) for reader in readers for section in sections]
+        data = _parallel(lambda at: at[0].section(at[1]), places)
+        blocks = self._integers(data, [len(header.tokens_of(section)) for _, section in places])
+        symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(self.transform.mean.device)
+        first = header.tokens_of(sections[0]).start
+        x = self._vectors(symbols)[:, span.start - first : span.stop - first]
+        return self.layout.slots(x, header.start + span.start)
+
+    def _integers(self, data: list[memoryview], tokens: list[int]) -> list[Tensor]:
+        """Blocks int32 [rows, tokens]: where they are to be used from Triton, in memory from the CPU."""
+        device = self.transform.mean.device
+        if chosen(self.backend, device) == "triton":
+            from eigencache.kernels.rans_triton import decode_blocks  # Triton is optional
+
+            blocks = decode_blocks(data, tokens, self.tables, self.lanes, device)
+            return [block[:, :count] for block, count in zip(blocks, tokens, strict=True)]
+        coded = _parallel(lambda at: self._coder.decode(*at), zip(data, tokens, strict=True))
+        return [torch.from_numpy(block) for block in coded]
+
+    def _tensors(self) -> Iterable[Tensor]:
+        yield from self.transform.tensors()
+        q = self.quantiser
+        yield from (q.dead_zone, q.offset, q.first, q.rest)
+        yield from self.text.tensors() if self.text else ()
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        t = self.tables
+        return (t.table_of, t.shifts, t.halves, t.starts)
+
+
+def _parallel(work: Callable[[_T], _U], items: Iterable[_T]) -> list[_U]:
+    """Results in order, on as many threads as torch has: the entropy coder leaves the interpreter's lock."""
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(threads, len(items))) as pool:
+        return list(pool.map(work, items))

@@ -1,0 +1,173 @@
+"""An `eigen` codec as a card's entries and named tensors, and back: the same SHA-256, so the same containers."""
+
+from dataclasses import asdict, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.card import CardBasis, CardKept, CardText, EigenCard
+from eigencache.codec.deadzone import DeadZone
+from eigencache.codec.eigen import EigenCodec, Kept
+from eigencache.codec.joint import Basis, JointTransform
+from eigencache.codec.layout import Layout
+from eigencache.codec.saved import (
+    Fault,
+    Kind,
+    TensorKind,
+    Tensors,
+    card_parts,
+    card_rotations,
+    frequencies_of,
+    frequency_kinds,
+    layout_fault,
+    parts_from,
+    rotations_from,
+)
+from eigencache.codec.tables import MAX_HALF, Tables, fault_of
+from eigencache.codec.text import TextPredictor
+
+_QUANTISER, _TABLES, _TEXT = (tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor))
+_RANGES = {"dead_zone": (0.5, 1.2), "offset": (-0.2, 0.4), "first": (-1.0, 1.0), "rest": (-1.0, 1.0)}  # in steps
+
+
+def _entries_of(codec: EigenCodec) -> dict[str, Any]:
+    text = codec.text
+    return {
+        "codec_sha256": codec.sha256.hex(),
+        "parts": card_parts(codec.layout.parts),
+        "rotations": card_rotations(codec.layout.rotations),
+        "bases": [CardBasis(start=b.start, stop=b.stop, coefficients=len(b.rows)) for b in codec.transform.bases],
+        "step": codec.step,
+        "tables": len(codec.tables.halves),
+        "lanes": codec.lanes,
+        "kept": CardKept(**asdict(codec.kept)),
+        "block": codec.block,
+        "text": text
+        and CardText(
+            vocabulary=len(text.features),
+            features=text.features.shape[1],
+            rank=len(text.rows),
+            columns=len(text.finder),
+            places=text.finder.shape[1],
+        ),
+    }
+
+
+def _tensors_of(codec: EigenCodec) -> dict[str, Tensor]:
+    tensors = {"mean": codec.transform.mean}
+    for i, basis in enumerate(codec.transform.bases):
+        tensors |= {f"basis.{i}.rows": basis.rows, f"basis.{i}.scale": basis.scale}
+    tensors |= {f"metric.{i}": blocks for i, blocks in enumerate(codec.transform.metrics)}
+    tensors |= {f"quantiser.{field}": getattr(codec.quantiser, field) for field in _QUANTISER}
+    tensors |= {f"tables.{field}": torch.from_numpy(getattr(codec.tables, field)) for field in _TABLES}
+    if codec.text is not None:
+        tensors |= {f"text.{field}": getattr(codec.text, field) for field in _TEXT}
+    return tensors | frequencies_of(codec.layout.rotations)
+
+
+def _card_fault(card: EigenCard) -> Fault:
+    if fault := layout_fault(card.parts, card.rotations):
+        return fault
+    slots = {(part.layer_idx, part.slot) for part in card.parts}
+    for layer_idx, slot in sorted(slots):
+        if (layer_idx, 1 - slot) not in slots:
+            return f"layer {layer_idx} has no slot {1 - slot}"
+    width = _width(card)
+    edges = [0, *(basis.stop for basis in card.bases)]
+    if [basis.start for basis in card.bases] != edges[:-1] or edges[-1] != width or any(a >= b for a, b in pairwise(edges)):
+        return f"the bases do not cover columns 0 to {width} one after the other"
+    for basis in card.bases:
+        if basis.coefficients > basis.stop - basis.start:
+            return f"a basis of {basis.stop - basis.start} columns has {basis.coefficients} coefficients"
+    if not _coefficients(card):
+        return "no basis has a coefficient"
+    if card.text and card.text.columns > width:
+        return f"tokens are looked for in {card.text.columns} columns of {width}"
+    s, k = card.settings, card.kept
+    chosen = (s.text, k.sinks if s.sinks is None else s.sinks, s.window, s.kept_bits, s.block)
+    if chosen != (card.text is not None, k.sinks, k.window, k.bits, card.block):
+        return "text, kept tokens or block are not what the settings say"
+    interval = card.expected.delta_nll_interval
+    return "the expected interval ends before it begins" if interval and interval[0] > interval[1] else None
+
+
+def _tensor_kinds(card: EigenCard) -> dict[str, TensorKind]:
+    half, single, whole = torch.float16, torch.float32, torch.int32
+    width, coefficients = _width(card), _coefficients(card)
+    kinds: dict[str, TensorKind] = {"mean": (single, (width,))}
+    for i, b in enumerate(card.bases):
+        kinds[f"basis.{i}.rows"] = half, (b.coefficients, b.stop - b.start)
+        kinds[f"basis.{i}.scale"] = single, (b.coefficients,)
+    if card.settings.metric != "frobenius":
+        heads = [part.heads[1] - part.heads[0] for part in card.parts]
+        kinds |= {f"metric.{i}": (single, (heads[i], part.dim, part.dim)) for i, part in enumerate(card.parts)}
+    kinds |= {f"quantiser.{field}": (single, (coefficients,)) for field in _QUANTISER}
+    tables = {"table_of": (coefficients + (card.text is not None),), "starts": (card.tables, 2 * MAX_HALF + 3)}
+    kinds |= {f"tables.{field}": (whole, tables.get(field, (card.tables,))) for field in _TABLES}
+    if text := card.text:
+        kinds["text.features"] = half, (text.vocabulary, text.features)
+        kinds["text.mix"] = half, (2 * text.features, text.rank)
+        kinds["text.rows"] = half, (text.rank, width)
+        kinds["text.first"] = whole, (1,)
+        kinds["text.finder"] = single, (text.columns, text.places)
+        kinds["text.places"] = single, (text.features, text.places)
+    return kinds | frequency_kinds(card.rotations)
+
+
+def _value_fault(card: EigenCard, tensors: Tensors) -> Fault:
+    for field, bounds in _RANGES.items():
+        x, (low, high) = tensors[f"quantiser.{field}"], torch.tensor(bounds)
+        if ((x < low) | (x > high)).any():
+            return f"tensor quantiser.{field} is not within {bounds[0]} and {bounds[1]}"
+    if fault := fault_of(_tables(tensors)):
+        return f"entropy tables: {fault}"
+    if card.text:
+        first, last = int(tensors["text.first"]), _width(card) - card.text.columns
+        if not 0 <= first <= last:
+            return f"tensor text.first is {first}, not within 0 and {last}"
+    return None
+
+
+def _codec_from(card: EigenCard, tensors: Tensors) -> EigenCodec:
+    bases = [
+        Basis(b.start, b.stop, tensors[f"basis.{i}.rows"], tensors[f"basis.{i}.scale"]) for i, b in enumerate(card.bases)
+    ]
+    metrics = [tensors[f"metric.{i}"] for i in range(len(card.parts)) if card.settings.metric != "frobenius"]
+    return EigenCodec(
+        name=card.name,
+        layout=Layout(parts_from(card.parts), rotations_from(card.rotations, tensors)),
+        transform=JointTransform(tensors["mean"], tuple(bases), tuple(metrics)),
+        step=card.step,
+        quantiser=DeadZone(*(tensors[f"quantiser.{field}"] for field in _QUANTISER)),
+        tables=_tables(tensors),
+        lanes=card.lanes,
+        kept=Kept(**card.kept.model_dump()),
+        block=card.block,
+        dtype=getattr(torch, card.origin.dtype),
+        text=TextPredictor(*(tensors[f"text.{field}"] for field in _TEXT)) if card.text else None,
+    )
+
+
+def _codec_fault(card: EigenCard, codec: EigenCodec) -> Fault:
+    """Numbers that are in range and yet not those that were saved, such as another step."""
+    found = codec.sha256.hex()
+    return None if found == card.codec_sha256 else f"describes codec {found[:12]}, not {card.codec_sha256[:12]} as it says"
+
+
+def _tables(tensors: Tensors) -> Tables:
+    return Tables(*(tensors[f"tables.{field}"].numpy() for field in _TABLES))
+
+
+def _width(card: EigenCard) -> int:
+    return sum(part.width for part in card.parts)
+
+
+def _coefficients(card: EigenCard) -> int:
+    return sum(basis.coefficients for basis in card.bases)
+
+
+KIND = Kind(
+    EigenCodec, EigenCard, _entries_of, _tensors_of, _card_fault, _tensor_kinds, _value_fault, _codec_from, _codec_fault
+)

@@ -1,0 +1,72 @@
+"""What the text already says of a cache: a linear prediction of every vector from the tokens at it and before it.
+
+A vector is predicted from features of its token and of the previous one (zero at the first of a block, so that blocks
+decode alone), and only the rest is transformed and coded. The tokens are coded beside it, as ranks in order of
+frequency. The encoder needs no text: it finds each token as the one whose features predict best what the first layer
+holds, which before any mixing is a function of the token alone. A wrong guess costs bits, never correctness.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
+
+
+@dataclass(frozen=True, eq=False)
+class TextPredictor:
+    """Tokens by rank: `features` [vocabulary, h] float16; prediction [f(t), f(t − 1)] @ `mix` [2h, k] @ `rows` [k, width].
+
+    `finder` [columns, n] float32 brings columns from `first` of a vector to where `places` [h, n] puts features.
+    """
+
+    features: Tensor
+    mix: Tensor
+    rows: Tensor
+    first: Tensor  # int32, one number
+    finder: Tensor
+    places: Tensor
+
+    def __post_init__(self) -> None:
+        """Row by row, as it is saved: in another order the same numbers multiply to other last bits."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, getattr(self, field.name).contiguous())
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is held."""
+        return (getattr(self, field.name) for field in fields(self))
+
+    def to(self, device: str | torch.device) -> "TextPredictor":
+        """The same where the cache is."""
+        return TextPredictor(*(t.to(device) for t in self.tensors()))
+
+    def find(self, x: Tensor) -> Tensor:
+        """Ranks int64 [batch, seq] of the tokens of vectors [batch, seq, width] less their mean."""
+        start = int(self.first)
+        seen = x[..., start : start + len(self.finder)] @ self.finder
+        found = [_largest((part @ self._known.mT).sub_(self._norms)) for part in seen.flatten(0, 1).split(_ROWS)]
+        return torch.cat(found).view(x.shape[:2]) if found else x.new_zeros(x.shape[:2], dtype=torch.int64)
+
+    def predict(self, ranks: Tensor, block: int) -> Tensor:
+        """Vectors less their mean [batch, seq, width] float32 of ranks [batch, seq], in blocks that begin with the first."""
+        here = self.features[ranks].float()
+        before = F.pad(here, (0, 0, 1, 0))[:, :-1].clone()
+        before[:, ::block] = 0
+        return torch.cat([here, before], -1) @ self.mix.float() @ self.rows.float()
+
+    @cached_property
+    def _known(self) -> Tensor:
+        return self.features.float() @ self.places
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        return self._known.square().sum(-1) / 2
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Where the largest number of every row [n, m] is: on a CPU NumPy finds it a dozen times as fast."""
+    return torch.from_numpy(x.detach().numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)

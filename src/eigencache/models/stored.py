@@ -1,0 +1,48 @@
+"""transformers caches in and out of plain tensors: what a codec encodes, and a cache to go on from.
+
+What is decoded is a `DynamicCache` like any other. Keys stand at the positions they had.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from eigencache.codec.base import Cached
+from eigencache.errors import CodecError
+
+
+def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer → keys and values [batch, heads, seq, dim] of a transformers cache; layers that hold none are left out.
+
+    Raises `CodecError` for a cache that is empty, and for one that holds something else than keys and values.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise CodecError(f"{type(cache).__name__} is no transformers cache: hand over what a model gave as past_key_values")
+    found = {}
+    for layer_idx, layer in enumerate(layers):
+        if not getattr(layer, "is_initialized", False):
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise CodecError(
+                f"layer {layer_idx} is a {type(layer).__name__}: keys and values of a dynamic cache are encoded"
+            )
+        found[layer_idx] = (layer.keys, layer.values)
+    if not found:
+        raise CodecError("the cache is empty: let the model read something first")
+    return found
+
+
+def cache_holding(model: PreTrainedModel, cached: Cached, tokens: int) -> DynamicCache:
+    """A dynamic cache that has seen `tokens` tokens and holds these; layers with a window may hold the last ones only."""
+    cache = DynamicCache(config=model.config)
+    for layer_idx, (keys, values) in cached.items():
+        cache.update(keys, values, layer_idx)
+        layer = cache.layers[layer_idx]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = tokens
+        elif keys.shape[2] != tokens:
+            raise CodecError(f"layer {layer_idx} holds {keys.shape[2]} tokens of {tokens} and has no window")
+    return cache

@@ -1,0 +1,122 @@
+"""Methods at equal loss, as tables: what each holds at a loss, and every operating point behind it."""
+
+from collections.abc import Sequence
+
+from eigencache.quality import BenchRecord, EqualLoss
+from eigencache.report.evaluations import divergence_table, retrieval_table
+from eigencache.report.measured import ABSENT
+from eigencache.report.sweeps import interval_cell
+from eigencache.report.table import Table
+
+
+def frontier_table(record: BenchRecord, context: int) -> Table:
+    """One row per method: bits per value at each loss with interval, the ratio to 16 bits, fewest bits first."""
+    own = [one for one in record.equal_loss if one.context == context]
+    losses = sorted({one.delta_nll for one in own})
+    methods = sorted({one.method for one in own}, key=lambda m: _order([o for o in own if o.method == m]))
+    columns = ("Method", *(f"Bits at ΔNLL {loss:g}" for loss in losses), *(f"Ratio at {loss:g}" for loss in losses))
+    rows = []
+    for method in methods:
+        at = {one.delta_nll: one for one in own if one.method == method}
+        bits = [_bits(at[loss]) for loss in losses]
+        ratios = [f"{16 / b:.1f} x" if (b := at[loss].bits_per_value) else ABSENT for loss in losses]
+        rows.append((method, *bits, *ratios))
+    rows += [(method, *(ABSENT for _ in columns[1:])) for method in record.refused]
+    return Table(
+        f"{record.model.name}, {context:,} tokens held: bits per value at equal loss",
+        columns,
+        tuple(rows),
+        notes=frontier_notes(record, context),
+        warnings=tuple(record.warnings),
+    )
+
+
+def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
+    """How the figures came about, for the foot of a table."""
+    corpus, seeds = record.corpora[context], sorted({p.seed for p in record.points})
+    return (
+        f"{corpus.name}: {context:,} tokens held, the next {record.scored} scored, in {corpus.sequences} sequences; "
+        f"{record.uncompressed_nll[context]:.4f} nats per token uncompressed. Fitted on {record.calibration.name}, "
+        f"{record.run.settings['calibration_tokens']:,} tokens, seeds {', '.join(map(str, seeds))}.",
+        "Bits: all bytes held, sinks, window, scales and headers included, the basis apart, over the numbers of "
+        f"{'latent and rotary key' if record.model.geometry.mla else 'K and V'}; read off each method's interpolated curve. "
+        "Intervals: 95 %, bootstrap over sequences and seeds. <: the method's fewest bits lose less; >: its most lose more.",
+        *(f"{method}: not for this model, {why}." for method, why in record.refused.items()),
+        f"Machine: {record.run.machine}.",
+    )
+
+
+def points_table(record: BenchRecord, context: int) -> Table:
+    """Every operating point of every seed: bits, loss with interval, KL, agreement, basis."""
+    columns = ("Method", "Point", "Seed", "Bits", "Ratio", "ΔNLL (nats)", "KL (nats)", "Top-1", "Basis (MB)")
+    rows = [
+        (
+            p.method,
+            p.point,
+            f"{p.seed}",
+            f"{p.bits_per_value:.3f}",
+            f"{p.quality.compression_ratio:.2f}",
+            interval_cell(p.quality),
+            f"{p.quality.kl:.4f}",
+            f"{100 * p.quality.top1_agreement:.1f} %",
+            f"{p.quality.basis_nbytes / 1e6:.2f}",
+        )
+        for p in record.points
+        if p.context == context
+    ]
+    return Table(
+        f"{record.model.name}, {context:,} tokens held: every point", columns, tuple(rows), words=frozenset({"Point"})
+    )
+
+
+def against_table(records: Sequence[BenchRecord], method: str) -> Table:
+    """How many times the bits of `method` each other one holds at equal loss, model by model."""
+    losses = sorted({one.delta_nll for record in records for one in record.equal_loss})
+    columns = ("Method", *(f"{r.model.name} {c:,} at {loss:g}" for r in records for c in r.corpora for loss in losses))
+    names = list(dict.fromkeys(one.method for record in records for one in record.equal_loss if one.method != method))
+    rows = []
+    for name in names:
+        cells = [
+            _times(_found(record, method, context, loss), _found(record, name, context, loss))
+            for record in records
+            for context in record.corpora
+            for loss in losses
+        ]
+        rows.append((name, *cells))
+    notes = (f"Bits of each method over those of {method} at the same loss; > where the method never gets there.",)
+    return Table(f"Bits at equal loss, in units of {method}", columns, tuple(rows), notes=notes)
+
+
+def generation_tables(record: BenchRecord) -> list[Table]:
+    """Generation and retrieval of each method's cheapest point that loses at most 0.03 nats, where they were measured."""
+    tables = []
+    if record.divergence:
+        tables.append(divergence_table(record))
+    if record.retrieval:
+        tables.append(retrieval_table(record))
+    return tables
+
+
+def _order(own: Sequence[EqualLoss]) -> tuple[float, ...]:
+    return tuple(one.bits_per_value or 99.0 for one in sorted(own, key=lambda one: abs(one.delta_nll - 0.03)))
+
+
+def _bits(one: EqualLoss) -> str:
+    if one.bits_per_value is None:
+        return f"{'<' if 'fewest' in one.why else '>'} {one.why.rsplit(', ', 1)[1].removesuffix(' bits')}"
+    if one.interval is None:
+        return f"{one.bits_per_value:.3g}"
+    return f"{one.bits_per_value:.3g} [{one.interval[0]:.3g}, {one.interval[1]:.3g}]"
+
+
+def _found(record: BenchRecord, method: str, context: int, loss: float) -> EqualLoss | None:
+    found = (o for o in record.equal_loss if (o.method, o.context, o.delta_nll) == (method, context, loss))
+    return next(found, None)
+
+
+def _times(own: EqualLoss | None, other: EqualLoss | None) -> str:
+    if own is None or other is None or own.bits_per_value is None:
+        return ABSENT
+    if other.bits_per_value is None:
+        return ABSENT if "fewest" in other.why else "> all"
+    return f"{other.bits_per_value / own.bits_per_value:.2f}"

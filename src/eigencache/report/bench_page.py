@@ -1,0 +1,71 @@
+"""The leaderboard: one folder with a Markdown page, an offline HTML page, a plot per model and the records behind them."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+
+from eigencache.quality import BenchRecord
+from eigencache.records import write_whole
+from eigencache.report.bench import against_table, frontier_table, generation_tables, points_table
+from eigencache.report.bench_plot import plot_bench
+from eigencache.report.table import Table
+
+OURS = "eigen"
+
+
+def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> list[Path]:
+    """`README.md`, `bench.html`, and `MODEL.svg` with `MODEL.json` of every model. Raises `OutputError`."""
+    plots = {record.model.name: _svg(record) for record in records}
+    files = {folder / f"{record.model.name}.json": record.model_dump_json(indent=1).encode() for record in records}
+    files |= {folder / f"{name}.svg": svg.encode() for name, svg in plots.items()}
+    files |= {
+        folder / "README.md": markdown(records, command).encode(),
+        folder / "bench.html": page(records, plots).encode(),
+    }
+    for path, data in files.items():
+        write_whole(path, data)
+    return list(files)
+
+
+def markdown(records: Sequence[BenchRecord], command: str) -> str:
+    """The page for a repository: what each method holds at equal loss, the command first."""
+    parts = ["# Leaderboard: bytes at equal loss", f"Printed by `{command}`."]
+    if any(one.method == OURS for record in records for one in record.equal_loss):
+        parts.append(against_table(records, OURS).markdown())
+    for record in records:
+        parts += [f"## {record.model.name}", f"![loss against bytes]({record.model.name}.svg)"]
+        parts += [table.markdown() for table in tables_of(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables_of(record: BenchRecord) -> list[Table]:
+    """What is read first of a model: frontiers, then generation and retrieval."""
+    return [*(frontier_table(record, context) for context in sorted(record.corpora)), *generation_tables(record)]
+
+
+def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
+    """The same as one page that loads nothing from anywhere, with every operating point."""
+    body = []
+    for record in records:
+        body += [f"<h2>{escape(record.model.name)}</h2>", plots[record.model.name]]
+        body += [table.html() for table in tables_of(record)]
+        points = "".join(points_table(record, context).html() for context in sorted(record.corpora))
+        body.append(f"<details><summary>Every operating point</summary>{points}</details>")
+    against = [against_table(records, OURS).html()] if any(o.method == OURS for r in records for o in r.equal_loss) else []
+    css = (resources.files("eigencache.report.assets") / "page.css").read_text(encoding="utf8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1"><title>Eigencache bench</title>'
+        f"<style>{css} svg{{max-width:100%;height:auto;background:#fff}}</style></head><body><header><h1>Bytes at equal loss"
+        f"</h1></header><main>{''.join([*against, *body])}</main></body></html>\n"
+    )
+
+
+def _svg(record: BenchRecord) -> str:
+    """The plot as an element that stands in a page."""
+    data = BytesIO()
+    plot_bench(record).savefig(data, format="svg", metadata={"Date": None})
+    text = data.getvalue().decode()
+    return text[text.index("<svg") :]

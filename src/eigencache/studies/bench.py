@@ -1,0 +1,232 @@
+"""Methods at equal loss: each at several operating points, scored on the same text behind the same prefixes.
+
+The first tokens of every sequence are held by a method, all bytes counted, and the rest is scored through what it gives
+back. Methods are fitted anew for every calibration seed, which chooses the sequences they are fitted on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eigencache.codec.base import Codec
+from eigencache.corpora.overlap import check_overlap
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.divergence import measure_divergence
+from eigencache.evaluate.retrieval import evaluate_retrieval
+from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.provenance import Stopwatch
+from eigencache.quality import BenchPoint, BenchRecord, Divergence, EqualLoss, Protocol, Retrieval
+from eigencache.studies.frontier import Curve, crossing, missing
+from eigencache.studies.gather import Progress, silent
+from eigencache.studies.methods import METHODS
+from eigencache.studies.probe import model_record
+from eigencache.studies.resume import Partial
+from eigencache.studies.scoring import score_codecs
+from eigencache.studies.workbench import RATES, Workbench
+
+LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
+COMPARABLE = 0.03  # nats: the cheapest point of a method within it is also looked at in generation and retrieval
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is compared and how."""
+
+    methods: tuple[str, ...]
+    rates: tuple[float, ...] = RATES  # bits per value of methods that take any
+    seeds: tuple[int, ...] = (0, 1, 2)
+    scored: int = 128  # tokens behind the prefix
+    tasks: tuple[str, ...] = ()
+    prompts: int = 0
+    examples: int = 16
+    batch_size: int = 8
+
+
+def bench_model(
+    loaded: LoadedModel,
+    calibration: Sequences,
+    tokens: int,
+    held_out: Mapping[int, Sequences],
+    settings: BenchSettings,
+    *,
+    force: bool = False,
+    partial: Path | None = None,
+    on_progress: Progress = silent,
+) -> BenchRecord:
+    """Fit on `tokens` of `calibration` for every seed, score on `held_out` (context → sequences of context + scored).
+
+    `partial`: where results are kept while it runs, a line per seed and context. Raises what fitting and scoring raise,
+    and `CorpusError` for texts that overlap.
+    """
+    watch = Stopwatch()
+    overlaps = [check_overlap(text.ids, calibration.ids, force=force) for text in held_out.values()]
+    refused = {m: why for m in settings.methods if (why := METHODS[m].refuses(loaded))}
+    methods = [m for m in settings.methods if m not in refused]
+    texts = [text.corpus.model_dump() for text in (calibration, *held_out.values())]
+    kept = Partial(
+        partial, {"model": fingerprint(loaded.model), "texts": texts, "tokens": tokens, "settings": repr(settings)}
+    )
+    for seed in settings.seeds:
+        missing_here = [c for c in held_out if not any(one["seed"] == seed and one["context"] == c for one in kept.done)]
+        if not missing_here:
+            continue
+        fitted_on = chosen(calibration, tokens, seed)
+        say = _prefixed(on_progress, f"seed {seed}")
+        bench = Workbench(loaded, fitted_on, settings.rates, settings.batch_size, on_progress=say)
+        anew = [m for m in methods if METHODS[m].fitted or seed == settings.seeds[0]]
+        codecs = {m: METHODS[m].codecs(bench) for m in anew}
+        for context in missing_here:
+            say = _prefixed(on_progress, f"seed {seed}, {context:,} tokens")
+            kept.add(_scored(loaded, held_out[context], codecs, context, seed, settings, fitted_on, say))
+            if context == min(held_out) and seed == settings.seeds[0] and (settings.prompts or settings.tasks):
+                kept.add(_generated(loaded, held_out[context], codecs, kept.done[-1], settings, seed, context, on_progress))
+    points = [BenchPoint(**point) for one in kept.done for point in one.get("points", ())]
+    return BenchRecord(
+        model=model_record(loaded, "the cache itself"),
+        corpora={context: text.corpus for context, text in held_out.items()},
+        calibration=calibration.corpus,
+        scored=settings.scored,
+        uncompressed_nll={one["context"]: one["nll"] for one in kept.done if "points" in one},
+        refused=refused,
+        points=points,
+        equal_loss=_equal_losses(points, held_out, methods, settings),
+        divergence=[Divergence(**d) for one in kept.done for d in one.get("divergence", ())],
+        retrieval=[Retrieval(**r) for one in kept.done for r in one.get("retrieval", ())],
+        run=watch.run(settings.seeds[0], {"batch_size": settings.batch_size, "calibration_tokens": tokens, "forced": force}),
+        warnings=[w for w in (*calibration.corpus.warnings, *overlaps) if w],
+    )
+
+
+def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
+    """About `tokens` tokens of a text, sequences drawn with a seed, in the text's order."""
+    count = max(1, min(len(text.ids), tokens // text.corpus.max_length))
+    rows = sorted(np.random.default_rng(seed).permutation(len(text.ids))[:count])
+    return replace(text, ids=[text.ids[row] for row in rows])
+
+
+def _scored(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    codecs: Mapping[str, Mapping[str, Codec]],
+    context: int,
+    seed: int,
+    settings: BenchSettings,
+    fitted_on: Sequences,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """The line of one seed and context."""
+    flat = _flat(codecs)
+    protocol = Protocol(kind="prefix", length=context)
+    scores = score_codecs(
+        loaded,
+        sequences,
+        {f"{m} {p}": codec for (m, p), codec in flat.items()},
+        protocol,
+        calibration=fitted_on.corpus,
+        batch_size=settings.batch_size,
+        on_progress=on_progress,
+    )
+    points = [
+        BenchPoint(
+            method=m,
+            point=p,
+            seed=seed,
+            context=context,
+            quality=scores.quality[f"{m} {p}"],
+            excess=scores.excess[f"{m} {p}"],
+        ).model_dump()
+        for m, p in flat
+    ]
+    return {"seed": seed, "context": context, "nll": scores.uncompressed_nll, "tokens": scores.tokens, "points": points}
+
+
+def _generated(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    codecs: Mapping[str, Mapping[str, Codec]],
+    scored: dict[str, Any],
+    settings: BenchSettings,
+    seed: int,
+    context: int,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Generation and retrieval, of each method's cheapest point that loses little."""
+    points = [BenchPoint(**point) for point in scored["points"]]
+    cheapest = {}
+    for method in codecs:
+        within = [p for p in points if p.method == method and p.quality.delta_nll <= COMPARABLE]
+        if within:
+            best = min(within, key=lambda p: p.bits_per_value)
+            cheapest[f"{method} {best.point}"] = codecs[method][best.point]
+    found: dict[str, Any] = {"seed": seed, "context": 0}
+    if settings.prompts:
+        found["divergence"] = [
+            one.model_dump()
+            for one in measure_divergence(
+                loaded,
+                sequences,
+                cheapest,
+                prompts=settings.prompts,
+                prompt_tokens=context,
+                batch_size=settings.batch_size,
+                on_progress=lambda done, of: on_progress("generation", done, of),
+            )
+        ]
+    if settings.tasks:
+        found["retrieval"] = [
+            one.model_dump()
+            for one in evaluate_retrieval(
+                loaded,
+                cheapest,
+                tasks=settings.tasks,
+                lengths=(context,),
+                count=settings.examples,
+                batch_size=settings.batch_size,
+                seed=seed,
+                on_progress=lambda done, of: on_progress("retrieval", done, of),
+            )
+        ]
+    return found
+
+
+def _equal_losses(
+    points: Sequence[BenchPoint], held_out: Mapping[int, Sequences], methods: Sequence[str], settings: BenchSettings
+) -> list[EqualLoss]:
+    found = []
+    for context in held_out:
+        for method in methods:
+            own = [p for p in points if p.method == method and p.context == context]
+            seeds = sorted({p.seed for p in own})
+            curves = [_curve([p for p in own if p.seed == seed], settings.scored) for seed in seeds]
+            for loss in LOSSES:
+                each, bits, interval = crossing(curves, loss)
+                why = next((missing(c, loss) for c, one in zip(curves, each, strict=True) if one is None), "")
+                found.append(
+                    EqualLoss(
+                        method=method,
+                        context=context,
+                        delta_nll=loss,
+                        bits_per_value=bits,
+                        interval=interval,
+                        by_seed=each,
+                        why=why,
+                    )
+                )
+    return found
+
+
+def _curve(points: Sequence[BenchPoint], scored: int) -> Curve:
+    excess = np.array([p.excess for p in points])
+    tokens = np.full(excess.shape[1], points[0].quality.tokens / excess.shape[1])
+    return Curve(np.array([p.bits_per_value for p in points]), excess, tokens)
+
+
+def _flat(codecs: Mapping[str, Mapping[str, Codec]]) -> dict[tuple[str, str], Codec]:
+    return {(method, point): codec for method, points in codecs.items() for point, codec in points.items()}
+
+
+def _prefixed(on_progress: Progress, what: str) -> Progress:
+    return lambda name, done, of: on_progress(f"{what}: {name}", done, of)

@@ -1,0 +1,278 @@
+"""Fitting `eigen`: samples, metric and transform once, then a codec for any step.
+
+Quantiser and entropy tables belong to a step and are fitted with it. Some sequences are kept apart: on them, which
+nothing was fitted on, size and loss are measured.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.deadzone import DeadZone, fit_class
+from eigencache.codec.eigen import EigenCodec, Kept
+from eigencache.codec.joint import JointTransform
+from eigencache.codec.layout import Layout
+from eigencache.codec.tables import fit_tables
+from eigencache.codec.text import TextPredictor
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import CodecError, StatisticsError
+from eigencache.models.load import LoadedModel
+from eigencache.models.rotation import rotations_of
+from eigencache.spectral.metric import block_product
+from eigencache.spectral.rope import Rotation
+from eigencache.studies.attention_metric import attention_metrics
+from eigencache.studies.calibrate import MetricName, spread_out
+from eigencache.studies.eigen_basis import JointScope, basis_of, scaled_metrics, spans_of
+from eigencache.studies.fisher import fisher_metrics
+from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.samples import Samples, sample_vectors, tensor_names
+from eigencache.studies.text_prediction import fit_text, vocabulary
+
+APART = 8  # the last of so many parts of the text is kept apart
+METRIC_TOKENS = 32_768
+FITTED = 16_384  # vectors that quantiser and tables of a step are fitted on
+_PER_OCTAVE = 4  # classes of coefficients
+_NARROWEST = -4  # octaves of the step, below which coefficients are of one class
+_LANES, _WASTE = (32, 16, 8, 4), 0.005  # a lane's state wastes 2 bytes of a block
+_SINK, _FIRST = 4.0, 16  # a position stands out at so many times the median cost, among the first so many
+
+
+@dataclass(frozen=True)
+class EigenSettings:
+    """What of a codec is chosen, not measured. `sinks` None: as many first positions as stand out."""
+
+    scope: JointScope = "joint"
+    metric: MetricName = "fisher"
+    alpha: float = 0.75
+    text: bool = True  # predict from the tokens
+    sinks: int | None = None
+    window: int = 0
+    kept_bits: int = 8
+    block: int = 128
+
+    def describe(self) -> str:
+        """One line for tables."""
+        metric = self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else "")
+        return " · ".join(["eigen", self.scope, metric] + (["text"] if self.text else []))
+
+
+def settings_of(**chosen: Any) -> EigenSettings:
+    """Settings from names and numbers that a user gave. Raises `CodecError` for those that do not exist."""
+    for name, allowed in (("scope", get_args(JointScope)), ("metric", get_args(MetricName)), ("kept_bits", (8, 16))):
+        if name in chosen and chosen[name] not in allowed:
+            raise CodecError(f"{name.replace('_', ' ')} {chosen[name]}: choose one of {', '.join(map(str, allowed))}")
+    return EigenSettings(**chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """Of sampled tokens: y [n, r] at step 1, and the ranks of the tokens [n] where text predicts."""
+
+    y: Tensor
+    ranks: Tensor | None
+
+
+class Point(NamedTuple):
+    """A codec, and what a coded token costs of the sequences kept apart, by its tables, states of lanes left out."""
+
+    codec: EigenCodec
+    coded_bits: float
+
+
+@dataclass(frozen=True, eq=False)
+class EigenFit:
+    """A fitted transform, and the coefficients it gives: of what it was fitted on, and of what was kept `apart`."""
+
+    settings: EigenSettings
+    layout: Layout
+    transform: JointTransform
+    eigenvalues: Tensor  # of all coefficients, in the metric [r]
+    text: TextPredictor | None
+    sinks: int
+    fitted: Coefficients
+    held: Coefficients
+    apart: Sequences
+    dtype: torch.dtype
+
+    def at_step(self, step: float, name: str | None = None) -> Point:
+        """The codec of one step, with its quantiser and tables. Raises `StatisticsError` where nothing is worth a bit."""
+        fitted = _every(self.fitted, FITTED)
+        y = fitted.y / step
+        octaves = (y.square().mean(0).sqrt() + 1e-12).log2().clamp_min(_NARROWEST)
+        classes, class_of = (octaves * _PER_OCTAVE).round().unique(return_inverse=True)
+        fits = [fit_class(y[:, class_of == c].abs().flatten().numpy()) for c in range(len(classes))]
+        kept = torch.tensor([fit.worth for fit in fits])[class_of].nonzero().flatten()
+        if not len(kept):
+            raise StatisticsError(
+                f"{self.settings.describe()}: at this size no coefficient is worth a bit: ask for more bits"
+            )
+        numbers = torch.tensor([(f.dead_zone, f.offset, f.first, f.rest) for f in fits], dtype=torch.float32)
+        quantiser = DeadZone(*numbers[class_of[kept]].T.contiguous())
+        table_of = class_of[kept].unique(return_inverse=True)[1]
+        symbols = quantiser.quantise(y[:, kept])
+        if fitted.ranks is not None:
+            symbols = _with_ranks(fitted.ranks, symbols)
+            table_of = torch.cat([table_of.new_zeros(1), table_of + 1])
+        tables = fit_tables(symbols.T.contiguous().numpy(), table_of.numpy())
+        codec = EigenCodec(
+            name=name or self.settings.describe(),
+            layout=self.layout,
+            transform=_restricted(self.transform, kept),
+            step=step,
+            quantiser=quantiser,
+            tables=tables,
+            lanes=_LANES[-1],
+            kept=Kept(self.sinks, self.settings.window, self.settings.kept_bits),  # type: ignore[arg-type]
+            block=self.settings.block,
+            dtype=self.dtype,
+            text=self.text,
+        )
+        held = _every(self.held, FITTED)
+        found = quantiser.quantise(held.y[:, kept] / step)
+        if held.ranks is not None:
+            found = _with_ranks(held.ranks, found)
+        coded_bits = tables.bits(found.T.numpy()) / len(found)
+        payload = coded_bits * self.settings.block / 8
+        lanes = next((n for n in _LANES if 2 * n <= _WASTE * payload), _LANES[-1])
+        return Point(replace(codec, lanes=lanes), coded_bits)
+
+    def bits_per_value(self, point: Point, context: int) -> float:
+        """All bytes of a container of `context` tokens over what it holds, as measured on the sequences kept apart."""
+        return 8 * point.codec.nbytes_of(context, point.coded_bits) / (context * self.layout.width)
+
+
+@torch.no_grad()
+def fit_eigen(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    settings: EigenSettings = EigenSettings(),
+    *,
+    memory: int = MEMORY,
+    batch_size: int = 8,
+    metrics: "MetricSource | None" = None,
+    on_progress: Progress = silent,
+) -> EigenFit:
+    """Capture, weigh and decompose what a model caches of `sequences`. `metrics`: measured already, to be used again.
+
+    Raises `StatisticsError` for too little text, and what capturing raises.
+    """
+    ids = sequences.ids
+    if len(ids) < 2 * APART:
+        raise StatisticsError(f"{len(ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens")
+    edge = len(ids) - len(ids) // APART  # behind it other documents begin, but for one: sequences between would flatter
+    fitted_on, apart = replace(sequences, ids=ids[:edge]), replace(sequences, ids=ids[edge:])
+    metrics = metrics or MetricSource(loaded, fitted_on, on_progress)
+    sample = partial(sample_vectors, loaded, rotations=metrics.rotations, memory=memory // 2, batch_size=batch_size)
+    samples = sample(fitted_on, on_progress=on_progress)
+    held = sample(apart, what="vectors kept apart", on_progress=on_progress)
+    on_progress("decomposing", 0, 1)
+    full, roots, inverses = scaled_metrics(metrics.of(samples.layout, settings.metric), settings.alpha)
+    mean = samples.vectors.mean(0, dtype=torch.float64).float()
+    sinks = outstanding(samples.less_mean(mean), roots) if settings.sinks is None else settings.sinks
+    samples, held = samples.without_first(sinks), held.without_first(sinks)
+    mean = samples.vectors.mean(0, dtype=torch.float64).float()
+    samples, held = samples.less_mean(mean), held.less_mean(mean)
+    text, ranks = None, (None, None)
+    if settings.text:
+        rank_of, features = vocabulary(loaded, samples.ids)
+        text = fit_text(samples, rank_of[samples.ids], features, roots, inverses)
+        (samples, found), (held, found_apart) = (_unpredicted(part, text, settings.block) for part in (samples, held))
+        ranks = (found, found_apart)
+    spans = spans_of(samples.layout, settings.scope)
+    found = [basis_of(samples.vectors, *span, roots, inverses) for span in spans]
+    transform = JointTransform(mean, tuple(basis for basis, _ in found), full)
+    on_progress("decomposing", 1, 1)
+    return EigenFit(
+        settings=settings,
+        layout=samples.layout,
+        transform=transform,
+        eigenvalues=torch.cat([values for _, values in found]),
+        text=text,
+        sinks=sinks,
+        fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
+        held=Coefficients(transform.encode(held.vectors, 1.0), ranks[1]),
+        apart=apart,
+        dtype=loaded.model.dtype,
+    )
+
+
+class MetricSource:
+    """Metrics of a model's cache, each measured when it is first asked for."""
+
+    def __init__(self, loaded: LoadedModel, sequences: Sequences, on_progress: Progress = silent) -> None:
+        self.loaded, self.sequences, self.on_progress = loaded, sequences, on_progress
+        self.rotations: dict[int, Rotation] = rotations_of(loaded)
+        self._found: dict[str, dict[str, dict[int, Tensor]]] = {}
+
+    def of(self, layout: Layout, name: MetricName) -> list[Tensor]:
+        """Blocks [heads, dim, dim] per part of `layout`; none for Frobenius. That of attention is scaled by Fisher's trace.
+
+        By itself it has no common scale across layers or between keys and values (THEORY 4).
+        """
+        if name == "frobenius":
+            return []
+        mla = self.loaded.geometry.mla is not None
+        names = tensor_names(layout, mla=mla)
+        blocks = [self._measured(name)[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
+        if name == "attention":
+            fisher = self.of(layout, "fisher")
+            blocks = [
+                b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in zip(blocks, fisher, strict=True)
+            ]
+        return blocks
+
+    def _measured(self, name: str) -> dict[str, dict[int, Tensor]]:
+        if name not in self._found:
+            measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
+            text = spread_out(self.sequences, METRIC_TOKENS)
+            self._found[name] = measure(
+                self.loaded, text, self.rotations, on_batch=partial(self.on_progress, f"{name} metric")
+            )
+        return self._found[name]
+
+
+def outstanding(samples: Samples, roots: tuple[Tensor, ...]) -> int:
+    """How many first positions stand out: the mean cost of a position's vectors is more than 4 times the median one."""
+    costs = torch.cat([block_product(x, roots).double().square().sum(1) for x in samples.vectors.split(8192)])
+    positions = samples.positions
+    mean = torch.zeros(int(positions.max()) + 1, dtype=torch.float64).scatter_reduce(
+        0, positions, costs, "mean", include_self=False
+    )
+    first = (mean[:_FIRST] > _SINK * mean.median()).tolist()
+    return first.index(False) if False in first else _FIRST
+
+
+def _with_ranks(ranks: Tensor, symbols: Tensor) -> Tensor:
+    return torch.cat([ranks.to(torch.int32)[:, None], symbols], 1)
+
+
+def _trace(blocks: Tensor) -> Tensor:
+    return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _unpredicted(samples: Samples, text: TextPredictor, block: int) -> tuple[Samples, Tensor]:
+    """What the text does not predict, and the ranks that were found, as encoding finds them."""
+    vectors, ranks = samples.vectors.clone(), []
+    for part in vectors.split(list(samples.lengths)):
+        ranks.append(text.find(part[None]))
+        part.sub_(text.predict(ranks[-1], block)[0])
+    return replace(samples, vectors=vectors), torch.cat(ranks, 1)[0]
+
+
+def _every(coefficients: Coefficients, count: int) -> Coefficients:
+    """About `count` of them, from all over the text."""
+    step = max(1, len(coefficients.y) // count)
+    return Coefficients(coefficients.y[::step], None if coefficients.ranks is None else coefficients.ranks[::step])
+
+
+def _restricted(transform: JointTransform, kept: Tensor) -> JointTransform:
+    """The transform with some of its coefficients [r] only."""
+    bases, at = [], 0
+    for basis in transform.bases:
+        rows = kept[(kept >= at) & (kept < at + len(basis.rows))] - at
+        at += len(basis.rows)
+        bases.append(replace(basis, rows=basis.rows[rows], scale=basis.scale[rows]))
+    return JointTransform(transform.mean, tuple(bases), transform.metrics)

@@ -1,0 +1,71 @@
+"""`eigen` from text to a codec that can be saved: fitted, brought to its goal, and measured on what was kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from eigencache.codec.card import Expected
+from eigencache.codec.eigen import EigenCodec
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import BudgetError
+from eigencache.models.load import LoadedModel
+from eigencache.provenance import Stopwatch
+from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
+from eigencache.studies.eigen_targets import CONTEXT, fit_target
+from eigencache.studies.fitting import Fitting, eigen_fitting_of
+from eigencache.studies.gather import MEMORY, Progress, silent
+
+DEFAULT_MAX_NLL = 0.01  # nats
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a codec has to reach: a size in bits per value, or a loss in nats per token."""
+
+    bits: float | None = None
+    max_nll: float | None = None
+
+    @classmethod
+    def of(cls, bits: float | None = None, ratio: float | None = None, max_nll: float | None = None) -> Goal:
+        """Of one of the three, or of 0.01 nats where none is given. Raises `BudgetError` for several and for no numbers."""
+        given = {name: x for name, x in (("bits", bits), ("ratio", ratio), ("max_nll", max_nll)) if x is not None}
+        if len(given) > 1:
+            raise BudgetError(f"{' and '.join(given)}: give one of bits, ratio and max_nll")
+        for name, x in given.items():
+            if not (isfinite(x) and x > 0):
+                raise BudgetError(f"{name} {x:g}: must be a number above 0")
+        if ratio is not None:
+            return cls(bits=16 / ratio)
+        return cls(bits, None if bits else max_nll or DEFAULT_MAX_NLL)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCodec:
+    """A codec, and what is saved beside it."""
+
+    codec: EigenCodec
+    expected: Expected
+    fitting: Fitting
+
+
+def fit_codec(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    settings: EigenSettings,
+    goal: Goal,
+    *,
+    context: int = CONTEXT,
+    batch_size: int = 8,
+    memory: int = MEMORY,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> FittedCodec:
+    """Fit, find the step, and measure size and loss on the sequences kept apart. Raises what the parts raise."""
+    watch = Stopwatch()
+    fit = fit_eigen(loaded, sequences, settings, memory=memory, batch_size=batch_size, on_progress=on_progress)
+    codec, expected = fit_target(
+        fit, loaded, bits=goal.bits, max_nll=goal.max_nll, context=context, batch_size=batch_size, on_progress=on_progress
+    )
+    run = watch.run(seed, {"batch_size": batch_size})
+    return FittedCodec(codec, expected, eigen_fitting_of(settings, expected, loaded, sequences, run))

@@ -1,0 +1,160 @@
+"""The methods that are compared: one entry each, with its operating points as its authors tune it.
+
+To add a method: write its codec behind the protocol of `codec/base.py`, and an entry here that makes one codec per
+operating point. Everything else, the bench, its tables and its tests, goes through `METHODS`.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from eigencache.codec.base import Codec
+from eigencache.codec.baselines.integers import Integers
+from eigencache.codec.baselines.kivi import kivi
+from eigencache.codec.baselines.kvtc_fit import FittedKVTC, fit_kvtc
+from eigencache.codec.baselines.oscar import fit_oscar
+from eigencache.codec.baselines.turboquant import turboquant
+from eigencache.codec.baselines.xquant import xquant
+from eigencache.errors import BudgetError, CodecError
+from eigencache.models.load import LoadedModel
+from eigencache.models.residual import find_sites, weight_rows
+from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.studies.eigen_fit import EigenSettings
+from eigencache.studies.eigen_targets import at_bits
+from eigencache.studies.workbench import Workbench
+
+Codecs = dict[str, Codec]  # operating point → codec
+
+
+@dataclass(frozen=True)
+class Method:
+    """`codecs` makes one codec per operating point; `refuses` says why a model cannot have the method, if it cannot.
+
+    `fitted`: whether the calibration text decides anything, so that another seed makes another codec.
+    """
+
+    about: str
+    codecs: Callable[[Workbench], Codecs]
+    refuses: Callable[[LoadedModel], str | None] = lambda _: None
+    fitted: bool = True
+
+
+def _dtype(bench: Workbench) -> torch.dtype:
+    return bench.loaded.model.dtype
+
+
+def _eigen(settings: EigenSettings) -> Callable[[Workbench], Codecs]:
+    def codecs(bench: Workbench) -> Codecs:
+        fit, made = bench.eigen(settings), Codecs()
+        for bits in bench.rates:
+            with suppress(BudgetError):  # tokens alone may take more than the lowest rates
+                made[f"{bits:g}"] = at_bits(fit, bits).codec
+        return made
+
+    return codecs
+
+
+def _pca_head(frame: str) -> Callable[[Workbench], Codecs]:
+    def codecs(bench: Workbench) -> Codecs:
+        target = "latent" if bench.loaded.geometry.mla else "kv"
+        settings = PCASettings(target, "head", frame)  # type: ignore[arg-type]
+        full = Calibration(bench.loaded, bench.sequences, batch_size=bench.batch_size).fit(settings)
+        return {f"rank {r}": full.truncated(r) for r in sorted({full.rank * i // 8 for i in (2, 4, 5, 6, 7)})}
+
+    return codecs
+
+
+def _integers(bench: Workbench) -> Codecs:
+    return {f"{bits}": Integers(bits, _dtype(bench)) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]
+
+
+def _kivi(residual: int) -> Callable[[Workbench], Codecs]:
+    return lambda bench: {f"{bits}": kivi(bits, _dtype(bench), residual=residual) for bits in (4, 2)}  # type: ignore[arg-type]
+
+
+def _turboquant(layers: int) -> Callable[[Workbench], Codecs]:
+    def codecs(bench: Workbench) -> Codecs:
+        made = {bits: turboquant(bench.widths, bits, _dtype(bench), boundary_layers=layers) for bits in (4, 3, 2)}  # type: ignore[arg-type]
+        return {f"{bits}": codec for bits, codec in made.items()}
+
+    return codecs
+
+
+def _kvtc_fit(bench: Workbench) -> FittedKVTC:
+    return bench.once("kvtc", lambda: fit_kvtc(bench.by_slot, _dtype(bench)))
+
+
+def _kvtc(bench: Workbench) -> Codecs:
+    return {f"{bits:g}": _kvtc_fit(bench).at(bits) for bits in bench.rates}
+
+
+def _kvtc_alone(bench: Workbench) -> Codecs:
+    return {f"{bits:g}": _kvtc_fit(bench).at(bits, sinks=0, window=0) for bits in bench.rates}
+
+
+def _oscar(sinks: int, window: int) -> Callable[[Workbench], Codecs]:
+    def codecs(bench: Workbench) -> Codecs:
+        return {
+            f"{bits}": fit_oscar(
+                *bench.moments,
+                _dtype(bench),
+                bits=bits,
+                sample=bench.cached,
+                sinks=sinks,
+                window=window,  # type: ignore[arg-type]
+            )
+            for bits in (4, 3, 2)
+        }
+
+    return codecs
+
+
+def _xquant(bench: Workbench) -> Codecs:
+    loaded = bench.loaded
+    ids = torch.from_numpy(bench.sequences.ids[0][None, :64]).to(loaded.device)
+    weights = {}
+    keys, values = (find_sites(loaded.model, loaded.geometry, kind, None, ids) for kind in ("k", "v"))
+    for k, v in zip(keys, values, strict=True):
+        pairs = [weight_rows(site) for site in (k, v)]
+        biases = [bias for _, bias in pairs if bias is not None]
+        weights[k.layer_idx] = torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None
+    rotations = {i: (0, rotation) for i, rotation in bench.metrics.rotations.items()}
+    heads = loaded.geometry.num_key_value_heads
+    return {f"{bits}": xquant(weights, heads, rotations, bits, _dtype(bench)) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]
+
+
+def _narrow(loaded: LoadedModel) -> str | None:
+    if loaded.geometry.mla or loaded.geometry.width_ratio <= 1:
+        return f"keys and values are not wider than the hidden state (ratio {loaded.geometry.width_ratio:.2f})"
+    return None
+
+
+def _latent(loaded: LoadedModel) -> str | None:
+    return "it caches a latent, not keys and values" if loaded.geometry.mla else None
+
+
+METHODS: dict[str, Method] = {
+    "eigen": Method("this project: joint basis, Fisher metric, text predicted", _eigen(EigenSettings())),
+    "eigen-no-text": Method("the same without prediction from the text", _eigen(EigenSettings(text=False))),
+    "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc),
+    "kvtc-no-window": Method("KVTC without sinks and window", _kvtc_alone),
+    "pca_head": Method("PCA per head, 16-bit coefficients, keys before rotation", _pca_head("pre")),
+    "int": Method("integers of 8, 4, 3, 2 bits per token and head", _integers, fitted=False),
+    "kivi": Method("KIVI, last 128 tokens in 16 bits", _kivi(128), fitted=False),
+    "kivi-no-window": Method("KIVI without window", _kivi(0), fitted=False),
+    "turboquant": Method("TurboQuant, first and last two layers in 16 bits", _turboquant(2), fitted=False),
+    "turboquant-all": Method("TurboQuant on all layers", _turboquant(0), fitted=False),
+    "oscar": Method("OSCAR, 64 sinks and last 256 tokens in 16 bits", _oscar(64, 256), _latent),
+    "oscar-no-window": Method("OSCAR without sinks and window", _oscar(0, 0), _latent),
+    "xquant": Method("XQuant: the layer's input, K and V recomputed", _xquant, _narrow, fitted=False),
+}
+
+
+def chosen_methods(names: str | None) -> list[str]:
+    """`eigen,kvtc` → those methods, in order; None: all. Raises `CodecError` for one that does not exist."""
+    chosen = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise CodecError(f"--methods {unknown[0]}: no such method; there are {', '.join(METHODS)}")
+    return chosen

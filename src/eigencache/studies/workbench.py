@@ -1,0 +1,110 @@
+"""What methods are fitted from on one model and one calibration text, each part measured when it is first asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigencache.codec.layout import Layout
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.prefix import read_prefix
+from eigencache.models.load import LoadedModel
+from eigencache.studies.attended import Moments, attended_moments
+from eigencache.studies.calibrate import spread_out
+from eigencache.studies.eigen_fit import EigenFit, EigenSettings, MetricSource, fit_eigen
+from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.samples import Samples, sample_vectors
+
+RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
+MOMENT_TOKENS = 16_384
+_T = TypeVar("_T")
+
+
+@dataclass(eq=False)
+class Workbench:
+    """One model on one calibration text; what is fitted for one method serves the others."""
+
+    loaded: LoadedModel
+    sequences: Sequences
+    rates: tuple[float, ...] = RATES  # bits per value of methods that take any
+    batch_size: int = 8
+    memory: int = MEMORY
+    on_progress: Progress = silent
+    _fitted: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def metrics(self) -> MetricSource:
+        """Metrics and rotations."""
+        return MetricSource(self.loaded, self.sequences, self.on_progress)
+
+    def once(self, name: str, fit: Callable[[], _T]) -> _T:
+        """What `fit` gives, made when it is first asked for under this name."""
+        if name not in self._fitted:
+            self._fitted[name] = fit()
+        return self._fitted[name]
+
+    def eigen(self, settings: EigenSettings) -> EigenFit:
+        """`eigen` fitted with these settings."""
+        return self.once(
+            repr(settings),
+            lambda: fit_eigen(
+                self.loaded,
+                self.sequences,
+                settings,
+                memory=self.memory,
+                batch_size=self.batch_size,
+                metrics=self.metrics,
+                on_progress=self.on_progress,
+            ),
+        )
+
+    @cached_property
+    def by_slot(self) -> list[tuple[Layout, Tensor]]:
+        """Vectors of keys (before rotation) and of values, or of latents and rotary keys, apart: layout, [n, width]."""
+        samples = self._samples
+        found, at = [], 0
+        for slot in (0, 1):
+            parts = tuple(part for part in samples.layout.parts if part.slot == slot)
+            rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
+            width = sum(part.width for part in parts)
+            found.append((Layout(parts, rotations), samples.vectors[:, at : at + width]))
+            at += width
+        return found
+
+    @cached_property
+    def widths(self) -> dict[int, tuple[int, int]]:
+        """Layer → width of a head in both slots."""
+        sizes = {(part.layer_idx, part.slot): part.dim for part in self._samples.layout.parts}
+        return {i: (sizes[i, 0], sizes[i, 1]) for i, slot in sizes if slot == 0}
+
+    @cached_property
+    def moments(self) -> tuple[Moments, Moments]:
+        """Second moments of queries and of attended values, per layer and KV head."""
+        return attended_moments(
+            self.loaded,
+            spread_out(self.sequences, MOMENT_TOKENS),
+            batch_size=self.batch_size,
+            on_progress=self.on_progress,
+        )
+
+    @cached_property
+    def cached(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """A cache of a few sequences as the model holds it, for methods that try settings on one."""
+        ids = torch.from_numpy(np.stack(self.sequences.ids[: self.batch_size])).to(self.loaded.device)
+        with torch.no_grad():
+            return read_prefix(self.loaded, ids).stored
+
+    @cached_property
+    def _samples(self) -> Samples:
+        return sample_vectors(
+            self.loaded,
+            self.sequences,
+            self.metrics.rotations,
+            memory=self.memory // 2,
+            batch_size=self.batch_size,
+            on_progress=self.on_progress,
+        )

@@ -1,0 +1,60 @@
+"""Random caches of known shapes: grouped-query attention, and latent with rotary key as MLA has them."""
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.layout import Layout, Part
+from eigencache.spectral.rope import Rotation
+
+GQA = {0: ((2, 32), (2, 32)), 1: ((2, 32), (2, 32)), 2: ((2, 32), (2, 32)), 5: ((2, 32), (2, 32)), 6: ((2, 32), (2, 32))}
+ODD = {2: ((3, 20), (3, 20)), 4: ((3, 20), (3, 20)), 5: ((3, 20), (3, 20))}
+MLA = {0: ((1, 40), (1, 8)), 1: ((1, 40), (1, 8)), 2: ((1, 40), (1, 8))}
+SHAPES = {"gqa": GQA, "odd": ODD, "mla": MLA}  # layer → (heads, width) of both slots
+Cache = dict[int, tuple[Tensor, Tensor]]
+
+
+def cache(shapes: dict, seq: int = 37, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Cache:
+    """Gaussian numbers, wider in some channels, as keys are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def slot(heads: int, width: int) -> Tensor:
+        x = torch.randn(batch, heads, seq, width, generator=generator)
+        return (x * torch.linspace(0.2, 3, width)).to(dtype)
+
+    return {i: (slot(*first), slot(*second)) for i, (first, second) in shapes.items()}
+
+
+def numbers_of(cached: Cache) -> int:
+    """How many numbers a cache holds."""
+    return sum(x.numel() for both in cached.values() for x in both)
+
+
+def rotation(width: int) -> Rotation:
+    return Rotation(10_000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2)), 1.0, "half")
+
+
+def layouts(shapes: dict, rotated_slot: int | None = 0) -> list[Layout]:
+    """All layers side by side, both slots apart; one of them before rotation."""
+    found = []
+    for slot in (0, 1):
+        parts = tuple(Part(i, slot, (0, both[slot][0]), both[slot][1]) for i, both in shapes.items())
+        turned = {i: (slot, rotation(both[slot][1])) for i, both in shapes.items()} if slot == rotated_slot else {}
+        found.append(Layout(parts, turned))
+    return found
+
+
+def moments(shapes: dict, slot: int, seed: int = 0) -> dict[int, Tensor]:
+    """Positive definite matrices of every head."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer_idx, both in shapes.items():
+        heads, width = both[slot]
+        x = torch.randn(heads, 3 * width, width, generator=generator) * torch.linspace(0.1, 4, width)
+        found[layer_idx] = x.mT @ x
+    return found
+
+
+def relative_error(cached: Cache, decoded: Cache) -> float:
+    """Squared error over energy."""
+    error = sum(float((decoded[i][s].float() - cached[i][s].float()).square().sum()) for i in cached for s in (0, 1))
+    return error / sum(float(x.float().square().sum()) for both in cached.values() for x in both)
