@@ -5,11 +5,12 @@ with one step for every coefficient of every layer (THEORY 5, 6), and the intege
 is kept of a sequence is one container (docs/format.md): first tokens and a recent window raw, the rest in blocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from eigencache.kernels.dispatch import Backend, chosen
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
+_COMPLETING = 16  # rounds
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class EigenCodec:
         x = self.layout.vectors(cached, start, self.transform.mean)
         if not x.isfinite().all():  # a head without coefficients would hide it
             raise CodecError("the cache holds NaN or infinite numbers")
-        symbols = self._symbols(x[:, sinks : tokens - window]).cpu().numpy()
+        lacking_coded = {i: count - sinks for i, count in lacking.items() if count > sinks}
+        symbols = self._symbols(self._completed(x[:, sinks : tokens - window], lacking_coded)).cpu().numpy()
         raw = Layout(self.layout.parts, {}).vectors(cached, start, torch.zeros_like(self.transform.mean)).to(self.dtype)
         header = ContainerHeader(
             self.sha256, start, tokens, sinks, window, self.kept.bits, self.block, tuple(sorted(lacking.items()))
@@ -153,14 +156,30 @@ class EigenCodec:
         states = 4 * self.lanes * header.block_count
         return header.header_nbytes + raw + states + (tokens - sinks - window) * coded_bits / 8
 
+    def _analysed(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Ranks of the tokens [batch, seq], if any, what is expected of vectors x without coefficients, and y / step."""
+        expected, ranks = self.transform.mean, None
+        if self.text is not None:
+            ranks = self.text.find(x - self.transform.mean)
+            expected = expected + self.text.predict(ranks, self.block)
+        return ranks, expected, self.transform.encode(x - expected, self.step)
+
+    def _completed(self, x: Tensor, lacking: Mapping[int, int]) -> Tensor:
+        """x with what layers lack of their first tokens replaced, round by round, by what the rest lets expect of it."""
+        edges = [0, *accumulate(part.width for part in self.layout.parts)]
+        spans = [(slice(*ends), p.layer_idx) for ends, p in zip(pairwise(edges), self.layout.parts, strict=True)]
+        for _ in range(_COMPLETING if lacking else 0):
+            _, expected, y = self._analysed(x)
+            again = expected + self.transform.decode(y, self.step)
+            for columns, layer_idx in spans:
+                x[:, : lacking.get(layer_idx, 0), columns] = again[:, : lacking.get(layer_idx, 0), columns]
+        return x
+
     def _symbols(self, x: Tensor) -> Tensor:
         """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: ranks of tokens, if any, and coefficients."""
-        x = x - self.transform.mean
-        if self.text is None:
-            return self.quantiser.quantise(self.transform.encode(x, self.step))
-        ranks = self.text.find(x)
-        q = self.quantiser.quantise(self.transform.encode(x - self.text.predict(ranks, self.block), self.step))
-        return torch.cat([ranks.to(torch.int32)[..., None], q], -1)
+        ranks, _, y = self._analysed(x)
+        q = self.quantiser.quantise(y)
+        return q if ranks is None else torch.cat([ranks.to(torch.int32)[..., None], q], -1)
 
     def _vectors(self, symbols: Tensor) -> Tensor:
         """Vectors [batch, seq, width] of integers, of which the first is the first of a block."""

@@ -178,7 +178,9 @@ def fit_eigen(
     text, ranks = None, (None, None)
     if settings.text:
         rank_of, features = vocabulary(loaded, samples.ids)
-        text = fit_text(samples, rank_of[samples.ids], features, roots, inverses)
+        whole = [layer.layer_idx for layer in loaded.geometry.layers if layer.attention == "full"]  # of all tokens, always
+        told_by = whole[0] if whole else None
+        text = fit_text(samples, rank_of[samples.ids], features, roots, inverses, told_by=told_by)
         (samples, found), (held, found_apart) = (_unpredicted(part, text, settings.block) for part in (samples, held))
         ranks = (found, found_apart)
     spans = spans_of(samples.layout, settings.scope)

@@ -95,14 +95,15 @@ def at_loss(
 
     Raises `BudgetError` where even the finest step loses more.
     """
-    octaves = [_coarsest(fit) / 2 / 2**i for i in range(_OCTAVES)]
-    points = _scored(fit, loaded, octaves, batch_size, on_progress)
-    within = [i for i, (_, loss) in enumerate(points) if all(loss <= max_nll for _, loss in points[i:])]
-    if not within:
+    for first in (1, 1 + _OCTAVES):
+        octaves = [_coarsest(fit) / 2**i for i in range(first, first + _OCTAVES)]
+        points = _scored(fit, loaded, octaves, batch_size, on_progress)
+        within = [i for i in range(len(points)) if all(loss <= max_nll for _, loss in points[i:])]
+        if within:
+            break
+    else:
         raise BudgetError(f"--max-nll {max_nll:g}: even the finest step loses {points[-1][1]:.4f} nats: allow more")
     best = points[within[0]][0]
-    if within[0] == 0:
-        return best
     finer = [best.codec.step * 2 ** (i / (_BETWEEN + 1)) for i in range(_BETWEEN, 0, -1)]
     return next((p for p, loss in _scored(fit, loaded, finer, batch_size, on_progress) if loss <= max_nll), best)
 

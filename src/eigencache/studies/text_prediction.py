@@ -49,12 +49,19 @@ def previous(features: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def fit_text(
-    samples: Samples, ranks: Tensor, features: Tensor, roots: Sequence[Tensor], inverses: Sequence[Tensor]
+    samples: Samples,
+    ranks: Tensor,
+    features: Tensor,
+    roots: Sequence[Tensor],
+    inverses: Sequence[Tensor],
+    *,
+    told_by: int | None = None,
 ) -> TextPredictor:
     """Predicts the vectors of `samples`, which are centred, from the `ranks` [n] of their tokens.
 
     `roots`, `inverses`: blocks of M^{1/2} and M^{−1/2}. Directions of the metric in which the prediction varies by less
-    than a hundredth of what is left over in the mean direction are left out. Cost: O(n h width).
+    than a hundredth of what is left over in the mean direction are left out. `told_by`: the layer in which tokens are
+    found, by default the first. Cost: O(n h width).
     """
     here = features[ranks].float()
     both = torch.cat([here, previous(here, samples.lengths)], 1)
@@ -67,7 +74,7 @@ def fit_text(
     left_over = max(total - float(singular.square().sum()), 0) / samples.vectors.shape[1]
     kept = directions[: max(1, int((singular.square() > _SMALL * left_over).sum()))]
     mix, rows = weighed @ kept.mT, block_product(kept.float(), inverses)
-    return TextPredictor(features, mix.half(), rows.half(), *_finder(samples, here, features, gram))
+    return TextPredictor(features, mix.half(), rows.half(), *_finder(samples, here, gram, told_by))
 
 
 def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
@@ -77,9 +84,9 @@ def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
     return torch.linalg.solve(gram + penalty, products / len(features))  # type: ignore[operator]
 
 
-def _finder(samples: Samples, here: Tensor, features: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What of the first layer tells tokens apart, whitened by what their own features do not explain."""
-    start, stop = _first_layer(samples.layout)
+def _finder(samples: Samples, here: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What of one layer tells tokens apart, whitened by what their own features do not explain."""
+    start, stop = _columns_of(samples.layout, layer_idx)
     seen = samples.vectors[:, start:stop]
     h = here.shape[1]
     weights = _ridge(gram[:h, :h], here, seen)
@@ -91,10 +98,10 @@ def _finder(samples: Samples, here: Tensor, features: Tensor, gram: Tensor) -> t
     return torch.tensor([start], dtype=torch.int32), (whiten @ spread).float(), (places @ spread).float()
 
 
-def _first_layer(layout: Layout) -> tuple[int, int]:
-    """Columns of what the first layer caches, of its wider slot."""
-    first = min(part.layer_idx for part in layout.parts)
+def _columns_of(layout: Layout, layer_idx: int | None) -> tuple[int, int]:
+    """Columns of what a layer, or the first one, caches in its wider slot."""
+    layer_idx = min(part.layer_idx for part in layout.parts) if layer_idx is None else layer_idx
     edges = [0, *accumulate(part.width for part in layout.parts)]
-    places = [(part.width, part.slot, edges[i]) for i, part in enumerate(layout.parts) if part.layer_idx == first]
+    places = [(part.width, part.slot, edges[i]) for i, part in enumerate(layout.parts) if part.layer_idx == layer_idx]
     width, _, start = max(places)
     return start, start + width
