@@ -3,8 +3,8 @@
     python benchmarks/codec_speed.py [MODEL …] [--bits 0.1,0.4,1.6] [--context 512] [--tokens 65536] [--repeats 9] [--parts]
 
 Whole: from keys and values in 16 bits to a container, and back (transform, quantiser, entropy coder, checksums), with and
-without prediction from the text. Entropy stage: from integers to bytes and back, in blocks of 128 tokens. `zstd −1`, its
-level 1, has the same integers in 8 bits, what does not fit apart. The cache is that of sequences kept apart from fitting.
+without prediction from the text. Entropy stage: from integers to bytes and back, in blocks of 128 tokens. zstd, at its
+level 1 (`zstd -1`), has the same integers in 8 bits, what does not fit apart. The cache is of text kept apart from fitting.
 Medians; in every repeat all that is compared runs in turn. `--parts`: where the time goes, each part alone.
 """
 
@@ -152,7 +152,7 @@ def main() -> None:
     note = (
         f"CPU, one thread, torch {torch.__version__}; {args.context} tokens at a time; MB of 16-bit cache a second, medians"
     )
-    note += f" of {args.repeats}; ÷: rANS over zstd −1, above 1 rANS is faster"
+    note += f" of {args.repeats}; ÷: rANS over zstd 1, above 1 rANS is faster"
     console = Console()
     console.print(Table("eigen: speed of a core", COLUMNS, tuple(rows), notes=(note,)))
     if steps:

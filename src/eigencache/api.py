@@ -17,7 +17,7 @@ from eigencache.errors import CodecError, LayerError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.belonging import check_belongs
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
-from eigencache.models.stored import cache_holding, cached_of
+from eigencache.models.stored import cache_holding, cached_of, first_position
 from eigencache.records import ProbeRecord, Spectrum
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.eigen_targets import CONTEXT
@@ -201,15 +201,15 @@ class CacheCodec:
     codec: EigenCodec
     fitted: FittedCodec | None = None  # None: it was loaded
 
-    def encode(self, cache: Any, *, start: int = 0) -> bytes:
-        """The container of what a model gave as `past_key_values`, batch 1. `start`: position of its first token.
+    def encode(self, cache: Any) -> bytes:
+        """The container of what a model gave as `past_key_values`, batch 1, from position 0 on.
 
         Raises `CodecError` for several rows (encode each by itself), padding being unknown to a cache.
         """
         cached = cached_of(cache)
         if (rows := len(next(iter(cached.values()))[0])) != 1:
             raise CodecError(f"a cache of {rows} rows: encode them one by one, each without padding")
-        return self.codec.encode(cached, start).rows[0]
+        return self.codec.encode(cached, first_position(cache)).rows[0]
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
@@ -218,7 +218,8 @@ class CacheCodec:
         """
         header = Reader(blob).header
         cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
-        return cache_holding(self.loaded.model, cached, len(range(header.tokens)[tokens]))
+        span = range(header.tokens)[tokens]
+        return cache_holding(self.loaded.model, cached, header.start + span.start, len(span))
 
     def save(self, folder: str | Path) -> None:
         """Write the codec into a folder, whole or not at all. Raises `CodecError` for one that was itself loaded."""

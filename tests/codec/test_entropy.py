@@ -26,9 +26,9 @@ def ideal_bits(fitted, symbols):
     """Code length of the static model itself: shares of every class, of what it was fitted on, without slots."""
     total = 0.0
     for table in range(TABLE_OF.max() + 1):
-        values, counts = np.unique(fitted[TABLE_OF == table], return_counts=True)
+        values, counts = np.unique(fitted[table == TABLE_OF], return_counts=True)
         share = dict(zip(values.tolist(), (counts / counts.sum()).tolist(), strict=True))
-        total -= sum(np.log2(share.get(v, 2.0**-32)) for v in symbols[TABLE_OF == table].ravel().tolist())
+        total -= sum(np.log2(share.get(v, 2.0**-32)) for v in symbols[table == TABLE_OF].ravel().tolist())
     return total
 
 

@@ -21,11 +21,13 @@ from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol
 from eigencache.spectral.metric import block_product
-from eigencache.studies import eigen_fit, eigen_targets
+from eigencache.studies import eigen_targets
+from eigencache.studies import source as source_module
 from eigencache.studies.eigen_basis import basis_of
-from eigencache.studies.eigen_fit import Coefficients, EigenFit, EigenSettings, MetricSource, Point, fit_eigen, outstanding
+from eigencache.studies.eigen_fit import Coefficients, EigenFit, EigenSettings, Point, fit_eigen, outstanding
 from eigencache.studies.eigen_targets import at_bits, at_loss, fit_target
-from eigencache.studies.samples import Samples, sample_vectors
+from eigencache.studies.samples import Samples
+from eigencache.studies.source import Source
 from eigencache.studies.text_prediction import MAX_FEATURES, fit_text, previous, vocabulary
 from known import bundled, random_sequences, tiny_loaded
 
@@ -357,12 +359,10 @@ def test_sequences_no_longer_than_the_sinks_say_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2", "gemma2"])
 def test_frobenius_has_no_blocks_and_attention_has_the_trace_of_fisher(name: str) -> None:
-    loaded, text = tiny_loaded(name), random_sequences(*[20] * 8)
-    source = MetricSource(loaded, text)
-    layout = sample_vectors(loaded, text, source.rotations, memory=2**30).layout
-    assert source.of(layout, "frobenius") == []
-    fisher, attention = source.of(layout, "fisher"), source.of(layout, "attention")
-    for part, f, a in zip(layout.parts, fisher, attention, strict=True):
+    source = Source(tiny_loaded(name), random_sequences(*[20] * 16))
+    assert source.metric("frobenius") == []
+    fisher, attention = source.metric("fisher"), source.metric("attention")
+    for part, f, a in zip(source.samples.layout.parts, fisher, attention, strict=True):
         assert f.shape == a.shape == (part.heads[1], part.dim, part.dim)
         traces = [x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (f, a)]
         torch.testing.assert_close(*traces, rtol=1e-6, atol=1e-30)
@@ -376,12 +376,12 @@ def test_a_metric_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *args, **options: measured_.append(name) or measure(*args, **options)
 
     for name in ("fisher_metrics", "attention_metrics"):
-        monkeypatch.setattr(eigen_fit, name, counted(name, getattr(eigen_fit, name)))
+        monkeypatch.setattr(source_module, name, counted(name, getattr(source_module, name)))
     loaded, text = tiny_loaded("llama"), random_sequences(*[20] * 16)
-    source = MetricSource(loaded, text)
+    source = Source(loaded, text)
     assert not measured_
     for metric in ("frobenius", "attention", "fisher", "attention"):
-        fit_eigen(loaded, text, EigenSettings(metric=metric, text=False), metrics=source)  # type: ignore[arg-type]
+        fit_eigen(loaded, text, EigenSettings(metric=metric, text=False), source=source)  # type: ignore[arg-type]
     assert sorted(measured_) == ["attention_metrics", "fisher_metrics"]
 
 

@@ -71,10 +71,7 @@ def fit_class(magnitudes: np.ndarray) -> ClassFit:
     dead_zone, offset, first, rest = 0.6, 0.1, 0.0, 0.0
     for _ in range(_ROUNDS):
         q = _quantised(v, dead_zone, offset)
-        counts = np.bincount(np.minimum(q, _LEVELS + 1), minlength=_LEVELS + 2) + 0.02
-        share = counts / counts.sum()
-        bits = -np.log2(share)
-        bits[1:] += 1  # the sign
+        share, bits = _costs(q)
         first = float(1 - v[q == 1].mean()) if (q == 1).any() else 0.0
         rest = float((q[q > 1] - v[q > 1]).mean()) if (q > 1).any() else first
         level = 1 - first
@@ -86,8 +83,16 @@ def fit_class(magnitudes: np.ndarray) -> ClassFit:
     q = _quantised(v, dead_zone, offset)
     decoded = q - np.where(q == 0, 0, np.where(q == 1, first, rest))
     saved = (v**2).mean() - ((v - decoded) ** 2).mean()
+    share, bits = _costs(q)
     return ClassFit(dead_zone, offset, first, rest, bool(q.any()) and saved > LAMBDA * float(share @ bits))
 
 
 def _quantised(v: np.ndarray, dead_zone: float, offset: float) -> np.ndarray:
     return np.where(v < dead_zone, 0, np.maximum(np.rint(v - offset), 1)).astype(np.int64)
+
+
+def _costs(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of every magnitude, and the bits it takes with its sign."""
+    counts = np.bincount(np.minimum(q, _LEVELS + 1), minlength=_LEVELS + 2) + 0.02
+    share = counts / counts.sum()
+    return share, -np.log2(share) + (np.arange(len(share)) > 0)

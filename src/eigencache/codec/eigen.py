@@ -114,14 +114,14 @@ class EigenCodec:
             raise CodecError("the cache holds NaN or infinite numbers")
         lacking_coded = {i: count - sinks for i, count in lacking.items() if count > sinks}
         symbols = self._symbols(self._completed(x[:, sinks : tokens - window], lacking_coded)).cpu().numpy()
-        raw = Layout(self.layout.parts, {}).vectors(cached, start, torch.zeros_like(self.transform.mean)).to(self.dtype)
         header = ContainerHeader(
             self.sha256, start, tokens, sinks, window, self.kept.bits, self.block, tuple(sorted(lacking.items()))
         )
 
+        kept = [self._kept(cached, span, tokens) for span in (range(sinks), range(tokens - window, tokens))]
+
         def row(index: int) -> bytes:
-            ends = [raw[index, : header.sinks], raw[index, tokens - header.window :]]
-            first, last = ([raw_bytes(end, self._heads, self.kept.bits)] if len(end) else [] for end in ends)
+            first, last = ([raw_bytes(x[index], self._heads, self.kept.bits)] if x.shape[1] else [] for x in kept)
             blocks = range(0, symbols.shape[1], self.block)
             coded = _parallel(lambda at: self._coder.encode(symbols[index, at : at + self.block].T), blocks)
             return write(Container(**vars(header), sections=(*first, *coded, *last)))
@@ -155,6 +155,14 @@ class EigenCodec:
         raw = raw_nbytes(sinks + window, self._heads, self.kept.bits)
         states = 4 * self.lanes * header.block_count
         return header.header_nbytes + raw + states + (tokens - sinks - window) * coded_bits / 8
+
+    def _kept(self, cached: Cached, span: range, tokens: int) -> Tensor:
+        """Vectors of a few tokens as the cache holds them; what a layer does not hold of them is zero."""
+        if not span:
+            return self.transform.mean.new_zeros(len(next(iter(cached.values()))[0]), 0, self.layout.width)
+        behind = tokens - span.stop
+        ends = {i: tuple(x[:, :, : x.shape[2] - behind][:, :, -len(span) :] for x in both) for i, both in cached.items()}
+        return Layout(self.layout.parts, {}).vectors(ends, span.start, torch.zeros_like(self.transform.mean)).to(self.dtype)
 
     def _analysed(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Ranks of the tokens [batch, seq], if any, what is expected of vectors x without coefficients, and y / step."""

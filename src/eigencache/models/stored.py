@@ -35,14 +35,25 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def cache_holding(model: PreTrainedModel, cached: Cached, tokens: int) -> DynamicCache:
-    """A dynamic cache that has seen `tokens` tokens and holds these; layers with a window may hold the last ones only."""
+def first_position(cache: Any) -> int:
+    """Position of the first token that any layer still holds: 0 unless all layers have a window and have moved on."""
+    return min(
+        layer.get_seq_length() - layer.keys.shape[2] for layer in cache.layers if getattr(layer, "is_initialized", False)
+    )
+
+
+def cache_holding(model: PreTrainedModel, cached: Cached, start: int, tokens: int) -> DynamicCache:
+    """A dynamic cache of `tokens` tokens from position `start`; layers with a window may hold the last of them only.
+
+    Where all layers have a window it has seen all tokens before them too, so that positions go on by themselves.
+    """
     cache = DynamicCache(config=model.config)
+    windows = all(isinstance(cache.layers[layer_idx], DynamicSlidingWindowLayer) for layer_idx in cached)
     for layer_idx, (keys, values) in cached.items():
         cache.update(keys, values, layer_idx)
         layer = cache.layers[layer_idx]
         if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = tokens
+            layer.cumulative_length = tokens + (start if windows else 0)
         elif keys.shape[2] != tokens:
             raise CodecError(f"layer {layer_idx} holds {keys.shape[2]} tokens of {tokens} and has no window")
     return cache

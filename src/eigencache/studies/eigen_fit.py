@@ -5,7 +5,6 @@ nothing was fitted on, size and loss are measured.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -20,19 +19,14 @@ from eigencache.codec.text import TextPredictor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import rotations_of
 from eigencache.spectral.metric import block_product
-from eigencache.spectral.rope import Rotation
-from eigencache.studies.attention_metric import attention_metrics
-from eigencache.studies.calibrate import MetricName, spread_out
+from eigencache.studies.calibrate import MetricName
 from eigencache.studies.eigen_basis import JointScope, basis_of, scaled_metrics, spans_of
-from eigencache.studies.fisher import fisher_metrics
 from eigencache.studies.gather import MEMORY, Progress, silent
-from eigencache.studies.samples import Samples, sample_vectors, tensor_names
+from eigencache.studies.samples import Samples
+from eigencache.studies.source import Source
 from eigencache.studies.text_prediction import fit_text, vocabulary
 
-APART = 8  # the last of so many parts of the text is kept apart
-METRIC_TOKENS = 32_768
 FITTED = 16_384  # vectors that quantiser and tables of a step are fitted on
 _PER_OCTAVE = 4  # classes of coefficients
 _NARROWEST = -4  # octaves of the step, below which coefficients are of one class
@@ -152,24 +146,17 @@ def fit_eigen(
     *,
     memory: int = MEMORY,
     batch_size: int = 8,
-    metrics: "MetricSource | None" = None,
+    source: Source | None = None,
     on_progress: Progress = silent,
 ) -> EigenFit:
-    """Capture, weigh and decompose what a model caches of `sequences`. `metrics`: measured already, to be used again.
+    """Capture, weigh and decompose what a model caches of `sequences`. `source`: of these, gathered already for another fit.
 
     Raises `StatisticsError` for too little text, and what capturing raises.
     """
-    ids = sequences.ids
-    if len(ids) < 2 * APART:
-        raise StatisticsError(f"{len(ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens")
-    edge = len(ids) - len(ids) // APART  # behind it other documents begin, but for one: sequences between would flatter
-    fitted_on, apart = replace(sequences, ids=ids[:edge]), replace(sequences, ids=ids[edge:])
-    metrics = metrics or MetricSource(loaded, fitted_on, on_progress)
-    sample = partial(sample_vectors, loaded, rotations=metrics.rotations, memory=memory // 2, batch_size=batch_size)
-    samples = sample(fitted_on, on_progress=on_progress)
-    held = sample(apart, what="vectors kept apart", on_progress=on_progress)
+    source = source or Source(loaded, sequences, memory, batch_size, on_progress)
+    samples, held = source.samples, source.held
     on_progress("decomposing", 0, 1)
-    full, roots, inverses = scaled_metrics(metrics.of(samples.layout, settings.metric), settings.alpha)
+    full, roots, inverses = scaled_metrics(source.metric(settings.metric), settings.alpha)
     mean = samples.vectors.mean(0, dtype=torch.float64).float()
     sinks = outstanding(samples.less_mean(mean), roots) if settings.sinks is None else settings.sinks
     samples, held = samples.without_first(sinks), held.without_first(sinks)
@@ -196,44 +183,9 @@ def fit_eigen(
         sinks=sinks,
         fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
         held=Coefficients(transform.encode(held.vectors, 1.0), ranks[1]),
-        apart=apart,
+        apart=source.apart,
         dtype=loaded.model.dtype,
     )
-
-
-class MetricSource:
-    """Metrics of a model's cache, each measured when it is first asked for."""
-
-    def __init__(self, loaded: LoadedModel, sequences: Sequences, on_progress: Progress = silent) -> None:
-        self.loaded, self.sequences, self.on_progress = loaded, sequences, on_progress
-        self.rotations: dict[int, Rotation] = rotations_of(loaded)
-        self._found: dict[str, dict[str, dict[int, Tensor]]] = {}
-
-    def of(self, layout: Layout, name: MetricName) -> list[Tensor]:
-        """Blocks [heads, dim, dim] per part of `layout`; none for Frobenius. That of attention is scaled by Fisher's trace.
-
-        By itself it has no common scale across layers or between keys and values (THEORY 4).
-        """
-        if name == "frobenius":
-            return []
-        mla = self.loaded.geometry.mla is not None
-        names = tensor_names(layout, mla=mla)
-        blocks = [self._measured(name)[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
-        if name == "attention":
-            fisher = self.of(layout, "fisher")
-            blocks = [
-                b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in zip(blocks, fisher, strict=True)
-            ]
-        return blocks
-
-    def _measured(self, name: str) -> dict[str, dict[int, Tensor]]:
-        if name not in self._found:
-            measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
-            text = spread_out(self.sequences, METRIC_TOKENS)
-            self._found[name] = measure(
-                self.loaded, text, self.rotations, on_batch=partial(self.on_progress, f"{name} metric")
-            )
-        return self._found[name]
 
 
 def outstanding(samples: Samples, roots: tuple[Tensor, ...]) -> int:
@@ -249,10 +201,6 @@ def outstanding(samples: Samples, roots: tuple[Tensor, ...]) -> int:
 
 def _with_ranks(ranks: Tensor, symbols: Tensor) -> Tensor:
     return torch.cat([ranks.to(torch.int32)[:, None], symbols], 1)
-
-
-def _trace(blocks: Tensor) -> Tensor:
-    return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _unpredicted(samples: Samples, text: TextPredictor, block: int) -> tuple[Samples, Tensor]:

@@ -120,7 +120,7 @@ def _xquant(bench: Workbench) -> Codecs:
         pairs = [weight_rows(site) for site in (k, v)]
         biases = [bias for _, bias in pairs if bias is not None]
         weights[k.layer_idx] = torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None
-    rotations = {i: (0, rotation) for i, rotation in bench.metrics.rotations.items()}
+    rotations = {i: (0, rotation) for i, rotation in bench.source.rotations.items()}
     heads = loaded.geometry.num_key_value_heads
     return {f"{bits}": xquant(weights, heads, rotations, bits, _dtype(bench)) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]
 

@@ -15,9 +15,9 @@ from eigencache.evaluate.prefix import read_prefix
 from eigencache.models.load import LoadedModel
 from eigencache.studies.attended import Moments, attended_moments
 from eigencache.studies.calibrate import spread_out
-from eigencache.studies.eigen_fit import EigenFit, EigenSettings, MetricSource, fit_eigen
+from eigencache.studies.eigen_fit import EigenFit, EigenSettings, fit_eigen
 from eigencache.studies.gather import MEMORY, Progress, silent
-from eigencache.studies.samples import Samples, sample_vectors
+from eigencache.studies.source import Source
 
 RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
 MOMENT_TOKENS = 16_384
@@ -37,9 +37,9 @@ class Workbench:
     _fitted: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def metrics(self) -> MetricSource:
-        """Metrics and rotations."""
-        return MetricSource(self.loaded, self.sequences, self.on_progress)
+    def source(self) -> Source:
+        """Vectors, metrics and rotations."""
+        return Source(self.loaded, self.sequences, self.memory, self.batch_size, self.on_progress)
 
     def once(self, name: str, fit: Callable[[], _T]) -> _T:
         """What `fit` gives, made when it is first asked for under this name."""
@@ -51,34 +51,27 @@ class Workbench:
         """`eigen` fitted with these settings."""
         return self.once(
             repr(settings),
-            lambda: fit_eigen(
-                self.loaded,
-                self.sequences,
-                settings,
-                memory=self.memory,
-                batch_size=self.batch_size,
-                metrics=self.metrics,
-                on_progress=self.on_progress,
-            ),
+            lambda: fit_eigen(self.loaded, self.sequences, settings, source=self.source, on_progress=self.on_progress),
         )
 
     @cached_property
     def by_slot(self) -> list[tuple[Layout, Tensor]]:
         """Vectors of keys (before rotation) and of values, or of latents and rotary keys, apart: layout, [n, width]."""
-        samples = self._samples
+        samples = self.source.samples
+        vectors = torch.cat([samples.vectors, self.source.held.vectors])  # they keep nothing apart
         found, at = [], 0
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
             rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
             width = sum(part.width for part in parts)
-            found.append((Layout(parts, rotations), samples.vectors[:, at : at + width]))
+            found.append((Layout(parts, rotations), vectors[:, at : at + width]))
             at += width
         return found
 
     @cached_property
     def widths(self) -> dict[int, tuple[int, int]]:
         """Layer → width of a head in both slots."""
-        sizes = {(part.layer_idx, part.slot): part.dim for part in self._samples.layout.parts}
+        sizes = {(part.layer_idx, part.slot): part.dim for part in self.source.samples.layout.parts}
         return {i: (sizes[i, 0], sizes[i, 1]) for i, slot in sizes if slot == 0}
 
     @cached_property
@@ -97,14 +90,3 @@ class Workbench:
         ids = torch.from_numpy(np.stack(self.sequences.ids[: self.batch_size])).to(self.loaded.device)
         with torch.no_grad():
             return read_prefix(self.loaded, ids).stored
-
-    @cached_property
-    def _samples(self) -> Samples:
-        return sample_vectors(
-            self.loaded,
-            self.sequences,
-            self.metrics.rotations,
-            memory=self.memory // 2,
-            batch_size=self.batch_size,
-            on_progress=self.on_progress,
-        )

@@ -1,0 +1,112 @@
+"""What `eigen` is fitted from, gathered once for any number of fits: vectors, metrics, and sequences that are kept apart."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from torch import Tensor
+
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import StatisticsError
+from eigencache.models.load import LoadedModel
+from eigencache.models.rotation import rotations_of
+from eigencache.spectral.rope import Rotation
+from eigencache.studies.attention_metric import attention_metrics
+from eigencache.studies.calibrate import MetricName, spread_out
+from eigencache.studies.fisher import Metrics, fisher_metrics
+from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.samples import Samples, sample_vectors, tensor_names
+
+APART = 8  # the last of so many parts of the text is kept apart
+METRIC_TOKENS = 32_768
+
+
+@dataclass(eq=False)
+class Source:
+    """One model on one text; every part is measured when it is first asked for.
+
+    Raises `StatisticsError` for fewer than 16 sequences.
+    """
+
+    loaded: LoadedModel
+    sequences: Sequences
+    memory: int = MEMORY
+    batch_size: int = 8
+    on_progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if len(self.sequences.ids) < 2 * APART:
+            raise StatisticsError(
+                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens"
+            )
+
+    @property
+    def fitted_on(self) -> Sequences:
+        """All but the last eighth of the text. Sequences from between them would flatter: they share documents."""
+        return replace(self.sequences, ids=self.sequences.ids[: self._edge])
+
+    @property
+    def apart(self) -> Sequences:
+        """The last eighth, on which nothing is fitted."""
+        return replace(self.sequences, ids=self.sequences.ids[self._edge :])
+
+    @cached_property
+    def rotations(self) -> dict[int, Rotation]:
+        """Layer → how its keys are rotated."""
+        return rotations_of(self.loaded)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Vectors that everything is fitted on."""
+        return self._sampled(self.fitted_on, "vectors")
+
+    @cached_property
+    def held(self) -> Samples:
+        """Vectors of the sequences kept apart."""
+        return self._sampled(self.apart, "vectors kept apart")
+
+    def metric(self, name: MetricName) -> list[Tensor]:
+        """Blocks [heads, dim, dim] per part of a vector; none for Frobenius. That of attention is scaled by Fisher's trace.
+
+        By itself it has no common scale across layers or between keys and values (THEORY 4).
+        """
+        if name == "frobenius":
+            return []
+        layout = self.samples.layout
+        names = tensor_names(layout, mla=self.loaded.geometry.mla is not None)
+        found = self._attention if name == "attention" else self._fisher
+        blocks = [found[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
+        if name == "attention":
+            pairs = zip(blocks, self.metric("fisher"), strict=True)
+            blocks = [b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in pairs]
+        return blocks
+
+    @cached_property
+    def _fisher(self) -> Metrics:
+        return fisher_metrics(*self._measured, on_batch=partial(self.on_progress, "fisher metric"))
+
+    @cached_property
+    def _attention(self) -> Metrics:
+        return attention_metrics(*self._measured, on_batch=partial(self.on_progress, "attention metric"))
+
+    @property
+    def _measured(self) -> tuple[LoadedModel, Sequences, dict[int, Rotation]]:
+        return self.loaded, spread_out(self.fitted_on, METRIC_TOKENS), self.rotations
+
+    @property
+    def _edge(self) -> int:
+        return len(self.sequences.ids) - len(self.sequences.ids) // APART
+
+    def _sampled(self, sequences: Sequences, what: str) -> Samples:
+        return sample_vectors(
+            self.loaded,
+            sequences,
+            self.rotations,
+            memory=self.memory // 2,
+            batch_size=self.batch_size,
+            what=what,
+            on_progress=self.on_progress,
+        )
+
+
+def _trace(blocks: Tensor) -> Tensor:
+    return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
