@@ -2,11 +2,12 @@
 
 A codec works on whole stretches of a cache, all layers at once, so that a basis may span layers. What it returns from
 `encode` is all that has to be kept per token; what both sides hold anyway (bases, means, tables) counts as `nbytes`.
+A method that is a cache of its own is a `CacheMaker`: it is given the whole prefix and counts its own bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,8 +69,7 @@ class Encoded:
     @property
     def nbytes(self) -> int:
         """Bytes of the storages that exist, a view counted with all it keeps alive."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors.values()}
-        return sum(storages.values())
+        return storage_bytes(self.tensors.values())
 
     def select(self, rows: Tensor) -> "Encoded":
         """The given rows of the batch."""
@@ -96,6 +96,37 @@ class Codec(Protocol):
     def decode(self, encoded: Any) -> dict[int, tuple[Tensor, Tensor]]:
         """The cache's tensors again, in the dtype they had."""
         ...
+
+
+@runtime_checkable
+class CacheMaker(Protocol):
+    """Makes caches that hold a prefix in a way of their own, for methods that are no codec: they evict, or are a package."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held once, whatever the number of tokens."""
+        ...
+
+    def cache_of(self, prefix: Any) -> Any:
+        """A new transformers cache that holds `prefix` (of `evaluate.prefix`), and nothing else of it."""
+        ...
+
+    def held(self, cache: Any) -> tuple[int, int]:
+        """Tokens of all rows that such a cache stands for and the bytes it takes, before anything is read through it."""
+        ...
+
+
+Compressor = Codec | CacheMaker
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def length_of(cached: Cached) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Prefix, Window, check_positions, read_prefix, require_finite
@@ -22,7 +22,7 @@ from eigencache.quality import Divergence
 def measure_divergence(
     loaded: LoadedModel,
     sequences: Sequences,
-    codecs: Mapping[str, Codec],
+    codecs: Mapping[str, Compressor],
     *,
     prompts: int = 16,
     prompt_tokens: int = 256,
@@ -70,7 +70,9 @@ def cut_prompts(sequences: Sequences, prompts: int, prompt_tokens: int) -> np.nd
     return np.stack([row[at : at + prompt_tokens] for row, at in chosen])
 
 
-def generate_greedily(prefix: Prefix, ids: Tensor, codec: Codec | None, new_tokens: int, window: Window = WHOLE) -> Tensor:
+def generate_greedily(
+    prefix: Prefix, ids: Tensor, codec: Compressor | None, new_tokens: int, window: Window = WHOLE
+) -> Tensor:
     """The `new_tokens` tokens [batch, new_tokens] that are ranked first one after the other.
 
     `prefix` has read all of `ids` [batch, seq] but the last token. Penalties and the end token of the model's own

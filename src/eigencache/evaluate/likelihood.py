@@ -2,23 +2,24 @@
 
 A text is read in pieces. Nothing of the first piece is scored, because it reads no cache; before every later piece all
 tokens older than the window are encoded, and attention sees what is decoded. `prefix` has two pieces, `chunked` many.
-All codecs read the same pieces beside the uncompressed cache, so the first piece is computed once.
+All codecs read the same pieces beside the uncompressed cache, so the first piece is computed once. What makes caches of
+its own is given a whole prefix, so it is scored in two pieces only.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import CorpusError
+from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import Window, read, read_prefix
-from eigencache.models.cache import CodecCache
 from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol, SequenceLoss
 
@@ -38,7 +39,7 @@ class Scored:
 def score_through_cache(
     loaded: LoadedModel,
     sequences: Sequences,
-    codecs: Mapping[str, Codec],
+    codecs: Mapping[str, Compressor],
     protocol: Protocol,
     *,
     batch_size: int = 4,
@@ -47,8 +48,11 @@ def score_through_cache(
     """Score every sequence for every codec and for the uncompressed cache, batch by batch; `skip`: batches left out.
 
     Sequences that are not longer than the first piece by at least two tokens are left out. Raises `CorpusError` where
-    none is longer, `NonFiniteError` naming the codec where logits are not finite, and what `read_prefix` raises.
+    none is longer, `NonFiniteError` naming the codec where logits are not finite, `CodecError` for what makes its own
+    caches where there are more than two pieces, and what `read_prefix` raises.
     """
+    if protocol.kind != "prefix" and (own := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
+        raise CodecError(f"{own[0]} is made of a whole prefix: it can be scored behind one, not chunk by chunk")
     for batch in batches_of(sequences, protocol, batch_size)[skip:]:
         yield _score_batch(loaded, torch.from_numpy(np.stack(batch)).to(loaded.device), codecs, protocol)
 
@@ -84,10 +88,10 @@ def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[n
         yield batch
 
 
-def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Codec], protocol: Protocol) -> Scored:
+def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: Protocol) -> Scored:
     (_, first), *later = pieces(ids.shape[1], protocol)
     prefix, window = read_prefix(loaded, ids[:, :first]), Window(protocol.window, protocol.block)
-    plain, caches = prefix.cache(None), dict[str, CodecCache]()
+    plain, caches = prefix.cache(None), dict[str, Any]()
     sums = {name: torch.zeros(3, len(ids), dtype=torch.float64) for name in (UNCOMPRESSED, *codecs)}
     held: dict[str, tuple[int, int]] = {}
     for start, stop in later:
@@ -96,11 +100,13 @@ def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Codec], 
         sums[UNCOMPRESSED] += compared(reference, reference, targets)
         for name, codec in codecs.items():
             cache = caches.pop(name, None) or prefix.cache(codec, window)
+            if isinstance(codec, CacheMaker):
+                held[name] = codec.held(cache)  # now: what is read later joins what it holds
             sums[name] += compared(reference, read(loaded, piece, cache, name), targets)
-            if stop == ids.shape[1]:  # the last piece: what it read goes, so that one codec is held at a time
-                held[name] = sum(b.tokens for b in cache.blocks) * len(ids), sum(b.nbytes for b in cache.blocks)
-            else:
+            if stop < ids.shape[1]:  # the last piece's cache goes, so that one codec is held at a time
                 caches[name] = cache
+            elif name not in held:
+                held[name] = sum(b.tokens for b in cache.blocks) * len(ids), sum(b.nbytes for b in cache.blocks)
     scored = ids.shape[1] - 1 - first
     losses = {
         name: [SequenceLoss(tokens=scored, nll=nll, kl=kl, agree=round(agree)) for nll, kl, agree in total.T.tolist()]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Codec
-from eigencache.errors import ModelError, NonFiniteError, UnsupportedArchitectureError
+from eigencache.codec.base import CacheMaker, Compressor
+from eigencache.errors import CodecError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.models.cache import CodecCache, plain_cache
 from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
@@ -31,21 +31,29 @@ WHOLE = Window()
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the layers of a model stored while they read a prefix, [batch, heads, seq, dim] twice per layer."""
+    """What the layers of a model stored while they read `ids`, [batch, heads, seq, dim] twice per layer."""
 
     loaded: LoadedModel
+    ids: Tensor
     stored: dict[int, tuple[Tensor, Tensor]]
 
-    def cache(self, codec: Codec | None, window: Window = WHOLE) -> Any:
-        """A new cache that holds the prefix: an ordinary one without a codec, a `CodecCache` with one."""
+    def cache(self, codec: Compressor | None, window: Window = WHOLE) -> Any:
+        """A new cache that holds the prefix: an ordinary one without a codec, a `CodecCache` with one.
+
+        What makes caches of its own is asked for one. Raises `CodecError` when it is to keep a window.
+        """
         if codec is None:
             return plain_cache(self.loaded.model, self.stored)
+        if isinstance(codec, CacheMaker):
+            if window != WHOLE:
+                raise CodecError(f"{codec.name} is a cache of its own: it cannot be given a window")
+            return codec.cache_of(self)
         cache = CodecCache(self.loaded.model, codec, window=window.tokens, block=window.block)
         for layer_idx, (keys, values) in self.stored.items():
             cache.update(keys, values, layer_idx)
         return cache
 
-    def logits(self, ids: Tensor, codec: Codec | None, window: Window = WHOLE) -> Tensor:
+    def logits(self, ids: Tensor, codec: Compressor | None, window: Window = WHOLE) -> Tensor:
         """Logits of `ids` [batch, seq] that follow the prefix, which is read through a new cache."""
         return read(self.loaded, ids, self.cache(codec, window))
 
@@ -65,7 +73,7 @@ def read_prefix(loaded: LoadedModel, ids: Tensor) -> Prefix:
             )
     if ids.shape[1]:
         loaded.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return Prefix(loaded, stored)
+    return Prefix(loaded, ids, stored)
 
 
 def read(loaded: LoadedModel, ids: Tensor, cache: Any, codec: str = "a codec") -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import Compressor
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Window, check_positions, read_prefix
 from eigencache.evaluate.tasks import TASKS, Example, examples, task_named, vocabulary
@@ -26,7 +26,7 @@ _Z = 1.959964  # of a two-sided 95 % interval
 @torch.no_grad()
 def evaluate_retrieval(
     loaded: LoadedModel,
-    codecs: Mapping[str, Codec],
+    codecs: Mapping[str, Compressor],
     *,
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] = (256,),
@@ -61,7 +61,7 @@ def evaluate_retrieval(
 @torch.no_grad()
 def score_examples(
     loaded: LoadedModel,
-    codecs: Mapping[str, Codec],
+    codecs: Mapping[str, Compressor],
     made: Sequence[Example],
     *,
     task: str,
@@ -91,7 +91,7 @@ def score_examples(
 
 
 def _accuracies(
-    loaded: LoadedModel, codecs: Mapping[str, Codec | None], made: Sequence[Example], window: Window, batch_size: int
+    loaded: LoadedModel, codecs: Mapping[str, Compressor | None], made: Sequence[Example], window: Window, batch_size: int
 ) -> list[Accuracy]:
     correct = dict.fromkeys(codecs, 0)
     for start in range(0, len(made) if codecs else 0, batch_size):

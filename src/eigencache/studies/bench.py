@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import Compressor
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
+from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.retrieval import evaluate_retrieval
 from eigencache.models.load import LoadedModel, fingerprint
@@ -29,6 +30,7 @@ from eigencache.studies.workbench import RATES, Workbench
 
 LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
 COMPARABLE = 0.03  # nats: the cheapest point of a method within it is also looked at in generation and retrieval
+_GENERATED = 0  # in place of a context: the line of generation and retrieval
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,28 @@ def bench_model(
     kept = Partial(
         partial, {"model": fingerprint(loaded.model), "texts": texts, "tokens": tokens, "settings": repr(settings)}
     )
+    first, (shortest, *longer) = settings.seeds[0], sorted(held_out)
+    generated = [_GENERATED] if settings.prompts or settings.tasks else []
     for seed in settings.seeds:
-        missing_here = [c for c in held_out if not any(one["seed"] == seed and one["context"] == c for one in kept.done)]
-        if not missing_here:
+        wanted = [shortest, *(generated if seed == first else ()), *longer]
+        done = {one["context"]: one for one in kept.done if one["seed"] == seed}
+        if not (open_ := [context for context in wanted if context not in done]):
             continue
         fitted_on = chosen(calibration, tokens, seed)
         say = _prefixed(on_progress, f"seed {seed}")
         bench = Workbench(loaded, fitted_on, settings.rates, settings.batch_size, on_progress=say)
-        anew = [m for m in methods if METHODS[m].fitted or seed == settings.seeds[0]]
-        codecs = {m: METHODS[m].codecs(bench) for m in anew}
-        for context in missing_here:
-            say = _prefixed(on_progress, f"seed {seed}, {context:,} tokens")
-            kept.add(_scored(loaded, held_out[context], codecs, context, seed, settings, fitted_on, say))
-            if context == min(held_out) and seed == settings.seeds[0] and (settings.prompts or settings.tasks):
-                kept.add(_generated(loaded, held_out[context], codecs, kept.done[-1], settings, seed, context, on_progress))
+        codecs, unfit = _fitted(bench, [m for m in methods if METHODS[m].fitted or seed == first])
+        for context in open_:
+            if context == _GENERATED:
+                text, scored = held_out[shortest], done[shortest]
+                done[context] = _generated(loaded, text, codecs, scored, settings, seed, on_progress)
+            else:
+                say = _prefixed(on_progress, f"seed {seed}, {context:,} tokens")
+                done[context] = _scored(loaded, held_out[context], codecs, context, seed, settings, fitted_on, say)
+            kept.add(done[context] | {"refused": unfit})
     points = [BenchPoint(**point) for one in kept.done for point in one.get("points", ())]
+    found, unfit = {p.method for p in points}, {m: why for one in kept.done for m, why in one.get("refused", {}).items()}
+    refused |= {m: unfit.get(m, "it has no point at the bits asked for") for m in methods if m not in found}
     return BenchRecord(
         model=model_record(loaded, "the cache itself"),
         corpora={context: text.corpus for context, text in held_out.items()},
@@ -92,7 +101,7 @@ def bench_model(
         uncompressed_nll={one["context"]: one["nll"] for one in kept.done if "points" in one},
         refused=refused,
         points=points,
-        equal_loss=_equal_losses(points, held_out, methods, settings),
+        equal_loss=_equal_losses(points, held_out, [m for m in methods if m in found], settings),
         divergence=[Divergence(**d) for one in kept.done for d in one.get("divergence", ())],
         retrieval=[Retrieval(**r) for one in kept.done for r in one.get("retrieval", ())],
         run=watch.run(settings.seeds[0], {"batch_size": settings.batch_size, "calibration_tokens": tokens, "forced": force}),
@@ -107,10 +116,23 @@ def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
     return replace(text, ids=[text.ids[row] for row in rows])
 
 
+def _fitted(bench: Workbench, methods: Sequence[str]) -> tuple[dict[str, Mapping[str, Compressor]], dict[str, str]]:
+    """Codecs of every method, and why some cannot be had of this model: what only fitting finds out."""
+    codecs: dict[str, Mapping[str, Compressor]] = {}
+    refused: dict[str, str] = {}
+    for index, method in enumerate(methods):
+        bench.on_progress(f"fitting {method}", index, len(methods))
+        try:
+            codecs[method] = METHODS[method].codecs(bench)
+        except (UnsupportedArchitectureError, CodecError) as error:
+            refused[method] = str(error)
+    return codecs, refused
+
+
 def _scored(
     loaded: LoadedModel,
     sequences: Sequences,
-    codecs: Mapping[str, Mapping[str, Codec]],
+    codecs: Mapping[str, Mapping[str, Compressor]],
     context: int,
     seed: int,
     settings: BenchSettings,
@@ -146,14 +168,14 @@ def _scored(
 def _generated(
     loaded: LoadedModel,
     sequences: Sequences,
-    codecs: Mapping[str, Mapping[str, Codec]],
+    codecs: Mapping[str, Mapping[str, Compressor]],
     scored: dict[str, Any],
     settings: BenchSettings,
     seed: int,
-    context: int,
     on_progress: Progress,
 ) -> dict[str, Any]:
-    """Generation and retrieval, of each method's cheapest point that loses little."""
+    """The line of generation and retrieval, of each method's cheapest point that loses little."""
+    context = scored["context"]
     points = [BenchPoint(**point) for point in scored["points"]]
     cheapest = {}
     for method in codecs:
@@ -161,7 +183,7 @@ def _generated(
         if within:
             best = min(within, key=lambda p: p.bits_per_value)
             cheapest[f"{method} {best.point}"] = codecs[method][best.point]
-    found: dict[str, Any] = {"seed": seed, "context": 0}
+    found: dict[str, Any] = {"seed": seed, "context": _GENERATED}
     if settings.prompts:
         found["divergence"] = [
             one.model_dump()
@@ -224,7 +246,7 @@ def _curve(points: Sequence[BenchPoint], scored: int) -> Curve:
     return Curve(np.array([p.bits_per_value for p in points]), excess, tokens)
 
 
-def _flat(codecs: Mapping[str, Mapping[str, Codec]]) -> dict[tuple[str, str], Codec]:
+def _flat(codecs: Mapping[str, Mapping[str, Compressor]]) -> dict[tuple[str, str], Compressor]:
     return {(method, point): codec for method, points in codecs.items() for point, codec in points.items()}
 
 

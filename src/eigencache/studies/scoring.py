@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
 from eigencache.evaluate.summary import summarise
@@ -32,7 +32,7 @@ class Scores:
 def score_codecs(
     loaded: LoadedModel,
     sequences: Sequences,
-    codecs: Mapping[str, Codec],
+    codecs: Mapping[str, Compressor],
     protocol: Protocol,
     *,
     calibration: Corpus,
@@ -67,7 +67,7 @@ def as_kept(scored: Scored) -> dict[str, Any]:
     return {"losses": losses, "held": scored.held}
 
 
-def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Codec], values_per_token: int) -> Scores:
+def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Compressor], values_per_token: int) -> Scores:
     """What all kept batches say together."""
 
     def losses_of(name: str) -> list[SequenceLoss]:

@@ -1,0 +1,112 @@
+"""Layer after layer, not all at once: keys and values predicted from the decoded layer before, the rest coded.
+
+What the joint transform is compared with in docs/ablations.md. Closed loop: prediction is from what a decoder has. Its size
+is the ideal length of its static tables, no headers and no states counted, which favours it.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.base import Cached, EncodedBytes, length_of
+from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.joint import JointTransform
+from eigencache.codec.layout import Layout, Part, by_layer
+from eigencache.studies.eigen_basis import basis_of, scaled_metrics
+from eigencache.studies.eigen_fit import Coefficients, EigenFit, EigenSettings
+from eigencache.studies.source import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One layer: what predicts it from the decoded layer before [before, width], and the codec of the rest."""
+
+    columns: Tensor
+    weights: Tensor | None
+    codec: EigenCodec
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPrediction:
+    """Stages in the order of layers, one step for all."""
+
+    layout: Layout
+    mean: Tensor
+    stages: tuple[Stage, ...]
+    name: str
+    nbytes: int = 0
+
+    def encode(self, cached: Cached, start: int) -> EncodedBytes:
+        """What a decoder would have, kept in the open, and a string as long as its code per row."""
+        x = self.layout.vectors(cached, start) - self.mean
+        decoded, bits = torch.zeros_like(x), torch.zeros(len(x))
+        before = None
+        for stage in self.stages:
+            expected = 0 if stage.weights is None else before @ stage.weights
+            q = stage.codec.quantiser.quantise(
+                stage.codec.transform.encode(x[..., stage.columns] - expected, stage.codec.step)
+            )
+            before = expected + stage.codec.transform.decode(stage.codec.quantiser.dequantise(q), stage.codec.step)
+            decoded[..., stage.columns] = before
+            bits += torch.tensor([stage.codec.tables.bits(row.T.numpy()) for row in q])
+        self.__dict__["decoded"] = self.layout.slots(decoded + self.mean, start)
+        return EncodedBytes(tuple(bytes(int(b / 8)) for b in bits), start, length_of(cached))
+
+    def decode(self, encoded: EncodedBytes) -> dict[int, tuple[Tensor, Tensor]]:
+        """What was decoded while encoding."""
+        return by_layer(self.__dict__["decoded"], torch.float32)
+
+
+def fit_layer_prediction(source: Source, settings: EigenSettings, step: float) -> LayerPrediction:
+    """Stages fitted one after the other, each on what those before it decode at this step."""
+    layout, metrics = source.samples.layout, source.metric(settings.metric)
+    mean = source.samples.vectors.mean(0)
+    x, held = source.samples.vectors - mean, source.held.vectors - mean
+    edges = [0, *accumulate(part.width for part in layout.parts)]
+    spans = list(pairwise(edges))
+    scaled = scaled_metrics(metrics, settings.alpha)
+    stages: list[Stage] = []
+    before = held_before = None
+    for layer_idx in sorted({part.layer_idx for part in layout.parts}):
+        chosen = [i for i, part in enumerate(layout.parts) if part.layer_idx == layer_idx]
+        columns = torch.cat([torch.arange(*spans[i]) for i in chosen])
+        blocks = [tuple(kind[i] for i in chosen) if kind else () for kind in scaled]
+        weights = None if before is None else _ridge(before, x[:, columns])
+        rest, held_rest = x[:, columns], held[:, columns]
+        if weights is not None:
+            rest, held_rest = rest - before @ weights, held_rest - held_before @ weights
+        parts = tuple(Part(0, k, layout.parts[i].heads, layout.parts[i].dim) for k, i in enumerate(chosen))
+        basis, values = basis_of(rest, 0, len(columns), blocks[1], blocks[2])
+        transform = JointTransform(torch.zeros(len(columns)), (basis,), blocks[0])
+        fit = EigenFit(
+            settings,
+            Layout(parts, {}),
+            transform,
+            values,
+            None,
+            0,
+            Coefficients(transform.encode(rest, 1.0), None),
+            Coefficients(transform.encode(held_rest, 1.0), None),
+            source.apart,
+            torch.float32,
+        )
+        codec = fit.at_step(step).codec
+        stages.append(Stage(columns, weights, codec))
+        again = [_again(codec, part) for part in (rest, held_rest)]
+        before, held_before = (
+            a if weights is None else a + b @ weights for a, b in zip(again, (before, held_before), strict=True)
+        )
+    return LayerPrediction(layout, mean, tuple(stages), f"layer from layer {step:.3g}")
+
+
+def _again(codec: EigenCodec, rest: Tensor) -> Tensor:
+    q = codec.quantiser.quantise(codec.transform.encode(rest, codec.step))
+    return codec.transform.decode(codec.quantiser.dequantise(q), codec.step)
+
+
+def _ridge(before: Tensor, x: Tensor) -> Tensor:
+    gram = before.mT.double() @ before.double()
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram, before.mT.double() @ x.double()).float()
