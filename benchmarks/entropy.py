@@ -2,7 +2,7 @@
 
     python benchmarks/entropy.py [MODEL …] [--bits 0.1,0.4,1.6] [--tokens 65536] [--repeats 3] [--contexts] [--output JSON]
 
-The integers are those of the coefficients of sequences kept apart; ranks of tokens are left out. Every coder gets int32
+The integers are those of the coefficients of sequences kept apart; digits of tokens are left out. Every coder gets int32
 [coefficients, tokens] and gives bytes that decode on their own: of blocks of 128 tokens, as random access needs them, and
 of the whole text. The ideal length is Σ −log₂ of the shares that integers have in the text the codec was fitted on, one
 distribution per class of coefficients. Speed is of one thread and counts the way from integers to bytes and back, with
@@ -191,7 +191,7 @@ def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DE
 
 
 def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarray]:
-    """Integers [coefficients, tokens] of what was fitted on and of what was kept apart, without ranks of tokens."""
+    """Integers [coefficients, tokens] of what was fitted on and of what was kept apart, without digits of tokens."""
     pairs = zip(fit.transform.bases, codec.transform.bases, strict=True)
     kept = torch.cat([torch.isin(whole.scale, part.scale) for whole, part in pairs])
     assert int(kept.sum()) == codec.transform.coefficients
@@ -201,9 +201,10 @@ def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarra
     return tuple(np.ascontiguousarray(q.T.numpy()) for q in quantised)  # type: ignore[return-value]
 
 
-def without_ranks(tables: Tables) -> Tables:
-    """The tables of coefficients alone: the first is of ranks, and the first row."""
-    return Tables(tables.table_of[1:] - 1, tables.shifts[1:], tables.halves[1:], tables.starts[1:])
+def without_tokens(codec: EigenCodec) -> Tables:
+    """The tables of coefficients alone: the first rows, with a table each, are digits of tokens."""
+    tables, count = codec.tables, codec.text.digits.count if codec.text else 0
+    return Tables(tables.table_of[count:] - count, tables.shifts[count:], tables.halves[count:], tables.starts[count:])
 
 
 def coders(tables: Tables, lanes: int, models: Models) -> Iterator[tuple[str, EntropyCoder]]:
@@ -240,7 +241,7 @@ def measured(coder: EntropyCoder, symbols: np.ndarray, block: int, repeats: int)
 def compare(name: str, fit: EigenFit, bits: float, repeats: int) -> Iterator[Result]:
     """Every coder at one rate, in blocks and as a whole."""
     codec = at_bits(fit, bits).codec
-    tables = without_ranks(codec.tables)
+    tables = without_tokens(codec)
     fitted, symbols = integers_of(fit, codec)
     models = Models(fitted, tables.table_of)
     ideal = models.bits(symbols)
@@ -257,7 +258,7 @@ def compare(name: str, fit: EigenFit, bits: float, repeats: int) -> Iterator[Res
 def losses(fit: EigenFit, bits: float) -> tuple[str, ...]:
     """Where our bytes go beyond the ideal length, each as a share of it."""
     codec = at_bits(fit, bits).codec
-    tables = without_ranks(codec.tables)
+    tables = without_tokens(codec)
     fitted, symbols = integers_of(fit, codec)
     ideal, coder = Models(fitted, tables.table_of).bits(symbols), RansCoder(tables, codec.lanes)
     blocks = [symbols[:, at : at + BLOCK] for at in range(0, symbols.shape[1], BLOCK)]
@@ -317,7 +318,7 @@ def main() -> None:
             if args.contexts:
                 codec = at_bits(fit, bits).codec
                 fitted, symbols = integers_of(fit, codec)
-                table_of, values = without_ranks(codec.tables).table_of, symbols.shape[1] * fit.layout.width
+                table_of, values = without_tokens(codec).table_of, symbols.shape[1] * fit.layout.width
                 static = Models(fitted, table_of).bits(symbols) / values
                 adaptive = in_contexts(fitted, symbols, table_of) / values
                 contexts.append((f"{name}, {bits:g}", f"{static:.4f}", f"{adaptive:.4f}", f"{adaptive / static - 1:+.2%}"))

@@ -20,6 +20,7 @@ from eigencache.codec.layout import Layout, Part, by_layer
 from eigencache.codec.raw import raw_nbytes
 from eigencache.codec.tables import fit_tables
 from eigencache.codec.text import TextPredictor
+from eigencache.codec.token_digits import token_digits
 from eigencache.errors import CodecError, ContainerError, ForeignContainerError
 from eigencache.spectral.rope import Rotation
 
@@ -76,8 +77,9 @@ def base(text: bool = False) -> EigenCodec:
     symbols = quantiser.quantise(transform.encode(vectors(500, seed=7)[0] - MEAN, STEP)).T.numpy()
     table_of = np.arange(WIDTH) // 8
     if text:
-        symbols = np.concatenate([np.arange(500)[None] % VOCABULARY, symbols]).astype(np.int32)
-        table_of = np.append(0, table_of + 1)
+        digits = token_digits(VOCABULARY).split(torch.arange(500) % VOCABULARY).T.numpy()
+        symbols = np.concatenate([digits, symbols]).astype(np.int32)
+        table_of = np.append(np.arange(len(digits)), table_of + len(digits))
     tables = fit_tables(symbols, table_of)
     return EigenCodec(
         "planted",
@@ -409,12 +411,12 @@ def test_text_saves_bits_and_a_wrong_guess_costs_them_but_never_correctness() ->
         assert float((LAYOUT.vectors(one.decode(row), 0) - x).abs().max()) < 4 * STEP
 
 
-def test_a_rank_beyond_the_vocabulary_is_damage() -> None:
+def test_a_digit_beyond_the_vocabulary_is_damage() -> None:
     one = codec(text=True, kept=Kept(0, 0, 8))
     container = read(one.encode(cache(10, text=True), 0).rows[0])
-    for rank in (VOCABULARY, -1, 2**30):
-        symbols = np.zeros((WIDTH + 1, 10), np.int32)
-        symbols[0, 3] = rank
+    for digit in (VOCABULARY, -VOCABULARY, 2**30):
+        symbols = np.zeros((WIDTH + token_digits(VOCABULARY).count, 10), np.int32)
+        symbols[0, 3] = digit
         harmed = Container(**vars(container) | {"sections": (RansCoder(one.tables, one.lanes).encode(symbols),)})
         with pytest.raises(CodecError, match="a token that the vocabulary does not have"):
             one.decode(EncodedBytes((write(harmed),), 0, 10))

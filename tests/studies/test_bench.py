@@ -287,9 +287,7 @@ def test_generation_and_retrieval_look_at_the_cheapest_point_that_loses_little(m
         methods=("identity", "zeros", "ladder"), scored=SCORED, seeds=(0,), tasks=("copy",), prompts=2, examples=6
     )
     said: list[str] = []
-    record = bench_model(
-        loaded, calibration, 2048, {96: text}, settings, on_progress=lambda name, *_: said.append(name)
-    )
+    record = bench_model(loaded, calibration, 2048, {96: text}, settings, on_progress=lambda name, *_: said.append(name))
     generated = {one.codec: one for one in record.divergence}
     assert "identity whole" in generated and not any(name.startswith("zeros") for name in generated)
     assert generated["identity whole"].never_parted == 2 == len(generated["identity whole"].agreement)

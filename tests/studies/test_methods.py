@@ -50,7 +50,9 @@ def lost(codec: Codec, held: Cached) -> float:
     given = codec.decode(codec.encode(held, 0))
     assert given.keys() == held.keys()
     for i, both in held.items():
-        assert all(a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all() for a, b in zip(given[i], both, strict=True))
+        assert all(
+            a.shape == b.shape and a.dtype == b.dtype and a.isfinite().all() for a, b in zip(given[i], both, strict=True)
+        )
     of = lambda i: [((a - b).square().sum(), b.square().sum()) for a, b in zip(given[i], held[i], strict=True)]  # noqa: E731
     return max(float(error / whole) for i in held for error, whole in of(i))
 
@@ -104,7 +106,9 @@ def test_what_calibration_does_not_decide_comes_out_alike_on_other_text(name: st
     for method in (m for m in METHODS if not METHODS[m].fitted):
         for point, codec in METHODS[method].codecs(other).items():
             first = codecs(name, method)[point]
-            pairs = zip(codec.decode(codec.encode(held, 0)).values(), first.decode(first.encode(held, 0)).values(), strict=True)
+            pairs = zip(
+                codec.decode(codec.encode(held, 0)).values(), first.decode(first.encode(held, 0)).values(), strict=True
+            )
             assert all(torch.equal(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
 
 

@@ -27,7 +27,7 @@ def guarded(run: Callable[..., None]) -> Callable[..., None]:
         except EigencacheError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail("interrupted: nothing was written")
+            fail("interrupted: no result was written")
 
     return command
 

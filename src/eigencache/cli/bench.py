@@ -58,6 +58,7 @@ def run(
     """
     if output:
         check_folder(output)
+    import shlex
     import sys
 
     from rich.console import Console
@@ -68,7 +69,7 @@ def run(
     from eigencache.evaluate.tasks import task_named
     from eigencache.models.load import BUNDLED
     from eigencache.report.bench import against_table
-    from eigencache.report.bench_page import OURS, tables_of, write_bench
+    from eigencache.report.bench_page import OURS, file_name, tables_of, write_bench
     from eigencache.studies.bench import BenchSettings, bench_model
     from eigencache.studies.methods import chosen_methods
 
@@ -79,7 +80,7 @@ def run(
     if short := [length for length in whole if length < scored + 8]:
         raise CorpusError(f"--lengths {short[0]}: the last {scored} tokens are scored, at least 8 more have to be held")
     settings = BenchSettings(
-        methods=tuple(chosen_methods(methods)),
+        methods=tuple(unique(chosen_methods(methods))),
         rates=positive_numbers("--points", points),
         seeds=tuple(range(seeds)),
         scored=scored,
@@ -93,12 +94,11 @@ def run(
             model,
             text=calibration_text,
             tokens=calibration_tokens * min(seeds, 3),
-            max_length=512,
             device=device,
             dtype=dtype,
         )
         held_out = {length - scored: pack_with_progress(loaded, text, tokens, length) for length in whole}
-        partial = output / f"{loaded.name}.partial" if output else None
+        partial = output / f"{file_name(loaded.name)}.partial" if output else None
         with progress_bar(model) as on_progress:
             records.append(
                 bench_model(
@@ -117,7 +117,7 @@ def run(
     if len(records) > 1 and OURS in settings.methods:
         console.print(against_table(records, OURS))
     if output:
-        for path in write_bench(records, output, " ".join(["eigencache", *sys.argv[1:]])):
+        for path in write_bench(records, output, shlex.join(["eigencache", *sys.argv[1:]])):
             console.print(f"written: {path}", markup=False, highlight=False)
         for record in records:
-            (output / f"{record.model.name}.partial").unlink(missing_ok=True)
+            (output / f"{file_name(record.model.name)}.partial").unlink(missing_ok=True)

@@ -87,5 +87,6 @@ def run(
         )
     save_codec(output, fitted.codec, *fitted.fitting)
     console = Console()
-    console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token))
+    warnings = sequences.corpus.warnings
+    console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token, warnings))
     console.print(f"written: {output}", markup=False, highlight=False)

@@ -155,7 +155,7 @@ class CardKept(Record):
 class CardText(Record):
     """Sizes of what predicts from the tokens."""
 
-    vocabulary: PositiveInt
+    vocabulary: Annotated[int, Field(ge=1, le=2**24)]
     features: PositiveInt  # of a token
     rank: PositiveInt  # of the prediction
     columns: PositiveInt  # in which tokens are looked for

@@ -47,7 +47,7 @@ class Kept:
 class EigenCodec:
     """A fitted codec. `step`: of all coefficients, in the metric's unit; `block`: tokens that decode together.
 
-    With `text`, the first row of a block's integers are the ranks of its tokens. `dtype`: the model's.
+    With `text`, the first rows of a block's integers are the digits of its tokens. `dtype`: the model's.
     `backend` decodes (kernels/dispatch.py); whichever it is, the integers are the same.
     """
 
@@ -70,7 +70,7 @@ class EigenCodec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once: transform, text predictor, quantiser and tables."""
+        """Bytes of what is held once, as it is saved: transform, text predictor, quantiser and tables."""
         return sum(t.nbytes for t in self._tensors()) + sum(a.nbytes for a in self._arrays())
 
     @cached_property
@@ -184,18 +184,17 @@ class EigenCodec:
         return x
 
     def _symbols(self, x: Tensor) -> Tensor:
-        """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: ranks of tokens, if any, and coefficients."""
+        """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: digits of tokens, if any, and coefficients."""
         ranks, _, y = self._analysed(x)
         q = self.quantiser.quantise(y)
-        return q if ranks is None else torch.cat([ranks.to(torch.int32)[..., None], q], -1)
+        return q if self.text is None or ranks is None else torch.cat([self.text.digits.split(ranks), q], -1)
 
     def _vectors(self, symbols: Tensor) -> Tensor:
         """Vectors [batch, seq, width] of integers, of which the first is the first of a block."""
         predicted = self.transform.mean
         if self.text is not None:
-            ranks, symbols = symbols[..., 0].long(), symbols[..., 1:]
-            if bool((ranks < 0).any() or (ranks >= len(self.text.features)).any()):
-                raise CodecError("a block names a token that the vocabulary does not have: it is damaged")
+            digits = self.text.digits
+            ranks, symbols = digits.joined(symbols[..., : digits.count]), symbols[..., digits.count :]
             predicted = predicted + self.text.predict(ranks, self.block)
         return predicted + self.transform.decode(self.quantiser.dequantise(symbols), self.step)
 

@@ -27,6 +27,7 @@ from eigencache.codec.saved import (
 )
 from eigencache.codec.tables import MAX_HALF, Tables, fault_of
 from eigencache.codec.text import TextPredictor
+from eigencache.codec.token_digits import token_digits
 
 _QUANTISER, _TABLES, _TEXT = (tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor))
 _RANGES = {"dead_zone": (0.5, 1.2), "offset": (-0.2, 0.4), "first": (-1.0, 1.0), "rest": (-1.0, 1.0)}  # in steps
@@ -104,7 +105,8 @@ def _tensor_kinds(card: EigenCard) -> dict[str, TensorKind]:
         heads = [part.heads[1] - part.heads[0] for part in card.parts]
         kinds |= {f"metric.{i}": (single, (heads[i], part.dim, part.dim)) for i, part in enumerate(card.parts)}
     kinds |= {f"quantiser.{field}": (single, (coefficients,)) for field in _QUANTISER}
-    tables = {"table_of": (coefficients + (card.text is not None),), "starts": (card.tables, 2 * MAX_HALF + 3)}
+    digits = token_digits(card.text.vocabulary).count if card.text else 0
+    tables = {"table_of": (coefficients + digits,), "starts": (card.tables, 2 * MAX_HALF + 3)}
     kinds |= {f"tables.{field}": (whole, tables.get(field, (card.tables,))) for field in _TABLES}
     if text := card.text:
         kinds["text.features"] = half, (text.vocabulary, text.features)

@@ -2,7 +2,7 @@
 
 A vector is predicted from features of its token and of the previous one (zero at the first of a block, so that blocks
 decode alone), and only the rest is transformed and coded. The tokens are coded beside it, as ranks in order of
-frequency. The encoder needs no text: it finds each token as the one whose features predict best what the first layer
+frequency (`token_digits.py`). The encoder needs no text: it finds each token as the one whose features predict best what the first layer
 holds, which before any mixing is a function of the token alone. A wrong guess costs bits, never correctness.
 """
 
@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from eigencache.codec.token_digits import TokenDigits, token_digits
 
 _ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
 
@@ -57,6 +59,11 @@ class TextPredictor:
         before = F.pad(here, (0, 0, 1, 0))[:, :-1].clone()
         before[:, ::block] = 0
         return torch.cat([here, before], -1) @ self.mix.float() @ self.rows.float()
+
+    @cached_property
+    def digits(self) -> TokenDigits:
+        """How ranks become integers and back."""
+        return token_digits(len(self.features))
 
     @cached_property
     def _known(self) -> Tensor:

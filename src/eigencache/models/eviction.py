@@ -61,7 +61,8 @@ class Evicted:
         layers: list[Any] = cache.layers
         if not cache.get_seq_length():
             return 0, 0
-        return cache.get_seq_length() * len(layers[0].keys), storage_bytes(x for one in layers for x in (one.keys, one.values))
+        left = [x for layer in layers for x in (layer.keys, layer.values)]
+        return cache.get_seq_length() * len(left[0]), storage_bytes(left)
 
 
 class _EvictedLayer(DynamicLayer):

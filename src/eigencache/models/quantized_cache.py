@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, QuantizedCache
-from transformers.utils import is_hqq_available, is_optimum_quanto_available
+from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
 from eigencache.codec.base import storage_bytes, to_sixteen_bit
 from eigencache.errors import CodecError
@@ -59,8 +59,8 @@ class Quantized:
 
     def held(self, cache: QuantizedCache) -> tuple[int, int]:
         """Tokens of all rows, and bytes of codes, scales, zeros and residual."""
-        layers: list[Any] = [layer for layer in cache.layers if layer.is_initialized]
-        if not layers:
+        layers: list[Any] = cache.layers
+        if not cache.get_seq_length():
             return 0, 0
         rows = len(layers[0]._dequantize(layers[0]._quantized_keys))
         return cache.get_seq_length() * rows, storage_bytes(t for layer in layers for t in tensors_of(vars(layer)))

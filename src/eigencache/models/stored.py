@@ -23,13 +23,12 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
         raise CodecError(f"{type(cache).__name__} is no transformers cache: hand over what a model gave as past_key_values")
     found = {}
     for layer_idx, layer in enumerate(layers):
-        if not getattr(layer, "is_initialized", False):
-            continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise CodecError(
                 f"layer {layer_idx} is a {type(layer).__name__}: keys and values of a dynamic cache are encoded"
             )
-        found[layer_idx] = (layer.keys, layer.values)
+        if layer.is_initialized:
+            found[layer_idx] = (layer.keys, layer.values)
     if not found:
         raise CodecError("the cache is empty: let the model read something first")
     return found

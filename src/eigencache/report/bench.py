@@ -13,7 +13,7 @@ def frontier_table(record: BenchRecord, context: int) -> Table:
     """One row per method: bits per value at each loss with interval, the ratio to 16 bits, fewest bits first."""
     own = [one for one in record.equal_loss if one.context == context]
     losses = sorted({one.delta_nll for one in own})
-    methods = sorted({one.method for one in own}, key=lambda m: _order([o for o in own if o.method == m]))
+    methods = sorted(dict.fromkeys(one.method for one in own), key=lambda m: _order([o for o in own if o.method == m]))
     columns = ("Method", *(f"Bits at ΔNLL {loss:g}" for loss in losses), *(f"Ratio at {loss:g}" for loss in losses))
     rows = []
     for method in methods:
@@ -35,13 +35,13 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
     """How the figures came about, for the foot of a table."""
     corpus, seeds = record.corpora[context], sorted({p.seed for p in record.points})
     return (
-        f"{corpus.name}: {context:,} tokens held, the next {record.scored} scored, in {corpus.sequences} sequences; "
-        f"{record.uncompressed_nll[context]:.4f} nats per token uncompressed. Fitted on {record.calibration.name}, "
+        f"{corpus.name}: {context:,} tokens held, the next {record.scored} read and all but the first of them scored, in "
+        f"{corpus.sequences} sequences; {record.uncompressed_nll[context]:.4f} nats per token uncompressed. Fitted on {record.calibration.name}, "
         f"{record.run.settings['calibration_tokens']:,} tokens, seeds {', '.join(map(str, seeds))}.",
         "Bits: all bytes held, sinks, window, scales and headers included, the basis apart, over the numbers of "
         f"{'latent and rotary key' if record.model.geometry.mla else 'K and V'}; read off each method's interpolated curve. "
         "Intervals: 95 %, bootstrap over sequences and seeds. <: the method's fewest bits lose less; >: its most lose more.",
-        *(f"{method}: not for this model, {why}." for method, why in record.refused.items()),
+        *(f"{method}: not for this model: {why}." for method, why in record.refused.items()),
         f"Machine: {record.run.machine}.",
     )
 
@@ -118,5 +118,5 @@ def _times(own: EqualLoss | None, other: EqualLoss | None) -> str:
     if own is None or other is None or own.bits_per_value is None:
         return ABSENT
     if other.bits_per_value is None:
-        return ABSENT if "fewest" in other.why else "> all"
+        return ABSENT if "fewest" in other.why else ">"
     return f"{other.bits_per_value / own.bits_per_value:.2f}"

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
+from urllib.parse import quote
+
+from matplotlib import rc_context
 
 from eigencache.quality import BenchRecord
 from eigencache.records import write_whole
@@ -18,8 +21,8 @@ OURS = "eigen"
 def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> list[Path]:
     """`README.md`, `bench.html`, and `MODEL.svg` with `MODEL.json` of every model. Raises `OutputError`."""
     plots = {record.model.name: _svg(record) for record in records}
-    files = {folder / f"{record.model.name}.json": record.model_dump_json(indent=1).encode() for record in records}
-    files |= {folder / f"{name}.svg": svg.encode() for name, svg in plots.items()}
+    files = {folder / f"{file_name(r.model.name)}.json": r.model_dump_json(indent=1).encode() for r in records}
+    files |= {folder / f"{file_name(name)}.svg": svg.encode() for name, svg in plots.items()}
     files |= {
         folder / "README.md": markdown(records, command).encode(),
         folder / "bench.html": page(records, plots).encode(),
@@ -29,13 +32,18 @@ def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> l
     return list(files)
 
 
+def file_name(model: str) -> str:
+    """What files of a model are called: `meta-llama/Llama-3.2-1B` → `meta-llama--Llama-3.2-1B`, none outside its folder."""
+    return "--".join(part for part in PurePath(model).parts if part.strip("/.")) or "model"
+
+
 def markdown(records: Sequence[BenchRecord], command: str) -> str:
     """The page for a repository: what each method holds at equal loss, the command first."""
     parts = ["# Leaderboard: bytes at equal loss", f"Printed by `{command}`."]
     if any(one.method == OURS for record in records for one in record.equal_loss):
         parts.append(against_table(records, OURS).markdown())
     for record in records:
-        parts += [f"## {record.model.name}", f"![loss against bytes]({record.model.name}.svg)"]
+        parts += [f"## {record.model.name}", f"![loss against bytes]({quote(file_name(record.model.name))}.svg)"]
         parts += [table.markdown() for table in tables_of(record)]
     return "\n\n".join(parts) + "\n"
 
@@ -49,7 +57,7 @@ def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
     """The same as one page that loads nothing from anywhere, with every operating point."""
     body = []
     for record in records:
-        body += [f"<h2>{escape(record.model.name)}</h2>", plots[record.model.name]]
+        body += [f"<h2>{escape(record.model.name)}</h2>", _warnings(record), plots[record.model.name]]
         body += [table.html() for table in tables_of(record)]
         points = "".join(points_table(record, context).html() for context in sorted(record.corpora))
         body.append(f"<details><summary>Every operating point</summary>{points}</details>")
@@ -63,9 +71,15 @@ def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
     )
 
 
+def _warnings(record: BenchRecord) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in record.warnings)
+    return f'<section class="warnings" role="note"><ul>{items}</ul></section>' if items else ""
+
+
 def _svg(record: BenchRecord) -> str:
-    """The plot as an element that stands in a page."""
+    """The plot as an element that stands in a page; the same record gives the same bytes."""
     data = BytesIO()
-    plot_bench(record).savefig(data, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": record.model.name}):
+        plot_bench(record).savefig(data, format="svg", metadata={"Date": None})
     text = data.getvalue().decode()
     return text[text.index("<svg") :]

@@ -7,7 +7,7 @@ from eigencache.quality import BenchPoint, BenchRecord
 from eigencache.report.plots import dress, new_figure
 
 _COLOURS = ("#1f5fbf", "#0b7a8f", "#c2541b", "#e0935a", "#7a4fb5", "#a8336e", "#1a7f5a", "#7d6a1c", "#6a737d", "#b04a4a")
-_MARKS = "osD^vPX*<>"
+_MARKS = "osD^vPX*<>p"  # one more than colours, so that no two of many methods look alike
 _LEAST = 0.001  # nats: below it the scale is linear
 
 
@@ -20,6 +20,8 @@ def plot_bench(record: BenchRecord) -> Figure:
     for axes, context in zip(panels, contexts, strict=True):
         for index, method in enumerate(methods):
             own = [p for p in record.points if p.method == method and p.context == context]
+            if not own:
+                continue
             bits, losses, low, high = (np.array(x) for x in zip(*_averaged(own), strict=True))
             axes.errorbar(
                 bits,

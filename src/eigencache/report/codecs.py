@@ -1,12 +1,16 @@
 """A fitted codec in one table: what it holds at several lengths, what it loses, and what is held once."""
 
+from collections.abc import Sequence
+
 from eigencache.codec.card import Expected
 from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.ledger import CONTEXTS, ledger
 from eigencache.report.table import Table
 
 
-def codec_table(model: str, codec: EigenCodec, expected: Expected, values_per_token: int) -> Table:
+def codec_table(
+    model: str, codec: EigenCodec, expected: Expected, values_per_token: int, warnings: Sequence[str] = ()
+) -> Table:
     """Bytes of one sequence as the context grows; size and loss in the notes, with the tokens behind them."""
     rows = tuple(
         (
@@ -29,4 +33,4 @@ def codec_table(model: str, codec: EigenCodec, expected: Expected, values_per_to
         "sequences.",
     )
     columns = ("Context", "16 bit", "Held", "Bits per value", "Ratio", "with what is held once")
-    return Table(f"{model}: {codec.name}", columns, rows, notes=notes)
+    return Table(f"{model}: {codec.name}", columns, rows, notes=notes, warnings=tuple(warnings))

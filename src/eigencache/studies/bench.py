@@ -222,7 +222,7 @@ def _equal_losses(
         for method in methods:
             own = [p for p in points if p.method == method and p.context == context]
             seeds = sorted({p.seed for p in own})
-            curves = [_curve([p for p in own if p.seed == seed], settings.scored) for seed in seeds]
+            curves = [_curve([p for p in own if p.seed == seed]) for seed in seeds]
             for loss in LOSSES:
                 each, bits, interval = crossing(curves, loss)
                 why = next((missing(c, loss) for c, one in zip(curves, each, strict=True) if one is None), "")
@@ -240,7 +240,7 @@ def _equal_losses(
     return found
 
 
-def _curve(points: Sequence[BenchPoint], scored: int) -> Curve:
+def _curve(points: Sequence[BenchPoint]) -> Curve:
     excess = np.array([p.excess for p in points])
     tokens = np.full(excess.shape[1], points[0].quality.tokens / excess.shape[1])
     return Curve(np.array([p.bits_per_value for p in points]), excess, tokens)

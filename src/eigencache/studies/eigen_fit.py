@@ -107,9 +107,10 @@ class EigenFit:
         quantiser = DeadZone(*numbers[class_of[kept]].T.contiguous())
         table_of = class_of[kept].unique(return_inverse=True)[1]
         symbols = quantiser.quantise(y[:, kept])
-        if fitted.ranks is not None:
-            symbols = _with_ranks(fitted.ranks, symbols)
-            table_of = torch.cat([table_of.new_zeros(1), table_of + 1])
+        if self.text is not None and fitted.ranks is not None:
+            count = self.text.digits.count
+            symbols = torch.cat([self.text.digits.split(fitted.ranks), symbols], 1)
+            table_of = torch.cat([torch.arange(count), table_of + count])
         tables = fit_tables(symbols.T.contiguous().numpy(), table_of.numpy())
         codec = EigenCodec(
             name=name or self.settings.describe(),
@@ -126,8 +127,8 @@ class EigenFit:
         )
         held = _every(self.held, FITTED)
         found = quantiser.quantise(held.y[:, kept] / step)
-        if held.ranks is not None:
-            found = _with_ranks(held.ranks, found)
+        if self.text is not None and held.ranks is not None:
+            found = torch.cat([self.text.digits.split(held.ranks), found], 1)
         coded_bits = tables.bits(found.T.numpy()) / len(found)
         payload = coded_bits * self.settings.block / 8
         lanes = next((n for n in _LANES if 2 * n <= _WASTE * payload), _LANES[-1])
@@ -197,10 +198,6 @@ def outstanding(samples: Samples, roots: tuple[Tensor, ...]) -> int:
     )
     first = (mean[:_FIRST] > _SINK * mean.median()).tolist()
     return first.index(False) if False in first else _FIRST
-
-
-def _with_ranks(ranks: Tensor, symbols: Tensor) -> Tensor:
-    return torch.cat([ranks.to(torch.int32)[:, None], symbols], 1)
 
 
 def _unpredicted(samples: Samples, text: TextPredictor, block: int) -> tuple[Samples, Tensor]:

@@ -1,7 +1,7 @@
 """The methods that are compared: one entry each, with its operating points as its authors tune it.
 
-To add a method: write its codec behind the protocol of `codec/base.py`, and an entry here that makes one codec per
-operating point. Everything else, the bench, its tables and its tests, goes through `METHODS`.
+To add a method: write its codec, or what makes its caches, behind the protocols of `codec/base.py`, and an entry here that
+makes one per operating point. Everything else, the bench, its tables and its tests, goes through `METHODS`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import Compressor
 from eigencache.codec.baselines.integers import Integers
 from eigencache.codec.baselines.kivi import kivi
 from eigencache.codec.baselines.kvtc_fit import FittedKVTC, fit_kvtc
@@ -18,6 +18,7 @@ from eigencache.codec.baselines.oscar import fit_oscar
 from eigencache.codec.baselines.turboquant import turboquant
 from eigencache.codec.baselines.xquant import xquant
 from eigencache.errors import BudgetError, CodecError
+from eigencache.models import eviction, quantized_cache
 from eigencache.models.load import LoadedModel
 from eigencache.models.residual import find_sites, weight_rows
 from eigencache.studies.calibrate import Calibration, PCASettings
@@ -25,7 +26,7 @@ from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.eigen_targets import at_bits
 from eigencache.studies.workbench import Workbench
 
-Codecs = dict[str, Codec]  # operating point → codec
+Codecs = dict[str, Compressor]  # operating point → codec
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,17 @@ def _xquant(bench: Workbench) -> Codecs:
     return {f"{bits}": xquant(weights, heads, rotations, bits, _dtype(bench)) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]
 
 
+def _quantized(about: str, backend: quantized_cache.Backend, bits: tuple[int, ...], axis: int = 0) -> Method:
+    made: Codecs = {f"{b}": quantized_cache.Quantized(backend, b, axis) for b in bits}
+    refuses = lambda loaded: quantized_cache.refusal(backend, loaded.model)  # noqa: E731
+    return Method(f"QuantizedCache of transformers, {about}", lambda _: made, refuses, fitted=False)
+
+
+def _press(about: str, press: eviction.Press) -> Method:
+    made: Codecs = {f"{ratio:g}": eviction.Evicted(press, ratio) for ratio in (0.25, 0.5, 0.75, 0.9)}
+    return Method(f"kvpress {about}", lambda _: made, lambda loaded: eviction.refusal(loaded.model), fitted=False)
+
+
 def _narrow(loaded: LoadedModel) -> str | None:
     if loaded.geometry.mla or loaded.geometry.width_ratio <= 1:
         return f"keys and values are not wider than the hidden state (ratio {loaded.geometry.width_ratio:.2f})"
@@ -149,6 +161,12 @@ METHODS: dict[str, Method] = {
     "oscar": Method("OSCAR, 64 sinks and last 256 tokens in 16 bits", _oscar(64, 256), _latent),
     "oscar-no-window": Method("OSCAR without sinks and window", _oscar(0, 0), _latent),
     "xquant": Method("XQuant: the layer's input, K and V recomputed", _xquant, _narrow, fitted=False),
+    "hf-quanto": _quantized("with optimum-quanto", "quanto", (4, 2)),
+    "hf-hqq": _quantized("with HQQ, groups along the default axis", "hqq", (8, 4, 2)),
+    "hf-hqq-axis-1": _quantized("with HQQ, groups along the axis that is advised", "hqq", (8, 4, 2), 1),
+    "knorm": _press("KnormPress: keys of small norm stay", "knorm"),
+    "snapkv": _press("SnapKVPress: what the last 64 queries attend to stays", "snapkv"),
+    "expected-attention": _press("ExpectedAttentionPress: what later queries should attend to stays", "expected-attention"),
 }
 
 

@@ -36,7 +36,8 @@ class Source:
     def __post_init__(self) -> None:
         if len(self.sequences.ids) < 2 * APART:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens"
+                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens "
+                "(of a bench --calibration-tokens), or lower --max-length"
             )
 
     @property
