@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codec_folders import ORIGIN, WINDOWS, Damage, card, tensors
+from eigencache.codec.base import EncodedBytes
 from eigencache.codec.card import CodecOrigin, EigenCard, EigenCardSettings, Expected
 from eigencache.codec.deadzone import DeadZone
 from eigencache.codec.eigen import EigenCodec, Kept
@@ -329,3 +330,16 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match="cannot be saved: expected: Field required"):
         save_codec(tmp_path / "codec", good, about(good), ORIGIN, WINDOWS)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_codec_and_a_container_of_an_earlier_release_are_read() -> None:
+    """Frozen files, never written again: what they decode to is part of the format."""
+    folder = Path(__file__).parent / "saved_codecs"
+    codec = load_codec(folder / "eigen").codec
+    assert isinstance(codec, EigenCodec)
+    blob, expected = (folder / "eigen.ekv").read_bytes(), load_file(folder / "eigen-decoded.safetensors")
+    for tokens in (slice(None), slice(20, 45)):
+        decoded = codec.decode(EncodedBytes((blob,), 0, 60), tokens)
+        for i, both in decoded.items():
+            for slot, x in enumerate(both):
+                torch.testing.assert_close(x, expected[f"{i}.{slot}"][:, :, tokens], rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Presses evict what they were told to, what is left is counted, and what follows stands where it stands in the text."""
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -119,5 +120,10 @@ def test_other_models_and_a_missing_package_are_refused(monkeypatch: pytest.Monk
     assert str(refusal(tiny("gpt2"))).startswith("kvpress works on Llama, Mistral")
     assert str(refusal(tiny("deepseek_v3"))).startswith("kvpress works on Llama, Mistral")
     assert refusal(tiny("qwen2")) == "some of its layers forget tokens by themselves"
+    eviction._kvpress.cache_clear()
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "kvpress", None)
+        broken.setattr(eviction, "find_spec", lambda _: object())
+        assert str(refusal(tiny("llama"))).startswith("kvpress cannot be imported: ")
     monkeypatch.setattr(eviction, "find_spec", lambda _: None)
     assert refusal(tiny("llama")) == "the package kvpress is not installed: install 'eigencache[peers]'"

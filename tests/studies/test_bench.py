@@ -11,7 +11,7 @@ from torch import Tensor
 from eigencache.codec.base import Encoded
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.corpora.text import read_text
-from eigencache.errors import CodecError, CorpusError, UnsupportedArchitectureError
+from eigencache.errors import CodecError, CorpusError, ModelError, UnsupportedArchitectureError
 from eigencache.quality import BenchRecord
 from eigencache.studies import bench as bench_module
 from eigencache.studies.bench import BenchSettings, bench_model, chosen
@@ -191,6 +191,12 @@ def test_a_text_that_overlaps_the_calibration_is_refused_and_with_force_it_is_sa
     record = bench(("identity",), calibration=calibration, held_out=same, force=True)
     assert any(warning.startswith("OVERLAP") for warning in record.warnings)
     assert record.run.settings["forced"] is True
+
+
+def test_a_text_longer_than_the_models_positions_is_refused_before_any_fit(made: Made) -> None:
+    with pytest.raises(ModelError, match="64 positions"):
+        bench(held_out=held_out((16, 60)))
+    assert not made.fits
 
 
 # Interruptions

@@ -161,7 +161,11 @@ class EigenCodec:
         if not span:
             return self.transform.mean.new_zeros(len(next(iter(cached.values()))[0]), 0, self.layout.width)
         behind = tokens - span.stop
-        ends = {i: tuple(x[:, :, : x.shape[2] - behind][:, :, -len(span) :] for x in both) for i, both in cached.items()}
+
+        def end(x: Tensor) -> Tensor:
+            return x[:, :, : x.shape[2] - behind][:, :, -len(span) :]
+
+        ends = {i: (end(keys), end(values)) for i, (keys, values) in cached.items()}
         return Layout(self.layout.parts, {}).vectors(ends, span.start, torch.zeros_like(self.transform.mean)).to(self.dtype)
 
     def _analysed(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:

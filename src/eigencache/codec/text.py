@@ -2,8 +2,9 @@
 
 A vector is predicted from features of its token and of the previous one (zero at the first of a block, so that blocks
 decode alone), and only the rest is transformed and coded. The tokens are coded beside it, as ranks in order of
-frequency (`token_digits.py`). The encoder needs no text: it finds each token as the one whose features predict best what the first layer
-holds, which before any mixing is a function of the token alone. A wrong guess costs bits, never correctness.
+frequency (`token_digits.py`). The encoder needs no text: it finds each token as the one whose features predict best
+what the first layer holds, which before any mixing is a function of the token alone. A wrong guess costs bits, never
+correctness.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Ranks of tokens as two or three digits whose shares multiply to nearly those of the tokens, so that small tables code them.
+"""Ranks of tokens as a few digits whose shares multiply to nearly those of the tokens, so that small tables code them.
 
 Tokens by falling frequency take the cells of a grid by rising product of (digit + 1), as if every digit followed Zipf's
 law. One table per digit then takes a tenth of a bit more than the tokens' own distribution would, which has too many

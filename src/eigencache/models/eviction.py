@@ -92,7 +92,10 @@ def refusal(model: PreTrainedModel) -> str | None:
     """Why a model cannot have presses here, if it cannot."""
     if find_spec("kvpress") is None:
         return "the package kvpress is not installed: install 'eigencache[peers]'"
-    supported = [one for one in _kvpress().SUPPORTED_MODELS if "ForCausalLM" in one.__name__]
+    try:
+        supported = [one for one in _kvpress().SUPPORTED_MODELS if "ForCausalLM" in one.__name__]
+    except CodecError as error:
+        return str(error)
     if not isinstance(model, tuple(supported)):
         return f"kvpress works on {', '.join(one.__name__.removesuffix('ForCausalLM') for one in supported)}"
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
@@ -107,7 +110,7 @@ def _kvpress() -> Any:
     try:
         import kvpress  # type: ignore[import-not-found]
     except ImportError as error:
-        raise CodecError(f"kvpress cannot be used: {error}; install 'eigencache[peers]'") from error
+        raise CodecError(f"kvpress cannot be imported: {error}; install 'eigencache[peers]'") from error
     finally:
         ALL_ATTENTION_FUNCTIONS.update(before)
     return kvpress

@@ -1,6 +1,7 @@
 """Methods at equal loss, as tables: what each holds at a loss, and every operating point behind it."""
 
 from collections.abc import Sequence
+from math import inf
 
 from eigencache.quality import BenchRecord, EqualLoss
 from eigencache.report.evaluations import divergence_table, retrieval_table
@@ -98,15 +99,22 @@ def generation_tables(record: BenchRecord) -> list[Table]:
 
 
 def _order(own: Sequence[EqualLoss]) -> tuple[float, ...]:
-    return tuple(one.bits_per_value or 99.0 for one in sorted(own, key=lambda one: abs(one.delta_nll - 0.03)))
+    """What a method holds at the usual loss and then at the others, at most; infinity where it never gets there."""
+    at_most = [one.bits_per_value or (float(_end(one)) if "fewest" in one.why else inf) for one in own]
+    return tuple(bits for _, bits in sorted(zip((abs(one.delta_nll - 0.03) for one in own), at_most, strict=True)))
 
 
 def _bits(one: EqualLoss) -> str:
     if one.bits_per_value is None:
-        return f"{'<' if 'fewest' in one.why else '>'} {one.why.rsplit(', ', 1)[1].removesuffix(' bits')}"
+        return f"{'<' if 'fewest' in one.why else '>'} {_end(one)}"
     if one.interval is None:
         return f"{one.bits_per_value:.3g}"
     return f"{one.bits_per_value:.3g} [{one.interval[0]:.3g}, {one.interval[1]:.3g}]"
+
+
+def _end(one: EqualLoss) -> str:
+    """The bits at the end of a curve that says why there is no crossing (`studies.frontier.missing`)."""
+    return one.why.rsplit(", ", 1)[1].removesuffix(" bits")
 
 
 def _found(record: BenchRecord, method: str, context: int, loss: float) -> EqualLoss | None:

@@ -16,6 +16,7 @@ from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.evaluate.divergence import measure_divergence
+from eigencache.evaluate.prefix import check_positions
 from eigencache.evaluate.retrieval import evaluate_retrieval
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.provenance import Stopwatch
@@ -61,9 +62,10 @@ def bench_model(
     """Fit on `tokens` of `calibration` for every seed, score on `held_out` (context → sequences of context + scored).
 
     `partial`: where results are kept while it runs, a line per seed and context. Raises what fitting and scoring raise,
-    and `CorpusError` for texts that overlap.
+    `CorpusError` for texts that overlap, and `ModelError` where the model has too few positions for one.
     """
     watch = Stopwatch()
+    check_positions(loaded, max(text.corpus.max_length for text in held_out.values()))
     overlaps = [check_overlap(text.ids, calibration.ids, force=force) for text in held_out.values()]
     refused = {m: why for m in settings.methods if (why := METHODS[m].refuses(loaded))}
     methods = [m for m in settings.methods if m not in refused]
@@ -101,7 +103,7 @@ def bench_model(
         uncompressed_nll={one["context"]: one["nll"] for one in kept.done if "points" in one},
         refused=refused,
         points=points,
-        equal_loss=_equal_losses(points, held_out, [m for m in methods if m in found], settings),
+        equal_loss=_equal_losses(points, held_out, [m for m in methods if m in found]),
         divergence=[Divergence(**d) for one in kept.done for d in one.get("divergence", ())],
         retrieval=[Retrieval(**r) for one in kept.done for r in one.get("retrieval", ())],
         run=watch.run(settings.seeds[0], {"batch_size": settings.batch_size, "calibration_tokens": tokens, "forced": force}),
@@ -215,7 +217,7 @@ def _generated(
 
 
 def _equal_losses(
-    points: Sequence[BenchPoint], held_out: Mapping[int, Sequences], methods: Sequence[str], settings: BenchSettings
+    points: Sequence[BenchPoint], held_out: Mapping[int, Sequences], methods: Sequence[str]
 ) -> list[EqualLoss]:
     found = []
     for context in held_out:
