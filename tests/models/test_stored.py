@@ -1,4 +1,4 @@
-"""Caches in and out of plain tensors: what is read is what the model gave, what is made is gone on from as from the first."""
+"""Caches in and out of plain tensors: what is read is what the model gave, what is made goes on as the first did."""
 
 from types import SimpleNamespace
 
@@ -91,7 +91,7 @@ def test_a_cache_of_another_kind_is_named_by_its_layer() -> None:
 
 @torch.no_grad()
 def test_layers_beside_attention_are_named() -> None:
-    with pytest.raises(CodecError, match="layer 0 is a .*: keys and values of a dynamic cache are encoded"):
+    with pytest.raises(CodecError, match=r"layer 0 is a .*: keys and values of a dynamic cache are encoded"):
         cached_of(read(tiny("jamba"), token_ids()[:, :READ]))
 
 

@@ -131,15 +131,16 @@ def test_fewest_bits_at_the_usual_loss_come_first_and_what_is_refused_last() -> 
 
 
 def test_a_method_that_loses_less_at_its_fewest_bits_is_not_put_last_for_it() -> None:
-    why = "loses 0.0200 at its fewest, 0.6 bits"
-    found = [equal("a", 0.03, 0.9), equal("b", 0.03, None, why=why), equal("c", 0.03, None, why="loses 0.1 at its most, 0.2 bits")]
+    fewest, most = "loses 0.0200 at its fewest, 0.6 bits", "loses 0.1 at its most, 0.2 bits"
+    found = [equal("a", 0.03, 0.9), equal("b", 0.03, None, why=fewest), equal("c", 0.03, None, why=most)]
     record = bench([point(one.method, "1", 1, 0.01) for one in found], found)
     assert [row[0] for row in frontier_table(record, 384).rows] == ["b", "a", "c"]
 
 
 def test_methods_alike_stay_in_the_order_they_were_asked_for() -> None:
     names = [f"m{i}" for i in range(12)]
-    record = bench([point(m, "1", 1, 0.01) for m in names], [equal(m, 0.03, None, why="loses 0.01 at its fewest, 1 bits") for m in names])
+    why = "loses 0.01 at its fewest, 1 bits"
+    record = bench([point(m, "1", 1, 0.01) for m in names], [equal(m, 0.03, None, why=why) for m in names])
     assert [row[0] for row in frontier_table(record, 384).rows] == names
 
 
@@ -221,7 +222,9 @@ def test_the_plot_draws_every_method_and_no_two_alike() -> None:
 
 
 def test_lines_are_means_over_seeds_with_bits_ascending() -> None:
-    points = [point("m", name, bits, delta, seed) for name, bits, delta in (("b", 2, 0.01), ("a", 1, 0.1)) for seed in (0, 1)]
+    points = [
+        point("m", name, bits, delta, seed) for name, bits, delta in (("b", 2, 0.01), ("a", 1, 0.1)) for seed in range(2)
+    ]
     points[-1] = point("m", "a", 1, 0.3, 1)
     (container,) = plot_bench(bench(points, [])).axes[0].containers
     np.testing.assert_allclose(container.lines[0].get_xydata(), [[1, 0.2], [2, 0.01]])

@@ -93,7 +93,8 @@ def bench(methods: tuple[str, ...] = ("identity", "zeros", "ladder"), **options)
     chosen_settings = options.pop("settings", {})
     settings = BenchSettings(methods=methods, scored=SCORED, **({"seeds": (0, 1), "batch_size": 4} | chosen_settings))
     options = {"calibration": CALIBRATION, "tokens": 16 * 32, "held_out": held_out()} | options
-    return bench_model(tiny_loaded("llama"), options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
+    loaded = tiny_loaded(options.pop("model", "llama"))
+    return bench_model(loaded, options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
 
 
 def test_bytes_and_losses_are_those_that_were_planted(made: Made) -> None:
@@ -195,7 +196,7 @@ def test_a_text_that_overlaps_the_calibration_is_refused_and_with_force_it_is_sa
 
 def test_a_text_longer_than_the_models_positions_is_refused_before_any_fit(made: Made) -> None:
     with pytest.raises(ModelError, match="64 positions"):
-        bench(held_out=held_out((16, 60)))
+        bench(model="gpt2", held_out=held_out((16, 60)))
     assert not made.fits
 
 

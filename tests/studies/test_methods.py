@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Codec
+from eigencache.codec.base import CacheMaker, Codec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.models.load import LoadedModel
@@ -19,6 +19,8 @@ from known import random_sequences, tiny_loaded
 
 MODELS = ("llama", "gpt2", "deepseek_v2", "gemma2")
 RATES = (0.5, 2.0)
+CACHES = tuple(m for m, one in METHODS.items() if m.startswith("hf-") or one.about.startswith("kvpress"))  # no codecs
+CODECS = tuple(m for m in METHODS if m not in CACHES)
 TOKENS = 40
 LATENT_ONLY = {"oscar": "it caches a latent", "oscar-no-window": "it caches a latent", "xquant": "not wider than the hidden"}
 Cached = dict[int, tuple[Tensor, Tensor]]
@@ -57,7 +59,7 @@ def lost(codec: Codec, held: Cached) -> float:
     return max(float(error / whole) for i in held for error, whole in of(i))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CODECS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_holds_a_cache_of_every_kind_or_says_why_not(name: str, method: str) -> None:
     loaded = tiny_loaded(name)
@@ -76,6 +78,20 @@ def test_every_method_holds_a_cache_of_every_kind_or_says_why_not(name: str, met
     assert losses[dearest] <= losses[cheapest] < 1.1 and losses[dearest] < 0.9
     for codec in found.values():
         assert codec.nbytes >= 0 and codec.name
+
+
+@pytest.mark.parametrize("method", CACHES)
+@torch.no_grad()
+def test_a_method_of_another_package_makes_caches_or_says_why_not(method: str) -> None:
+    loaded = tiny_loaded("llama")
+    if why := METHODS[method].refuses(loaded):
+        assert len(why) > 10
+        return
+    prefix = read_prefix(loaded, torch.from_numpy(random_sequences(TOKENS, seed=5).ids[0])[None])
+    for maker in METHODS[method].codecs(bench("llama")).values():
+        assert isinstance(maker, CacheMaker)
+        tokens, nbytes = maker.held(maker.cache_of(prefix))
+        assert tokens == TOKENS and nbytes > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -103,7 +119,7 @@ def test_rates_that_tokens_alone_exceed_are_left_out() -> None:
 def test_what_calibration_does_not_decide_comes_out_alike_on_other_text(name: str) -> None:
     other = Workbench(tiny_loaded(name), random_sequences(*[TOKENS] * 24, seed=9), RATES)
     held = cached(tiny_loaded(name))
-    for method in (m for m in METHODS if not METHODS[m].fitted):
+    for method in (m for m in CODECS if not METHODS[m].fitted):
         for point, codec in METHODS[method].codecs(other).items():
             first = codecs(name, method)[point]
             pairs = zip(
@@ -125,8 +141,8 @@ def test_rows_of_weights_make_the_keys_and_values_that_are_cached(name: str) -> 
     for slot, kind in enumerate(("k", "v")):
         inputs: dict[int, Tensor] = {}
         sites = find_sites(loaded.model, loaded.geometry, kind, None, ids)  # type: ignore[arg-type]
-        keep = lambda at: lambda _module, args: inputs.__setitem__(at, args[0])  # noqa: E731
-        hooks = [site.module.register_forward_pre_hook(keep(site.layer_idx)) for site in sites]
+        keep = lambda at, into: lambda _module, args: into.__setitem__(at, args[0])  # noqa: E731
+        hooks = [site.module.register_forward_pre_hook(keep(site.layer_idx, inputs)) for site in sites]
         loaded.model(ids)
         for hook in hooks:
             hook.remove()

@@ -37,8 +37,9 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
     corpus, seeds = record.corpora[context], sorted({p.seed for p in record.points})
     return (
         f"{corpus.name}: {context:,} tokens held, the next {record.scored} read and all but the first of them scored, in "
-        f"{corpus.sequences} sequences; {record.uncompressed_nll[context]:.4f} nats per token uncompressed. Fitted on {record.calibration.name}, "
-        f"{record.run.settings['calibration_tokens']:,} tokens, seeds {', '.join(map(str, seeds))}.",
+        f"{corpus.sequences} sequences; {record.uncompressed_nll[context]:.4f} nats per token uncompressed. "
+        f"Fitted on {record.calibration.name}, {record.run.settings['calibration_tokens']:,} tokens, "
+        f"seeds {', '.join(map(str, seeds))}.",
         "Bits: all bytes held, sinks, window, scales and headers included, the basis apart, over the numbers of "
         f"{'latent and rotary key' if record.model.geometry.mla else 'K and V'}; read off each method's interpolated curve. "
         "Intervals: 95 %, bootstrap over sequences and seeds. <: the method's fewest bits lose less; >: its most lose more.",

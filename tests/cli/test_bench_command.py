@@ -1,0 +1,133 @@
+"""`bench` end to end in a process of its own: tables, folder, what was refused; mistakes are one line before any work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cli_process import run, shown
+from eigencache.cli.app import main
+from eigencache.quality import BenchRecord
+from eigencache.studies.methods import METHODS
+
+FEW = ("--lengths", "64,72", "--scored", "16", "--tokens", "720", "--calibration-tokens", "8192", "--batch-size", "16")
+METHODS_HERE = "int,kvtc-no-window,oscar,int"
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The folder of a bench on two seeds, and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    options = ("--methods", METHODS_HERE, "--points", "0.5,2", "--seeds", "2", "-o", "deep/board")
+    result = run("bench", "ref-deepseek", *FEW, *options, folder=folder)
+    return folder / "deep" / "board", shown(result), result.stderr
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a mistake, with nothing on stderr before it."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and line.startswith("eigencache: error: ")
+    return line
+
+
+def test_the_folder_holds_page_plot_and_record_and_nothing_else(board: tuple[Path, str, str]) -> None:
+    folder, out, _ = board
+    names = {"README.md", "bench.html", "ref-deepseek.svg", "ref-deepseek.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all(f"written: deep/board/{name}" in out for name in names)
+    readme = (folder / "README.md").read_text()
+    assert "Printed by `eigencache bench ref-deepseek --lengths 64,72 --scored 16" in readme
+    assert readme.count("| int |") == 2 and "oscar: not for this model: it caches a latent" in readme
+
+
+def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) -> None:
+    record = BenchRecord.load(board[0] / "ref-deepseek.json")
+    assert set(record.corpora) == {48, 56} and record.scored == 16
+    assert {(p.method, p.seed) for p in record.points} == {("int", 0), ("kvtc-no-window", 0), ("kvtc-no-window", 1)}
+    assert {p.point for p in record.points if p.method == "kvtc-no-window"} == {"0.5", "2"}
+    assert list(record.refused) == ["oscar"] and len(record.equal_loss) == 2 * 2 * 4
+    assert record.run.settings["calibration_tokens"] == 8192
+
+
+def test_tables_and_stages_are_printed(board: tuple[Path, str, str]) -> None:
+    _, out, err = board
+    assert "ref-deepseek, 48 tokens held: bits per value at equal loss" in out and "56 tokens held" in out
+    for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens: scoring"):
+        assert f"ref-deepseek: {stage}" in err, stage
+
+
+def test_help_shows_examples(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "Examples" in out and "eigencache bench --output docs/leaderboard" in out
+    assert "an interrupted run goes on where it stopped" in " ".join(out.split())
+
+
+def test_an_interrupted_bench_goes_on(board, tmp_path, monkeypatch, capsys) -> None:
+    """What was kept before is neither fitted nor scored again, and the file of it is gone in the end."""
+    from eigencache.studies import bench as bench_module
+
+    monkeypatch.chdir(tmp_path)
+    scored = bench_module._scored
+    calls: list[int] = []
+
+    def once(*args, **options):
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scored(*args, **options)
+
+    monkeypatch.setattr(bench_module, "_scored", once)
+    command = ["bench", "ref-deepseek", *FEW, "--methods", "int", "--seeds", "1", "-o", "out"]
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and err.splitlines()[-1] == "eigencache: error: interrupted: no result was written"
+    assert [path.name for path in Path("out").iterdir()] == ["ref-deepseek.partial"]
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    assert exit_.value.code == 0 and calls == [48, 56, 56]
+    assert "ref-deepseek.partial" not in {path.name for path in Path("out").iterdir()}
+    found, whole = (BenchRecord.load(folder / "ref-deepseek.json") for folder in (Path("out"), board[0]))
+    assert found.points == [p for p in whole.points if p.method == "int"]
+    shutil.rmtree("out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--methods", "eigen,nuqx"), "--methods nuqx: no such method; there are " + ", ".join(METHODS)),
+        (("--points", "0.5,x"), "--points 0.5,x: give numbers with commas between them, such as 0.1,0.5"),
+        (("--points", "0,1"), "--points 0,1: every number must be above 0"),
+        (("--points", "inf"), "--points inf: every number must be above 0"),
+        (("--points", ""), "--points : give numbers"),
+        (("--lengths", "2048,130"), "--lengths 130: the last 128 tokens are scored, at least 8 more have to be held"),
+        (("--lengths", "64", "--scored", "60"), "--lengths 64: the last 60 tokens are scored"),
+        (("--lengths", "long"), "--lengths long: give numbers"),
+        (("--tasks", "juggle"), "juggle"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_that_make_no_sense_are_refused_before_any_work(options, words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in mistake(capsys, "bench", "ref-deepseek", "-o", "out", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert "file: is a file: name a folder" in mistake(capsys, "bench", "ref-deepseek", "-o", "file")
+    assert "file" in mistake(capsys, "bench", "ref-deepseek", "-o", "file/new")
+
+
+def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitted(capsys) -> None:
+    options = ("--lengths", "2056", "--tokens", "2056", "--calibration-tokens", "8192", "--seeds", "1")
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "ref-gpt2", *options])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and "fitting" not in err
+    assert "ref-gpt2 has 2048 positions, 2056 tokens are to be read: use shorter contexts" in err

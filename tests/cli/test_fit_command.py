@@ -1,0 +1,156 @@
+"""`fit` from text to a folder in a process of its own, and `evaluate` from that folder; mistakes are one line."""
+
+from pathlib import Path
+
+import pytest
+
+from cli_process import run, shown
+from eigencache.cli.app import main
+from eigencache.codec.folder import CARD, TENSORS, load_codec
+
+FEW = ("--tokens", "4096", "--max-length", "128")
+PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A folder with the codec that `fit` wrote, `deep/codec`, and what it printed."""
+    folder = tmp_path_factory.mktemp("fit")
+    options = ("--ratio", "8", "--sinks", "2", "--window", "16", "--kept-bits", "16", "--block", "64", "--scope", "layer")
+    result = run("fit", "ref-deepseek", *FEW, *PLAIN, *options, "-o", "deep/codec", folder=folder)
+    return folder, shown(result), result.stderr
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """The one line of a mistake, and what stands on stderr before it."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    *before, last = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and last.startswith("eigencache: error: "), last
+    return last, "\n".join(before)
+
+
+# From text to a folder
+
+
+def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> None:
+    folder, out, err = fitted
+    assert {path.name for path in (folder / "deep" / "codec").iterdir()} == {CARD, TENSORS}
+    assert {path.name for path in folder.rglob("*")} == {"deep", "codec", CARD, TENSORS}
+    for words in ("ref-deepseek: eigen · layer · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
+        assert words in out, words
+    assert "that nothing was fitted on" in out and out.rstrip().endswith("written: deep/codec")
+    for stage in ("tokenising", "vectors", "vectors kept apart", "decomposing", "scoring 1 steps"):
+        assert f"ref-deepseek: {stage}" in err, stage
+
+
+def test_settings_and_goal_are_those_that_were_asked_for(fitted: tuple[Path, str, str]) -> None:
+    saved = load_codec(fitted[0] / "deep" / "codec")
+    codec, settings = saved.codec, saved.card.settings
+    assert (codec.kept.sinks, codec.kept.window, codec.kept.bits, codec.block) == (2, 16, 16, 64)
+    assert (settings.scope, settings.metric, codec.text) == ("layer", "frobenius", None)
+    assert saved.card.expected.bits_per_value == pytest.approx(2, rel=0.01)
+    assert saved.card.origin.model == "ref-deepseek" and saved.card.origin.dtype == "float32"
+
+
+def test_evaluate_reads_what_fit_wrote(fitted: tuple[Path, str, str], monkeypatch, capsys) -> None:
+    monkeypatch.chdir(fitted[0])
+    few = ("--tokens", "1024", "--max-length", "128", "--prompts", "0", "--tasks", "none", "--window", "16")
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", "ref-deepseek", "--codec", "deep/codec", *few])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "eigen · layer · frobenius" in out
+    assert "likelihood through the cache" in out and "bytes of one sequence" in out
+
+
+def test_what_was_written_before_is_replaced_and_nothing_is_left_beside_it(fitted, monkeypatch, capsys) -> None:
+    folder = fitted[0]
+    monkeypatch.chdir(folder)
+    before = (folder / "deep" / "codec" / TENSORS).read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "ref-deepseek", *FEW, *PLAIN, "--bits", "1", "-o", "deep/codec"])
+    assert exit_.value.code == 0, capsys.readouterr().err
+    assert (folder / "deep" / "codec" / TENSORS).read_bytes() != before
+    assert [path.name for path in (folder / "deep").iterdir()] == ["codec"]
+    assert load_codec(folder / "deep" / "codec").card.expected.bits_per_value == pytest.approx(1, rel=0.01)
+
+
+def test_help_explains_options_and_shows_examples(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "Examples" in out
+    assert "eigencache fit ref-llama -o llama-codec" in out and "eigencache evaluate ref-llama --codec llama-codec" in out
+    for option in ("--bits", "--ratio", "--max-nll", "--context", "--scope", "--metric", "--sinks", "--window", "--output"):
+        assert option in out, option
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--bits", "1", "--ratio", "8"), "bits and ratio: give one of bits, ratio and max_nll"),
+        (("--bits", "1", "--max-nll", "0.1"), "bits and max_nll: give one of"),
+        (("--bits", "0"), "bits 0: must be a number above 0"),
+        (("--ratio", "-1"), "ratio -1: must be a number above 0"),
+        (("--max-nll", "nan"), "max_nll nan: must be a number above 0"),
+        (("--scope", "row"), "scope row: choose one of"),
+        (("--kept-bits", "4"), "kept bits 4: choose one of 8, 16"),
+    ],
+    ids=" ".join,
+)
+def test_settings_that_make_no_sense_are_refused_before_any_work(options, words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    said, before = mistake(capsys, "fit", "ref-deepseek", "-o", "new", *options)
+    assert words in said and not before
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", "thesis.txt").write_text("mine")
+    Path("file").write_text("mine")
+    for output, words in (
+        ("mine", "mine: holds other things than a codec and is left alone: name another folder"),
+        ("file", "file: is a file: name a folder"),
+        ("file/new", "file: is a file: name a folder"),
+    ):
+        said, before = mistake(capsys, "fit", "ref-deepseek", "-o", output)
+        assert words in said and not before, said
+    assert Path("mine", "thesis.txt").read_text() == Path("file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", [("--alpha", "3"), ("--window", "-1"), ("--block", "70000"), ("--metric", "none")])
+def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str], tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "ref-deepseek", "-o", str(tmp_path / "new"), *option])
+    assert exit_.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tokens", "1024", "--max-length", "128"), "8 sequences: 16 are needed, some of them kept apart: raise --tokens"),
+        ((*FEW, *PLAIN, "--bits", "100"), "100 bits per value of 2,048 tokens cannot be had, "),
+        ((*FEW, *PLAIN, "--bits", "0.3", "--window", "1000"), "or keep fewer --sinks and a shorter --window"),
+        (("--text", "absent.txt"), "absent.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_fitted_says_what_to_do_and_writes_nothing(options, words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    said, _ = mistake(capsys, "fit", "ref-deepseek", "-o", "new", *options)
+    assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_repeats_itself_is_warned_of(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop.py").write_text("for i in range(10):\n    print(i, i * i)\n" * 800)
+    options = ("--text", "loop.py", *FEW, *PLAIN, "--bits", "1", "-o", "new")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "ref-deepseek", *options])
+    assert exit_.value.code == 0 and "REPETITIVE" in capsys.readouterr().out
