@@ -56,6 +56,12 @@ def test_bits_are_what_the_words_take():
     assert 8 * len(data) == pytest.approx(tables.bits(symbols), rel=1e-3)
 
 
+def test_variances_are_those_of_what_was_fitted():
+    symbols = laplacian([9, 0.4, 900], 20_000)
+    found = fit_tables(symbols, np.array([2, 0, 1])).variances()
+    np.testing.assert_allclose(found, (symbols.astype(float) ** 2).mean(1), rtol=0.2)
+
+
 def test_edges_give_every_entry_a_slot_and_the_rest_by_share():
     edges = edges_of(np.array([1e-9, 900.0, 100.0, 1e-9, 0.5]))
     assert edges[0] == 0 and edges[-1] == SLOTS and (np.diff(edges) >= 1).all()

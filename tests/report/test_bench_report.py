@@ -11,7 +11,14 @@ import pytest
 from eigencache.errors import OutputError
 from eigencache.quality import Accuracy, BenchPoint, BenchRecord, Divergence, EqualLoss, Retrieval
 from eigencache.records import Interval
-from eigencache.report.bench import against_table, frontier_table, generation_tables, points_table
+from eigencache.report.bench import (
+    against_by_divergence_table,
+    against_table,
+    divergences_table,
+    frontier_table,
+    generation_tables,
+    points_table,
+)
 from eigencache.report.bench_page import file_name, markdown, page, tables_of, write_bench
 from eigencache.report.bench_plot import plot_bench
 from eigencache.report.codecs import codec_table
@@ -169,6 +176,24 @@ def test_against_ours_bits_are_ratios_and_what_never_gets_there_is_said() -> Non
     assert "eigen" not in cells(table)
 
 
+def test_bits_at_equal_kl_are_read_off_every_seed() -> None:
+    def curve(method: str, factor: float, seed: int) -> list[BenchPoint]:  # KL = 0.1 / bits^2, bits times a factor
+        made = [point(method, f"{bits}", factor * bits, 0.0, seed) for bits in (0.5, 1.0, 2.0, 4.0)]
+        return [
+            p.model_copy(update={"quality": p.quality.model_copy(update={"kl": 0.1 / bits**2})})
+            for p, bits in zip(made, (0.5, 1.0, 2.0, 4.0), strict=True)
+        ]
+
+    points = [*curve("eigen", 1, 0), *curve("eigen", 4, 1), *curve("other", 6, 0)]
+    record = bench(points, [equal("eigen", 0.03, 0.5)])
+    rows = {row[0]: row[1:] for row in divergences_table(record, 384).rows}
+    assert rows["eigen"][:4] == (">", f"{2 * 10**0.5:.3g}", f"{2 * (1 / 0.3) ** 0.5:.3g}", "2")  # 2: mean of 1 and 4
+    assert rows["other"][3] == "6" and rows["other"][7] == "2.7 x"
+    assert list(rows) == ["eigen", "other"]
+    (against,) = against_by_divergence_table([record], "eigen").rows
+    assert against == ("other", ABSENT, "3.00", "3.00", "3.00")
+
+
 def test_a_model_that_ours_is_refused_for_has_dashes() -> None:
     other = bench([point("int", "4", 4, 0.01)], [equal("int", 0.03, 4.0)], name="other", refused={"eigen": "no"})
     found = cells(against_table([planted(), other], "eigen"))
@@ -196,7 +221,7 @@ def test_generation_and_retrieval_are_shown_where_they_were_measured() -> None:
     divergence, retrieval = generation_tables(record)
     assert divergence.rows == (("eigen 1", "2 of 384 tokens", "64", "37.0", "37", "75.0 %", "1"),)
     assert retrieval.rows == (("copy", "384", "0.5", "0.80", "0.70"),)
-    assert len(tables_of(record)) == 3
+    assert len(tables_of(record)) == 4  # two frontiers
 
 
 def test_a_record_of_nothing_but_refusals_is_shown() -> None:
@@ -280,7 +305,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
     html = (tmp_path / "bench.html").read_text()
     found = parsed(html)
     assert "<b>" not in html and "b" not in found.tags
-    assert found.tags.count("svg") == 2 and found.tags.count("table") == 1 + 2 * 2  # ours, and two of each model
+    assert found.tags.count("svg") == 2 and found.tags.count("table") == 2 + 2 * 3  # ours, and two of each model
     assert all(link.startswith("#") for link in found.links)
     for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "Every operating point", "planted-model", "[0.9, 1.1]"):
         assert words in html, words
@@ -293,7 +318,7 @@ def test_markdown_is_escaped_and_complete() -> None:
     assert text.count("![loss against bytes](") == 2 and "![loss against bytes](planted-model.svg)" in text
     assert "> **WARNING** OVERLAP" in text and "0.9, 1.1" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-    assert len(tables) == 3
+    assert len(tables) == 6  # two against ours, two frontiers of each model
     for table in tables:
         bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(bars) == 1, table

@@ -68,8 +68,7 @@ def run(
     from eigencache.errors import CorpusError
     from eigencache.evaluate.tasks import task_named
     from eigencache.models.load import BUNDLED
-    from eigencache.report.bench import against_table
-    from eigencache.report.bench_page import OURS, file_name, tables_of, write_bench
+    from eigencache.report.bench_page import against_tables, file_name, tables_of, write_bench
     from eigencache.studies.bench import BenchSettings, bench_model
     from eigencache.studies.methods import chosen_methods
 
@@ -114,8 +113,8 @@ def run(
             )
         for table in tables_of(records[-1]):
             console.print(table)
-    if len(records) > 1 and OURS in settings.methods:
-        console.print(against_table(records, OURS))
+    for table in against_tables(records) if len(records) > 1 else ():
+        console.print(table)
     if output:
         for path in write_bench(records, output, shlex.join(["eigencache", *sys.argv[1:]])):
             console.print(f"written: {path}", markup=False, highlight=False)

@@ -31,7 +31,6 @@ from eigencache.kernels.dispatch import Backend, chosen
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
-_COMPLETING = 16  # rounds
 
 
 @dataclass(frozen=True)
@@ -177,14 +176,28 @@ class EigenCodec:
         return ranks, expected, self.transform.encode(x - expected, self.step)
 
     def _completed(self, x: Tensor, lacking: Mapping[int, int]) -> Tensor:
-        """x with what layers lack of their first tokens replaced, round by round, by what the rest lets expect of it."""
+        """x with what layers lack of their first tokens replaced by what the other layers let expect of it.
+
+        Where the same layers are absent, the coefficients are the likeliest ones, given the present columns in the metric
+        and how far the tables let a coefficient vary.
+        """
+        if not lacking:
+            return x
+        expected = self._analysed(x)[1].expand_as(x)
         edges = [0, *accumulate(part.width for part in self.layout.parts)]
-        spans = [(slice(*ends), p.layer_idx) for ends, p in zip(pairwise(edges), self.layout.parts, strict=True)]
-        for _ in range(_COMPLETING if lacking else 0):
-            _, expected, y = self._analysed(x)
-            again = expected + self.transform.decode(y, self.step)
-            for columns, layer_idx in spans:
-                x[:, : lacking.get(layer_idx, 0), columns] = again[:, : lacking.get(layer_idx, 0), columns]
+        spread = torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(x)
+        prior = torch.diag(1 / (12 * spread))  # an integer's rounding over what the coefficient varies by
+        rows = self.transform.decode(torch.eye(self.transform.coefficients, device=x.device), self.step)
+        for first, stop in pairwise(sorted({0, *lacking.values()})):
+            present = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
+            for columns, part in zip(pairwise(edges), self.layout.parts, strict=True):
+                present[slice(*columns)] = lacking.get(part.layer_idx, 0) <= first
+            gram = self.transform.encode(rows * present, self.step)
+            known = (x[:, first:stop] - expected[:, first:stop]) * present
+            fitted = self.transform.encode(known, self.step)
+            y = torch.linalg.solve(gram.mT + prior, fitted.mT).mT
+            again = expected[:, first:stop] + self.transform.decode(y, self.step)
+            x[:, first:stop] = torch.where(present, x[:, first:stop], again)
         return x
 
     def _symbols(self, x: Tensor) -> Tensor:

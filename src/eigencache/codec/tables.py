@@ -31,6 +31,14 @@ class Tables:
         """What the decoder looks up, made once."""
         return pack_slots(self.starts, self.halves)
 
+    def variances(self) -> np.ndarray:
+        """Mean square of the integers of every coefficient [coefficients], as its table has them, escapes left out."""
+        found = []
+        for shift, half, edges in zip(self.shifts, self.halves, self.starts, strict=True):
+            values = np.arange(-half, half + 1, dtype=np.float64) * 2.0**shift
+            found.append((np.diff(edges[: 2 * half + 2]) / SLOTS) @ values**2)
+        return np.array(found)[self.table_of]
+
     def bits(self, symbols: np.ndarray) -> float:
         """Σ −log₂ of the shares that `symbols` [coefficients, tokens] have in these tables: what coding them costs."""
         total = 0.0

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from math import inf
 
+import numpy as np
+
 from eigencache.quality import BenchRecord, EqualLoss
 from eigencache.report.evaluations import divergence_table, retrieval_table
 from eigencache.report.measured import ABSENT
 from eigencache.report.sweeps import interval_cell
 from eigencache.report.table import Table
+from eigencache.studies.frontier import bits_at_loss
+
+DIVERGENCES = (0.003, 0.01, 0.03, 0.1)  # nats
 
 
 def frontier_table(record: BenchRecord, context: int) -> Table:
@@ -48,6 +53,39 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
     )
 
 
+def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float | None]:
+    """Bits per value at a KL to the uncompressed model, a mean over seeds, and why there are none: `<` fewer do, `>` more.
+
+    KL cannot be bought below zero as ΔNLL can, by an error that happens to help; it needs fewer tokens to be known.
+    """
+    found = []
+    for seed in sorted({p.seed for p in record.points if p.method == method and p.context == context}):
+        own = [p for p in record.points if (p.method, p.context, p.seed) == (method, context, seed)]
+        bits, losses = np.array([p.bits_per_value for p in own]), np.array([p.quality.kl for p in own])
+        at = bits_at_loss(bits, losses, kl)
+        if at is None:
+            return ("<" if losses[bits.argmin()] <= kl else ">"), None
+        found.append(at)
+    return ("", float(np.exp(np.mean(np.log(found))))) if found else ("", None)
+
+
+def divergences_table(record: BenchRecord, context: int) -> Table:
+    """One row per method: bits per value at equal KL to the uncompressed model, fewest first."""
+    columns = ("Method", *(f"Bits at KL {kl:g}" for kl in DIVERGENCES), *(f"Ratio at {kl:g}" for kl in DIVERGENCES))
+    methods = dict.fromkeys(p.method for p in record.points if p.context == context)
+    rows, keys = [], []
+    for method in methods:
+        at = [divergence_bits(record, method, context, kl) for kl in DIVERGENCES]
+        bits = [f"{b:.3g}" if b else sign or ABSENT for sign, b in at]
+        rows.append((method, *bits, *(f"{16 / b:.1f} x" if b else ABSENT for _, b in at)))
+        keys.append(tuple(b or (0.0 if sign == "<" else inf) for sign, b in (at[2], at[1], at[3], at[0])))
+    rows = [row for _, row in sorted(zip(keys, rows, strict=True))]
+    notes = ("KL(uncompressed ‖ compressed) in nats per token, over the same tokens; <: fewer bits do, >: its most do not.",)
+    return Table(
+        f"{record.model.name}, {context:,} tokens held: bits per value at equal KL", columns, tuple(rows), notes=notes
+    )
+
+
 def points_table(record: BenchRecord, context: int) -> Table:
     """Every operating point of every seed: bits, loss with interval, KL, agreement, basis."""
     columns = ("Method", "Point", "Seed", "Bits", "Ratio", "ΔNLL (nats)", "KL (nats)", "Top-1", "Basis (MB)")
@@ -85,8 +123,24 @@ def against_table(records: Sequence[BenchRecord], method: str) -> Table:
             for loss in losses
         ]
         rows.append((name, *cells))
-    notes = (f"Bits of each method over those of {method} at the same loss; > where the method never gets there.",)
-    return Table(f"Bits at equal loss, in units of {method}", columns, tuple(rows), notes=notes)
+    notes = (f"Bits of each method over those of {method} at the same ΔNLL; > where the method never gets there.",)
+    return Table(f"Bits at equal ΔNLL, in units of {method}", columns, tuple(rows), notes=notes)
+
+
+def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> Table:
+    """The same at equal KL."""
+    places = [(record, context, kl) for record in records for context in record.corpora for kl in DIVERGENCES]
+    columns = ("Method", *(f"{record.model.name} {context:,} at {kl:g}" for record, context, kl in places))
+    names = dict.fromkeys(p.method for record in records for p in record.points if p.method != method)
+    rows = []
+    for name in names:
+        cells = []
+        for place in places:
+            (_, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
+            cells.append(f"{other / own:.2f}" if own and other else ">" if own and sign == ">" else ABSENT)
+        rows.append((name, *cells))
+    notes = (f"Bits of each method over those of {method} at the same KL; > where the method never gets there.",)
+    return Table(f"Bits at equal KL, in units of {method}", columns, tuple(rows), notes=notes)
 
 
 def generation_tables(record: BenchRecord) -> list[Table]:

@@ -11,7 +11,14 @@ from matplotlib import rc_context
 
 from eigencache.quality import BenchRecord
 from eigencache.records import write_whole
-from eigencache.report.bench import against_table, frontier_table, generation_tables, points_table
+from eigencache.report.bench import (
+    against_by_divergence_table,
+    against_table,
+    divergences_table,
+    frontier_table,
+    generation_tables,
+    points_table,
+)
 from eigencache.report.bench_plot import plot_bench
 from eigencache.report.table import Table
 
@@ -40,8 +47,7 @@ def file_name(model: str) -> str:
 def markdown(records: Sequence[BenchRecord], command: str) -> str:
     """The page for a repository: what each method holds at equal loss, the command first."""
     parts = ["# Leaderboard: bytes at equal loss", f"Printed by `{command}`."]
-    if any(one.method == OURS for record in records for one in record.equal_loss):
-        parts.append(against_table(records, OURS).markdown())
+    parts += [table.markdown() for table in against_tables(records)]
     for record in records:
         parts += [f"## {record.model.name}", f"![loss against bytes]({quote(file_name(record.model.name))}.svg)"]
         parts += [table.markdown() for table in tables_of(record)]
@@ -50,7 +56,16 @@ def markdown(records: Sequence[BenchRecord], command: str) -> str:
 
 def tables_of(record: BenchRecord) -> list[Table]:
     """What is read first of a model: frontiers, then generation and retrieval."""
-    return [*(frontier_table(record, context) for context in sorted(record.corpora)), *generation_tables(record)]
+    contexts = sorted(record.corpora)
+    frontiers = [table(record, context) for context in contexts for table in (frontier_table, divergences_table)]
+    return [*frontiers, *generation_tables(record)]
+
+
+def against_tables(records: Sequence[BenchRecord]) -> list[Table]:
+    """All methods in units of ours, where it was measured."""
+    if not any(one.method == OURS for record in records for one in record.equal_loss):
+        return []
+    return [against_table(records, OURS), against_by_divergence_table(records, OURS)]
 
 
 def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
@@ -61,7 +76,7 @@ def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
         body += [table.html() for table in tables_of(record)]
         points = "".join(points_table(record, context).html() for context in sorted(record.corpora))
         body.append(f"<details><summary>Every operating point</summary>{points}</details>")
-    against = [against_table(records, OURS).html()] if any(o.method == OURS for r in records for o in r.equal_loss) else []
+    against = [table.html() for table in against_tables(records)]
     css = (resources.files("eigencache.report.assets") / "page.css").read_text(encoding="utf8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
