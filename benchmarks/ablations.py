@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--rates", default="0.25,0.5")
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
     parser.add_argument("--text", default="stdlib:held-out")
-    parser.add_argument("--other", help="a text of another domain, to fit on and to score", default=None)
+    parser.add_argument("--other", help="a text of another domain, to fit on", default=None)
+    parser.add_argument("--other-held-out", help="text of that domain to score, apart from the former", default=None)
     parser.add_argument("--tokens", type=int, default=24_576, help="scored sequences hold so many tokens")
     parser.add_argument("--markdown", type=Path, help="append the tables here")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
@@ -173,7 +174,7 @@ def main() -> None:
         for part in parts:
             with torch.enable_grad():
                 cases = list(ablations.cases([part]))
-            for text in [arguments.text, *([arguments.other] if part == "domain" and arguments.other else [])]:
+            for text in [arguments.text, *([arguments.other_held_out] if part == "domain" and arguments.other_held_out else [])]:
                 rows = scored(loaded, cases, ablations.sequences(text, arguments.tokens))
                 said = (getattr(Ablations, part).__doc__ or part).rstrip(".")
                 found = table(loaded.name, part, rows, said + (f", scored on {Path(text).name}" if part == "domain" else ""))
