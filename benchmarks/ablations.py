@@ -174,7 +174,8 @@ def main() -> None:
         for part in parts:
             with torch.enable_grad():
                 cases = list(ablations.cases([part]))
-            for text in [arguments.text, *([arguments.other_held_out] if part == "domain" and arguments.other_held_out else [])]:
+            others = [arguments.other_held_out] if part == "domain" and arguments.other_held_out else []
+            for text in [arguments.text, *others]:
                 rows = scored(loaded, cases, ablations.sequences(text, arguments.tokens))
                 said = (getattr(Ablations, part).__doc__ or part).rstrip(".")
                 found = table(loaded.name, part, rows, said + (f", scored on {Path(text).name}" if part == "domain" else ""))

@@ -305,7 +305,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
     html = (tmp_path / "bench.html").read_text()
     found = parsed(html)
     assert "<b>" not in html and "b" not in found.tags
-    assert found.tags.count("svg") == 2 and found.tags.count("table") == 2 + 2 * 3  # in units of ours, and three of each model
+    assert found.tags.count("svg") == 2 and found.tags.count("table") == 2 + 2 * 3  # ours, three a model
     assert all(link.startswith("#") for link in found.links)
     for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "Every operating point", "planted-model", "[0.9, 1.1]"):
         assert words in html, words

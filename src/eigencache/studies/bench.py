@@ -194,7 +194,7 @@ def _generated(
                 sequences,
                 cheapest,
                 prompts=settings.prompts,
-                prompt_tokens=context,
+                prompt_tokens=context + 1,  # the last one reads
                 batch_size=settings.batch_size,
                 on_progress=lambda done, of: on_progress("generation", done, of),
             )
@@ -206,7 +206,7 @@ def _generated(
                 loaded,
                 cheapest,
                 tasks=settings.tasks,
-                lengths=(context,),
+                lengths=(context + 1,),
                 count=settings.examples,
                 batch_size=settings.batch_size,
                 seed=seed,
