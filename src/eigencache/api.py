@@ -214,7 +214,9 @@ class CacheCodec:
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
 
-        Only the blocks that are needed are read. Raises the container's errors for damage and for another codec's bytes.
+        Only the blocks that are needed are read. A stretch that begins later counts its own tokens only, so hand the
+        positions of what follows to the model yourself. Raises the container's errors for damage and for another codec's
+        bytes.
         """
         header = Reader(blob).header
         cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from eigencache.codec.base import Encoded, SixteenBit
-from eigencache.errors import CorpusError, NonFiniteError, UnsupportedArchitectureError
+from eigencache.errors import CorpusError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import UNCOMPRESSED, compared, pieces, score_through_cache
 from eigencache.evaluate.summary import paired_interval, summarise
 from eigencache.quality import Protocol, SequenceLoss
@@ -160,3 +160,11 @@ def test_a_summary_adds_up_and_its_interval_holds_the_truth() -> None:
 def test_few_sequences_have_no_interval() -> None:
     assert paired_interval(np.ones(7), np.ones(7)) is None
     assert paired_interval(np.ones(8), np.ones(8)) == (1.0, 1.0)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused():
+    loaded = tiny_loaded("gpt2")
+    positions = loaded.model.config.max_position_embeddings
+    scored = score_through_cache(loaded, random_sequences(positions + 8), {}, Protocol(kind="prefix", length=8))
+    with pytest.raises(ModelError, match=f"{positions} positions"):
+        next(scored)

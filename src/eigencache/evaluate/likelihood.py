@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
-from eigencache.evaluate.prefix import Window, read, read_prefix
+from eigencache.evaluate.prefix import Window, check_positions, read, read_prefix
 from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol, SequenceLoss
 
@@ -48,11 +48,13 @@ def score_through_cache(
     """Score every sequence for every codec and for the uncompressed cache, batch by batch; `skip`: batches left out.
 
     Sequences that are not longer than the first piece by at least two tokens are left out. Raises `CorpusError` where
-    none is longer, `NonFiniteError` naming the codec where logits are not finite, `CodecError` for what makes its own
-    caches where there are more than two pieces, and what `read_prefix` raises.
+    none is longer, `ModelError` for more tokens than the model has positions, `NonFiniteError` naming the codec where
+    logits are not finite, `CodecError` for what makes its own caches where there are more than two pieces, and what
+    `read_prefix` raises.
     """
     if protocol.kind != "prefix" and (own := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
         raise CodecError(f"{own[0]} is made of a whole prefix: it can be scored behind one, not chunk by chunk")
+    check_positions(loaded, max(map(len, sequences.ids)))
     for batch in batches_of(sequences, protocol, batch_size)[skip:]:
         yield _score_batch(loaded, torch.from_numpy(np.stack(batch)).to(loaded.device), codecs, protocol)
 

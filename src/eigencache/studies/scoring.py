@@ -8,7 +8,6 @@ from typing import Any
 from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
-from eigencache.evaluate.prefix import check_positions
 from eigencache.evaluate.summary import summarise
 from eigencache.models.load import LoadedModel, fingerprint
 from eigencache.quality import Protocol, Quality, SequenceLoss
@@ -46,7 +45,6 @@ def score_codecs(
     `calibration`: what the codecs were made from. Raises what `score_through_cache` raises, and `ModelError` for
     too few positions.
     """
-    check_positions(loaded, max(map(len, sequences.ids)))
     key = {
         "model": fingerprint(loaded.model),
         "text": sequences.corpus.model_dump(),
