@@ -187,7 +187,7 @@ def test_bits_at_equal_kl_are_read_off_every_seed() -> None:
     points = [*curve("eigen", 1, 0), *curve("eigen", 4, 1), *curve("other", 6, 0)]
     record = bench(points, [equal("eigen", 0.03, 0.5)])
     rows = {row[0]: row[1:] for row in divergences_table(record, 384).rows}
-    assert rows["eigen"][:4] == (">", f"{2 * 10**0.5:.3g}", f"{2 * (1 / 0.3) ** 0.5:.3g}", "2")  # 2: mean of 1 and 4
+    assert rows["eigen"][:4] == ("> 4", f"{2 * 10**0.5:.3g}", f"{2 * (1 / 0.3) ** 0.5:.3g}", "2")  # 2: mean of 1 and 4
     assert rows["other"][3] == "6" and rows["other"][7] == "2.7 x"
     assert list(rows) == ["eigen", "other"]
     (against,) = against_by_divergence_table([record], "eigen").rows

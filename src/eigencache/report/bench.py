@@ -53,8 +53,8 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
     )
 
 
-def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float | None]:
-    """Bits per value at a KL to the uncompressed model, a mean over seeds, and why there are none: `<` fewer do, `>` more.
+def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float]:
+    """Bits per value at a KL to the uncompressed model, a mean over seeds; `<` the method's fewest bits, `>` its most.
 
     KL cannot be bought below zero as ΔNLL can, by an error that happens to help; it needs fewer tokens to be known.
     """
@@ -64,26 +64,34 @@ def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -
         bits, losses = np.array([p.bits_per_value for p in own]), np.array([p.quality.kl for p in own])
         at = bits_at_loss(bits, losses, kl)
         if at is None:
-            return ("<" if losses[bits.argmin()] <= kl else ">"), None
+            return ("<", float(bits.min())) if losses[bits.argmin()] <= kl else (">", float(bits.max()))
         found.append(at)
-    return ("", float(np.exp(np.mean(np.log(found))))) if found else ("", None)
+    return "", float(np.exp(np.mean(np.log(found)))) if found else inf
 
 
 def divergences_table(record: BenchRecord, context: int) -> Table:
     """One row per method: bits per value at equal KL to the uncompressed model, fewest first."""
     columns = ("Method", *(f"Bits at KL {kl:g}" for kl in DIVERGENCES), *(f"Ratio at {kl:g}" for kl in DIVERGENCES))
-    methods = dict.fromkeys(p.method for p in record.points if p.context == context)
-    rows, keys = [], []
-    for method in methods:
-        at = [divergence_bits(record, method, context, kl) for kl in DIVERGENCES]
-        bits = [f"{b:.3g}" if b else sign or ABSENT for sign, b in at]
-        rows.append((method, *bits, *(f"{16 / b:.1f} x" if b else ABSENT for _, b in at)))
-        keys.append(tuple(b or (0.0 if sign == "<" else inf) for sign, b in (at[2], at[1], at[3], at[0])))
-    rows = [row for _, row in sorted(zip(keys, rows, strict=True))]
-    notes = ("KL(uncompressed ‖ compressed) in nats per token, over the same tokens; <: fewer bits do, >: its most do not.",)
-    return Table(
-        f"{record.model.name}, {context:,} tokens held: bits per value at equal KL", columns, tuple(rows), notes=notes
+    at = {
+        method: [divergence_bits(record, method, context, kl) for kl in DIVERGENCES]
+        for method in dict.fromkeys(p.method for p in record.points if p.context == context)
+    }
+    order = sorted(
+        at, key=lambda method: [inf if sign == ">" else bits for sign, bits in (at[method][i] for i in (2, 1, 3, 0))]
     )
+    rows = tuple(
+        (
+            method,
+            *(f"{sign} {bits:.3g}".strip() for sign, bits in at[method]),
+            *(ABSENT if sign else f"{16 / bits:.1f} x" for sign, bits in at[method]),
+        )
+        for method in order
+    )
+    notes = (
+        "KL(uncompressed ‖ compressed) in nats per token, over the same tokens. <: the method's fewest bits diverge less; "
+        ">: its most diverge more.",
+    )
+    return Table(f"{record.model.name}, {context:,} tokens held: bits per value at equal KL", columns, rows, notes=notes)
 
 
 def points_table(record: BenchRecord, context: int) -> Table:
@@ -136,8 +144,8 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
     for name in names:
         cells = []
         for place in places:
-            (_, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
-            cells.append(f"{other / own:.2f}" if own and other else ">" if own and sign == ">" else ABSENT)
+            (unknown, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
+            cells.append(ABSENT if unknown or sign == "<" else sign or f"{other / own:.2f}")
         rows.append((name, *cells))
     notes = (f"Bits of each method over those of {method} at the same KL; > where the method never gets there.",)
     return Table(f"Bits at equal KL, in units of {method}", columns, tuple(rows), notes=notes)
