@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from eigencache.codec.base import Codec
@@ -20,7 +19,7 @@ from eigencache.corpora.sequences import Sequences, pack
 from eigencache.corpora.text import read_text
 from eigencache.errors import BudgetError
 from eigencache.models.load import LoadedModel, load
-from eigencache.quality import Protocol
+from eigencache.quality import Protocol, Quality
 from eigencache.report.sweeps import interval_cell
 from eigencache.report.table import Table
 from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
@@ -39,6 +38,7 @@ class Case:
 
     part: str
     words: tuple[str, ...]
+    rate: float  # bits per value that were asked for
     codec: Codec
 
 
@@ -123,32 +123,41 @@ class Ablations:
         fit = fit_eigen(self.loaded, source.sequences, settings, source=source)
         for rate in self.rates:
             try:
-                yield Case(part, words, at_bits(fit, rate, context=LENGTH - SCORED).codec)
+                yield Case(part, words, rate, at_bits(fit, rate, context=LENGTH - SCORED).codec)
             except BudgetError:
                 continue
 
 
-def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[tuple[Case, float, object]]:
+def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict]:
     """Every case with its bits per value and its quality."""
     codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
     scores = score_codecs(loaded, text, codecs, Protocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus)
-    return [(case, 16 / scores.quality[f"{i}"].compression_ratio, scores.quality[f"{i}"]) for i, case in enumerate(cases)]
+    rows = []
+    for index, case in enumerate(cases):
+        quality = scores.quality[f"{index}"]
+        about = {"part": case.part, "words": case.words, "rate": case.rate, "bits": 16 / quality.compression_ratio}
+        rows.append(about | {"model": loaded.name, "text": text.corpus.name, "quality": quality.model_dump()})
+    return rows
 
 
-def table(model: str, part: str, rows: list, doc: str) -> Table:
-    """One part: words, bits, loss, KL; rows of one rate beside each other."""
-    columns = ("Row", "Bits per value", "ΔNLL (nats)", "KL (nats)", "Top-1")
-    cells = tuple(
-        (
-            ", ".join(case.words),
-            f"{bits:.3f}",
-            interval_cell(quality),
-            f"{quality.kl:.4f}",
-            f"{100 * quality.top1_agreement:.1f} %",
-        )
-        for case, bits, quality in rows
-    )
-    return Table(f"{model}: {doc.rstrip('.')}", columns, cells)
+def tables_of(figures: list[dict]) -> Iterator[Table]:
+    """A table per model, part and text: one row per case, a group of columns per rate."""
+    for model, part, text in dict.fromkeys((f["model"], f["part"], f["text"]) for f in figures):
+        own = [f for f in figures if (f["model"], f["part"], f["text"]) == (model, part, text)]
+        rates = sorted({f["rate"] for f in own})
+        columns = ["Row", *(f"{name} at {rate:g}" for rate in rates for name in ("Bits", "ΔNLL", "KL"))]
+        rows = []
+        for words in dict.fromkeys(tuple(f["words"]) for f in own):
+            cells = [", ".join(words)]
+            for rate in rates:
+                found = next((f for f in own if tuple(f["words"]) == words and f["rate"] == rate), None)
+                quality = Quality(**found["quality"]) if found else None
+                cells += (
+                    [f"{found['bits']:.3f}", interval_cell(quality), f"{quality.kl:.4f}"] if found and quality else ["—"] * 3
+                )
+            rows.append(tuple(cells))
+        said = (getattr(Ablations, part).__doc__ or part).rstrip(".")
+        yield Table(f"{model}: {said}; scored on {text}", tuple(columns), tuple(rows))
 
 
 def main() -> None:
@@ -162,33 +171,34 @@ def main() -> None:
     parser.add_argument("--other", help="a text of another domain, to fit on", default=None)
     parser.add_argument("--other-held-out", help="text of that domain to score, apart from the former", default=None)
     parser.add_argument("--tokens", type=int, default=24_576, help="scored sequences hold so many tokens")
-    parser.add_argument("--markdown", type=Path, help="append the tables here")
-    parser.add_argument("--output", type=Path, help="write all figures as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument("--output", type=Path, help="write all figures as JSON, part by part")
+    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such JSON, and measure nothing")
     arguments = parser.parse_args()
-    parts, rates = arguments.parts.split(","), tuple(map(float, arguments.rates.split(",")))
-    console, figures = Console(), []
-    torch.set_grad_enabled(False)
+    console = Console()
+
+    def show(figures: list[dict]) -> None:
+        for table in tables_of(figures):
+            print(table.markdown()) if arguments.markdown else console.print(table)
+
+    if arguments.read:
+        show([figure for path in arguments.read for figure in json.loads(path.read_text())])
+        return
+    rates, figures = tuple(map(float, arguments.rates.split(","))), []
     for name in arguments.models:
-        loaded = load(name)
-        ablations = Ablations(loaded, "stdlib", arguments.other, arguments.calibration_tokens, rates)
-        for part in parts:
-            with torch.enable_grad():
-                cases = list(ablations.cases([part]))
+        ablations = Ablations(load(name), "stdlib", arguments.other, arguments.calibration_tokens, rates)
+        for part in arguments.parts.split(","):
+            cases = list(ablations.cases([part]))
             others = [arguments.other_held_out] if part == "domain" and arguments.other_held_out else []
-            for text in [arguments.text, *others]:
-                rows = scored(loaded, cases, ablations.sequences(text, arguments.tokens))
-                said = (getattr(Ablations, part).__doc__ or part).rstrip(".")
-                found = table(loaded.name, part, rows, said + (f", scored on {Path(text).name}" if part == "domain" else ""))
-                console.print(found)
-                if arguments.markdown:
-                    with arguments.markdown.open("a") as file:
-                        file.write(found.markdown() + "\n")
-                figures += [
-                    {"model": name, "part": part, "text": text, "words": case.words, "bits": bits} | q.model_dump()
-                    for case, bits, q in rows
-                ]
-                if arguments.output:
-                    arguments.output.write_text(json.dumps(figures, indent=1))
+            found = [
+                row
+                for text in [arguments.text, *others]
+                for row in scored(ablations.loaded, cases, ablations.sequences(text, arguments.tokens))
+            ]
+            show(found)
+            figures += found
+            if arguments.output:
+                arguments.output.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
