@@ -170,5 +170,5 @@ def test_an_interrupted_run_leaves_no_file(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 2
-    assert rest.strip() == "eigencache: error: interrupted: nothing was written"
+    assert rest.strip() == "eigencache: error: interrupted: no result was written"
     assert not list(tmp_path.iterdir())

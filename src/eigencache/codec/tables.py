@@ -32,12 +32,16 @@ class Tables:
         return pack_slots(self.starts, self.halves)
 
     def variances(self) -> np.ndarray:
-        """Mean square of the integers of every coefficient [coefficients], as its table has them, escapes left out."""
+        """Mean square of the integers of every coefficient [coefficients], by its table, escapes left out.
+
+        The one slot that every entry has whatever its share is not counted: of rare entries it is most.
+        """
         found = []
         for shift, half, edges in zip(self.shifts, self.halves, self.starts, strict=True):
             values = np.arange(-half, half + 1, dtype=np.float64) * 2.0**shift
-            found.append((np.diff(edges[: 2 * half + 2]) / SLOTS) @ values**2)
-        return np.array(found)[self.table_of]
+            weights = np.diff(edges[: 2 * half + 2]) - 1
+            found.append(weights @ values**2 / max(1, weights.sum()))
+        return np.maximum(np.array(found), 1 / SLOTS)[self.table_of]
 
     def bits(self, symbols: np.ndarray) -> float:
         """Σ −log₂ of the shares that `symbols` [coefficients, tokens] have in these tables: what coding them costs."""

@@ -28,7 +28,7 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
                 f"layer {layer_idx} is a {type(layer).__name__}: keys and values of a dynamic cache are encoded"
             )
         if layer.is_initialized:
-            found[layer_idx] = (layer.keys, layer.values)
+            found[layer_idx] = (layer.keys.detach(), layer.values.detach())
     if not found:
         raise CodecError("the cache is empty: let the model read something first")
     return found
