@@ -5,7 +5,6 @@ is the ideal length of its static tables, no headers and no states counted, whic
 """
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -64,8 +63,7 @@ def fit_layer_prediction(source: Source, settings: EigenSettings, step: float) -
     layout, metrics = source.samples.layout, source.metric(settings.metric)
     mean = source.samples.vectors.mean(0)
     x, held = source.samples.vectors - mean, source.held.vectors - mean
-    edges = [0, *accumulate(part.width for part in layout.parts)]
-    spans = list(pairwise(edges))
+    spans = layout.spans
     scaled = scaled_metrics(metrics, settings.alpha)
     stages: list[Stage] = []
     before = held_before = None

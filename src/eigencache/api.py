@@ -24,6 +24,7 @@ from eigencache.studies.eigen_targets import CONTEXT
 from eigencache.studies.fit import FittedCodec, Goal, fit_codec
 from eigencache.studies.gather import Progress, silent
 from eigencache.studies.probe import ProbeSettings, default_length, probe_model
+from eigencache.studies.source import calibration_length
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,12 +177,14 @@ def fit(
 ) -> CacheCodec:
     """Fit the codec `eigen` to the cache of `model` on `text`; model, tokenizer and text as for `probe`.
 
+    `max_length`: tokens of a sequence, by default 512, or all positions that a model has learned.
+
     One of `bits` (per value of `context` tokens, everything counted), `ratio` (16 over them) and `max_nll` (nats per
     token that may be lost); without any, `max_nll` 0.01. Raises the errors of `eigencache.errors`.
     """
     loaded = _loaded(model, tokenizer)
     source = read_text(text) if isinstance(text, str) else _documents(text)
-    sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
+    sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
     fitted = fit_codec(
         loaded,
         sequences,

@@ -53,7 +53,7 @@ def planted() -> EigenFit:
     basis, eigenvalues = basis_of(x - mean, 0, WIDTH, (), ())
     transform = JointTransform(mean, (basis,))
     fitted, apart = (Coefficients(transform.encode(part - mean, 1.0), None) for part in (x, held))
-    return EigenFit(PLAIN, LAYOUT, transform, eigenvalues, None, 0, fitted, apart, None, torch.float32)  # type: ignore[arg-type]
+    return EigenFit(PLAIN, LAYOUT, transform, eigenvalues, None, None, 0, fitted, apart, None, torch.float32)  # type: ignore[arg-type]
 
 
 def cached(vectors: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -31,8 +31,8 @@ def run(
     models: Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Such as eigen,kvtc,int; default: all.")] = None,
     points: Annotated[
-        str, typer.Option("--points", help="Bits per value at which methods that take any are measured.")
-    ] = "0.03,0.06,0.12,0.25,0.5,1,2",
+        str | None, typer.Option("--points", help="Bits per value of methods that take any; default: 0.03 to 4.")
+    ] = None,
     lengths: Annotated[
         str, typer.Option("--lengths", help="Tokens of a sequence; the last of them are scored.")
     ] = "512,2048",
@@ -71,6 +71,8 @@ def run(
     from eigencache.report.bench_page import against_tables, file_name, tables_of, write_bench
     from eigencache.studies.bench import BenchSettings, bench_model
     from eigencache.studies.methods import chosen_methods
+    from eigencache.studies.source import calibration_length
+    from eigencache.studies.workbench import RATES
 
     wanted = () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
     for task in wanted:
@@ -80,7 +82,7 @@ def run(
         raise CorpusError(f"--lengths {short[0]}: the last {scored} tokens are scored, at least 8 more have to be held")
     settings = BenchSettings(
         methods=tuple(unique(chosen_methods(methods))),
-        rates=positive_numbers("--points", points),
+        rates=RATES if points is None else positive_numbers("--points", points),
         seeds=tuple(range(seeds)),
         scored=scored,
         tasks=wanted,
@@ -93,6 +95,7 @@ def run(
             model,
             text=calibration_text,
             tokens=calibration_tokens * min(seeds, 3),
+            length_of=calibration_length,
             device=device,
             dtype=dtype,
         )

@@ -60,6 +60,7 @@ def run(
     from eigencache.report.codecs import codec_table
     from eigencache.studies.eigen_fit import settings_of
     from eigencache.studies.fit import Goal, fit_codec
+    from eigencache.studies.source import calibration_length
 
     check_replaceable(output)
     goal = Goal.of(bits, ratio, max_nll)
@@ -73,7 +74,15 @@ def run(
         kept_bits=kept_bits,
         block=block,
     )
-    loaded, sequences = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
+    loaded, sequences = load_with_text(
+        model,
+        text=text,
+        tokens=tokens,
+        max_length=max_length,
+        length_of=calibration_length,
+        device=device,
+        dtype=dtype,
+    )
     with progress_bar(model) as on_progress:
         fitted = fit_codec(
             loaded,

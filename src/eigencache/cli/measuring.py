@@ -1,5 +1,7 @@
 """Load, read and probe with progress bars: what `probe`, `report` and the historic entry points do alike."""
 
+from collections.abc import Callable
+
 from eigencache.cli.progress import progress_bar
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.corpora.text import Text, read_text
@@ -14,14 +16,15 @@ def load_with_text(
     text: str,
     tokens: int,
     max_length: int | None = None,
+    length_of: Callable[[LoadedModel], int] = default_length,
     tokenizer: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> tuple[LoadedModel, Sequences]:
-    """A model and the sequences of a text in its tokens."""
+    """A model and the sequences of a text in its tokens, of `max_length` or of what `length_of` says of the model."""
     source = read_text(text)
     loaded = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
-    return loaded, _packed(loaded, source, tokens, max_length or default_length(loaded))
+    return loaded, _packed(loaded, source, tokens, max_length or length_of(loaded))
 
 
 def pack_with_progress(loaded: LoadedModel, text: str, tokens: int, max_length: int) -> Sequences:

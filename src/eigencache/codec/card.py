@@ -162,6 +162,13 @@ class CardText(Record):
     places: PositiveInt  # dimensions in which they are told apart
 
 
+class CardPositions(Record):
+    """Sizes of what positions add."""
+
+    count: Annotated[int, Field(ge=1, le=2**24)]
+    rank: PositiveInt
+
+
 class EigenCard(CodecCard):
     """Everything of a saved `EigenCodec` that is no tensor."""
 
@@ -177,3 +184,4 @@ class EigenCard(CodecCard):
     kept: CardKept
     block: BlockTokens
     text: CardText | None
+    positions: CardPositions | None = None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -22,7 +22,9 @@ from eigencache.codec.container import Container, ContainerHeader, Reader, write
 from eigencache.codec.deadzone import DeadZone
 from eigencache.codec.entropy import RansCoder
 from eigencache.codec.joint import JointTransform
+from eigencache.codec.kept import middle_of
 from eigencache.codec.layout import Layout, Slots, by_layer
+from eigencache.codec.positions import PositionMeans
 from eigencache.codec.raw import raw_bytes, raw_nbytes, raw_vectors
 from eigencache.codec.tables import Tables
 from eigencache.codec.text import TextPredictor
@@ -61,6 +63,7 @@ class EigenCodec:
     block: int
     dtype: torch.dtype
     text: TextPredictor | None = None
+    positions: PositionMeans | None = None
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class EigenCodec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once, as it is saved: transform, text predictor, quantiser and tables."""
+        """Bytes of what is held once, as it is saved: transform, what predicts, quantiser and tables."""
         return sum(t.nbytes for t in self._tensors()) + sum(a.nbytes for a in self._arrays())
 
     @cached_property
@@ -77,7 +80,7 @@ class EigenCodec:
         """Of all that decides what bytes mean: a container names the codec that wrote it by this."""
         columns = [(basis.start, basis.stop) for basis in self.transform.bases]
         said = (self.layout.parts, columns, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
-        digest = sha256(repr(said).encode())
+        digest = sha256(repr(said if self.positions is None else (*said, self.positions.places.shape)).encode())
         for layer_idx, (slot, rotation) in sorted(self.layout.rotations.items()):
             digest.update(repr((layer_idx, slot, rotation.scale, rotation.pairing)).encode())
             digest.update(rotation.frequencies.cpu().numpy().astype("<f8").tobytes())
@@ -94,6 +97,7 @@ class EigenCodec:
             transform=self.transform.to(device),
             quantiser=self.quantiser.to(device),
             text=self.text and self.text.to(device),
+            positions=self.positions and self.positions.to(device),
         )
         moved.__dict__["sha256"] = self.sha256
         return moved
@@ -105,22 +109,21 @@ class EigenCodec:
         """
         self.layout.require_all(cached)
         tokens = length_of(cached)
-        sinks = min(tokens, max(0, self.kept.sinks - start))
-        window = min(self.kept.window, tokens - sinks)
+        sinks, stop = middle_of(tokens, start, self.kept.sinks, self.kept.window)
         lacking = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
         x = self.layout.vectors(cached, start, self.transform.mean)
         if not x.isfinite().all():  # a head without coefficients would hide it
             raise CodecError("the cache holds NaN or infinite numbers")
+        x = x - self._from_position(start, tokens)
         lacking_coded = {i: count - sinks for i, count in lacking.items() if count > sinks}
-        symbols = self._symbols(self._completed(x[:, sinks : tokens - window], lacking_coded)).cpu().numpy()
+        symbols = self._symbols(self._completed(x[:, sinks:stop], lacking_coded)).cpu().numpy()
         header = ContainerHeader(
-            self.sha256, start, tokens, sinks, window, self.kept.bits, self.block, tuple(sorted(lacking.items()))
+            self.sha256, start, tokens, sinks, tokens - stop, self.kept.bits, self.block, tuple(sorted(lacking.items()))
         )
-
-        kept = [self._kept(cached, span, tokens) for span in (range(sinks), range(tokens - window, tokens))]
+        ends = [self._kept(cached, span, tokens) for span in (range(sinks), range(stop, tokens))]
 
         def row(index: int) -> bytes:
-            first, last = ([raw_bytes(x[index], self._heads, self.kept.bits)] if x.shape[1] else [] for x in kept)
+            first, last = ([raw_bytes(end[index], self._heads, self.kept.bits)] if end.shape[1] else [] for end in ends)
             blocks = range(0, symbols.shape[1], self.block)
             coded = _parallel(lambda at: self._coder.encode(symbols[index, at : at + self.block].T), blocks)
             return write(Container(**vars(header), sections=(*first, *coded, *last)))
@@ -148,12 +151,11 @@ class EigenCodec:
 
     def nbytes_of(self, tokens: int, coded_bits: float) -> float:
         """Bytes of `tokens` positions from 0 in one container, when a coded token costs `coded_bits` without states."""
-        sinks = min(tokens, self.kept.sinks)
-        window = min(self.kept.window, tokens - sinks)
-        header = ContainerHeader(bytes(32), 0, tokens, sinks, window, self.kept.bits, self.block, ())
-        raw = raw_nbytes(sinks + window, self._heads, self.kept.bits)
+        sinks, stop = middle_of(tokens, 0, self.kept.sinks, self.kept.window)
+        header = ContainerHeader(bytes(32), 0, tokens, sinks, tokens - stop, self.kept.bits, self.block, ())
+        raw = raw_nbytes(sinks + tokens - stop, self._heads, self.kept.bits)
         states = 4 * self.lanes * header.block_count
-        return header.header_nbytes + raw + states + (tokens - sinks - window) * coded_bits / 8
+        return header.header_nbytes + raw + states + (stop - sinks) * coded_bits / 8
 
     def _kept(self, cached: Cached, span: range, tokens: int) -> Tensor:
         """Vectors of a few tokens as the cache holds them; what a layer does not hold of them is zero."""
@@ -167,13 +169,16 @@ class EigenCodec:
         ends = {i: (end(keys), end(values)) for i, (keys, values) in cached.items()}
         return Layout(self.layout.parts, {}).vectors(ends, span.start, torch.zeros_like(self.transform.mean)).to(self.dtype)
 
-    def _analysed(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Ranks of the tokens [batch, seq], if any, what is expected of vectors x without coefficients, and y / step."""
-        expected, ranks = self.transform.mean, None
-        if self.text is not None:
-            ranks = self.text.find(x - self.transform.mean)
-            expected = expected + self.text.predict(ranks, self.block)
-        return ranks, expected, self.transform.encode(x - expected, self.step)
+    def _from_position(self, start: int, tokens: int) -> Tensor | float:
+        """What positions start, start + 1, … add to vectors: [tokens, width]."""
+        return 0.0 if self.positions is None else self.positions.at(torch.arange(start, start + tokens))
+
+    def _expected(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Digits of the tokens of vectors x, if they are coded, and what is expected of x without coefficients."""
+        if self.text is None:
+            return None, self.transform.mean
+        ranks = self.text.find(x - self.transform.mean)
+        return self.text.digits.split(ranks), self.transform.mean + self.text.predict(ranks, self.block)
 
     def _completed(self, x: Tensor, lacking: Mapping[int, int]) -> Tensor:
         """x with what layers lack of their first tokens replaced by what the other layers let expect of it.
@@ -183,14 +188,13 @@ class EigenCodec:
         """
         if not lacking:
             return x
-        expected = self._analysed(x)[1].expand_as(x)
-        edges = [0, *accumulate(part.width for part in self.layout.parts)]
+        expected = self._expected(x)[1].expand_as(x)
         spread = torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(x)
         prior = torch.diag(1 / (12 * spread))  # an integer's rounding over what the coefficient varies by
         rows = self.transform.decode(torch.eye(self.transform.coefficients, device=x.device), self.step)
         for first, stop in pairwise(sorted({0, *lacking.values()})):
             present = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
-            for columns, part in zip(pairwise(edges), self.layout.parts, strict=True):
+            for columns, part in zip(self.layout.spans, self.layout.parts, strict=True):
                 present[slice(*columns)] = lacking.get(part.layer_idx, 0) <= first
             gram = self.transform.encode(rows * present, self.step)
             known = (x[:, first:stop] - expected[:, first:stop]) * present
@@ -202,9 +206,9 @@ class EigenCodec:
 
     def _symbols(self, x: Tensor) -> Tensor:
         """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: digits of tokens, if any, and coefficients."""
-        ranks, _, y = self._analysed(x)
-        q = self.quantiser.quantise(y)
-        return q if self.text is None or ranks is None else torch.cat([self.text.digits.split(ranks), q], -1)
+        digits, expected = self._expected(x)
+        q = self.quantiser.quantise(self.transform.encode(x - expected, self.step))
+        return q if digits is None else torch.cat([digits, q], -1)
 
     def _vectors(self, symbols: Tensor) -> Tensor:
         """Vectors [batch, seq, width] of integers, of which the first is the first of a block."""
@@ -229,9 +233,9 @@ class EigenCodec:
         edges = (0, header.sinks, header.tokens - header.window, header.tokens)
         pieces = []
         for role, whole in zip((self._raw, self._decoded, self._raw), map(range, edges, edges[1:]), strict=True):
-            chosen = range(max(whole.start, span.start), min(whole.stop, span.stop))
-            if chosen:
-                pieces.append(role(readers, chosen))
+            shared = range(max(whole.start, span.start), min(whole.stop, span.stop))
+            if shared:
+                pieces.append(role(readers, shared))
         return {at: torch.cat([piece[at].to(self.dtype) for piece in pieces], 2) for at in pieces[0]}
 
     def _raw(self, readers: list[Reader], span: range) -> Slots:
@@ -251,7 +255,8 @@ class EigenCodec:
         symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(self.transform.mean.device)
         first = header.tokens_of(sections[0]).start
         x = self._vectors(symbols)[:, span.start - first : span.stop - first]
-        return self.layout.slots(x, header.start + span.start)
+        start = header.start + span.start
+        return self.layout.slots(x + self._from_position(start, len(span)), start)
 
     def _integers(self, data: list[memoryview], tokens: list[int]) -> list[Tensor]:
         """Blocks int32 [rows, tokens]: where they are to be used from Triton, in memory from the CPU."""
@@ -269,6 +274,7 @@ class EigenCodec:
         q = self.quantiser
         yield from (q.dead_zone, q.offset, q.first, q.rest)
         yield from self.text.tensors() if self.text else ()
+        yield from self.positions.tensors() if self.positions else ()
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         t = self.tables

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Codec, Encoded, Held, SixteenBit, length_of, owned
+from eigencache.codec.quantize import scale_reaching
 from eigencache.errors import CodecError
 
 _FP8_MAX = 448.0
+
+
+def middle_of(tokens: int, start: int, sinks: int, window: int) -> tuple[int, int]:
+    """From and up to which of `tokens` tokens nothing is kept apart, when the first stands at position `start`."""
+    first = min(tokens, max(0, sinks - start))
+    return first, max(first, tokens - window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +64,7 @@ class WithKept:
     def encode(self, cached: Cached, start: int) -> Pieces:
         """Each piece by what holds it. Raises what the codec raises."""
         tokens = length_of(cached)
-        first = min(tokens, max(0, self.sinks - start))
-        last = max(first, tokens - self.window)
+        first, last = middle_of(tokens, start, self.sinks, self.window)
         parts = []
         for role, a, b in (("sinks", 0, first), ("coded", first, last), ("window", last, tokens)):
             if b > a:
@@ -91,8 +97,7 @@ class Fp8:
         for layer_idx, both in cached.items():
             for slot, x in enumerate(both):
                 largest = x.abs().amax(-1, keepdim=True).float()
-                scale = (largest / _FP8_MAX).half()
-                scale = torch.where(scale.float() * _FP8_MAX < largest, torch.nextafter(scale, scale + torch.inf), scale)
+                scale = scale_reaching(largest, _FP8_MAX)
                 if not (scale.isfinite().all() and x.isfinite().all()):
                     raise CodecError(f"layer {layer_idx} holds numbers that do not fit into fp8 with float16 scales")
                 codes = x.float() / torch.where(scale > 0, scale, 1).float()

@@ -6,11 +6,12 @@ from the first one (THEORY 1).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached
+from eigencache.codec.base import Cached, length_of
 from eigencache.errors import CodecError
 from eigencache.spectral.rope import Angles, Rotation, rotate, unrotate
 
@@ -45,26 +46,29 @@ class Layout:
         """Numbers of a token's vector."""
         return sum(part.width for part in self.parts)
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """From and up to which column every part stands."""
+        return list(pairwise([0, *accumulate(part.width for part in self.parts)]))
+
     def vectors(self, cached: Cached, start: int, mean: Tensor | None = None) -> Tensor:
         """Vectors [batch, seq, width] in float32 of positions start, start + 1, …
 
         A layer that holds fewer tokens than the others (a sliding window) holds the last ones; the earlier are filled
         from `mean` [width]. Raises `CodecError` for a cache of other shapes, and for such a layer without `mean`.
         """
-        tokens = max(slots[0].shape[2] for slots in cached.values())
+        tokens = length_of(cached)
         slots = unrotated(cached, self.rotations, start, tokens)
         some = next(iter(slots.values()))
         vectors = torch.empty(len(some), tokens, self.width, device=some.device)
-        at = 0
-        for part in self.parts:
+        for part, (first, stop) in zip(self.parts, self.spans, strict=True):
             x = heads_of(slots, part)
-            columns, missing = vectors[..., at : at + part.width], tokens - x.shape[2]
+            columns, missing = vectors[..., first:stop], tokens - x.shape[2]
             if missing:
                 if mean is None:
                     raise CodecError(f"layer {part.layer_idx} holds {x.shape[2]} tokens, others {tokens}")
-                columns[:, :missing] = mean[at : at + part.width]
+                columns[:, :missing] = mean[first:stop]
             columns[:, missing:].unflatten(-1, (-1, part.dim)).copy_(x.transpose(1, 2))
-            at += part.width
         return vectors
 
     def slots(self, vectors: Tensor, start: int) -> Slots:

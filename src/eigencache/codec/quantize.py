@@ -58,8 +58,13 @@ def low_and_step(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     lowest, highest = x.amin(dim), x.amax(dim)
     low = lowest.half()
     low = torch.where(low.float() > lowest, below(low), low)
-    step = ((highest - low.float()) / (2**bits - 1)).half()
-    return low, torch.where(step.float() * (2**bits - 1) < highest - low.float(), above(step), step)
+    return low, scale_reaching(highest - low.float(), 2**bits - 1)
+
+
+def scale_reaching(largest: Tensor, levels: float) -> Tensor:
+    """`largest / levels` in float16, rounded so that `levels` of it reach every number of float32 `largest`."""
+    scale = (largest / levels).half()
+    return torch.where(scale.float() * levels < largest, above(scale), scale)
 
 
 def above(x: Tensor) -> Tensor:

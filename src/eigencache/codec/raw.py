@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import sixteen_bit, to_sixteen_bit
+from eigencache.codec.quantize import scale_reaching
 from eigencache.errors import CodecError
 
 _LARGEST = 127
@@ -25,8 +26,7 @@ def raw_bytes(x: Tensor, heads: list[int], bits: int) -> bytes:
     codes, scales = [], []
     for head in x.float().cpu().split(heads, -1):
         largest = head.abs().amax(-1)
-        scale = (largest / _LARGEST).half()
-        scale = torch.where(scale.float() * _LARGEST < largest, torch.nextafter(scale, scale + torch.inf), scale)
+        scale = scale_reaching(largest, _LARGEST)
         if not scale.isfinite().all():
             raise CodecError(f"kept tokens hold NaN or numbers up to {float(largest.max()):.3g}: keep them in 16 bits")
         divisor = torch.where(scale > 0, scale, 1).float()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, owned, to_sixteen_bit
+from eigencache.codec.quantize import scale_reaching
 from eigencache.errors import CodecError
 from eigencache.spectral.rope import Rotation, rotate
 
@@ -88,10 +89,7 @@ def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes from −127 to 127, and the scale [batch, heads, seq, 1] in float16, rounded so that nothing is clipped."""
     largest = x.abs().amax(-1, keepdim=True)
-    scale = (largest / _INT8_MAX).half()
-    scale = torch.where(
-        scale.float() * _INT8_MAX < largest, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
-    )
+    scale = scale_reaching(largest, _INT8_MAX)
     if not scale.isfinite().all():
         raise CodecError(f"keys up to {float(largest.max()):.3g} do not fit into float16 scales")
     divisor = torch.where(scale > 0, scale, 1).float()

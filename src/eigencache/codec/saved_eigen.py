@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigencache.codec.card import CardBasis, CardKept, CardText, EigenCard
+from eigencache.codec.card import CardBasis, CardKept, CardPositions, CardText, EigenCard
 from eigencache.codec.deadzone import DeadZone
 from eigencache.codec.eigen import EigenCodec, Kept
 from eigencache.codec.joint import Basis, JointTransform
 from eigencache.codec.layout import Layout
+from eigencache.codec.positions import PositionMeans
 from eigencache.codec.saved import (
     Fault,
     Kind,
@@ -29,12 +30,14 @@ from eigencache.codec.tables import MAX_HALF, Tables, fault_of
 from eigencache.codec.text import TextPredictor
 from eigencache.codec.token_digits import token_digits
 
-_QUANTISER, _TABLES, _TEXT = (tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor))
+_QUANTISER, _TABLES, _TEXT, _POSITIONS = (
+    tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor, PositionMeans)
+)
 _RANGES = {"dead_zone": (0.5, 1.2), "offset": (-0.2, 0.4), "first": (-1.0, 1.0), "rest": (-1.0, 1.0)}  # in steps
 
 
 def _entries_of(codec: EigenCodec) -> dict[str, Any]:
-    text = codec.text
+    text, positions = codec.text, codec.positions
     return {
         "codec_sha256": codec.sha256.hex(),
         "parts": card_parts(codec.layout.parts),
@@ -53,6 +56,7 @@ def _entries_of(codec: EigenCodec) -> dict[str, Any]:
             columns=len(text.finder),
             places=text.finder.shape[1],
         ),
+        "positions": positions and CardPositions(count=len(positions.places), rank=len(positions.rows)),
     }
 
 
@@ -65,6 +69,8 @@ def _tensors_of(codec: EigenCodec) -> dict[str, Tensor]:
     tensors |= {f"tables.{field}": torch.from_numpy(getattr(codec.tables, field)) for field in _TABLES}
     if codec.text is not None:
         tensors |= {f"text.{field}": getattr(codec.text, field) for field in _TEXT}
+    if codec.positions is not None:
+        tensors |= {f"positions.{field}": getattr(codec.positions, field) for field in _POSITIONS}
     return tensors | frequencies_of(codec.layout.rotations)
 
 
@@ -115,6 +121,9 @@ def _tensor_kinds(card: EigenCard) -> dict[str, TensorKind]:
         kinds["text.first"] = whole, (1,)
         kinds["text.finder"] = single, (text.columns, text.places)
         kinds["text.places"] = single, (text.features, text.places)
+    if card.positions:
+        kinds["positions.places"] = half, (card.positions.count, card.positions.rank)
+        kinds["positions.rows"] = half, (card.positions.rank, width)
     return kinds | frequency_kinds(card.rotations)
 
 
@@ -149,6 +158,7 @@ def _codec_from(card: EigenCard, tensors: Tensors) -> EigenCodec:
         block=card.block,
         dtype=getattr(torch, card.origin.dtype),
         text=TextPredictor(*(tensors[f"text.{field}"] for field in _TEXT)) if card.text else None,
+        positions=PositionMeans(*(tensors[f"positions.{field}"] for field in _POSITIONS)) if card.positions else None,
     )
 
 

@@ -152,7 +152,7 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
 
 
 def generation_tables(record: BenchRecord) -> list[Table]:
-    """Generation and retrieval of each method's cheapest point that loses at most 0.03 nats, where they were measured."""
+    """Generation and retrieval of each method's cheapest point within a KL of 0.03 nats, where they were measured."""
     tables = []
     if record.divergence:
         tables.append(divergence_table(record))

@@ -30,7 +30,7 @@ from eigencache.studies.scoring import score_codecs
 from eigencache.studies.workbench import RATES, Workbench
 
 LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
-COMPARABLE = 0.03  # nats: the cheapest point of a method within it is also looked at in generation and retrieval
+COMPARABLE = 0.03  # nats of KL: the cheapest point of a method within it is also looked at in generation and retrieval
 _GENERATED = 0  # in place of a context: the line of generation and retrieval
 
 
@@ -164,7 +164,7 @@ def _scored(
         ).model_dump()
         for m, p in flat
     ]
-    return {"seed": seed, "context": context, "nll": scores.uncompressed_nll, "tokens": scores.tokens, "points": points}
+    return {"seed": seed, "context": context, "nll": scores.uncompressed_nll, "points": points}
 
 
 def _generated(
@@ -176,12 +176,12 @@ def _generated(
     seed: int,
     on_progress: Progress,
 ) -> dict[str, Any]:
-    """The line of generation and retrieval, of each method's cheapest point that loses little."""
+    """The line of generation and retrieval, of each method's cheapest point that diverges little."""
     context = scored["context"]
     points = [BenchPoint(**point) for point in scored["points"]]
     cheapest = {}
     for method in codecs:
-        within = [p for p in points if p.method == method and p.quality.delta_nll <= COMPARABLE]
+        within = [p for p in points if p.method == method and p.quality.kl <= COMPARABLE]
         if within:
             best = min(within, key=lambda p: p.bits_per_value)
             cheapest[f"{method} {best.point}"] = codecs[method][best.point]

@@ -220,13 +220,13 @@ def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
     """Numbers of the widest vector that is transformed, which is the full rank of `fit`, from the architecture alone."""
     widths = []
     for kind in _KINDS[settings.target]:
-        sizes = [_size(layer, kind) for layer in geometry.layers if layer.cached]
+        sizes = [cached_size(layer, kind) for layer in geometry.layers if layer.cached]
         whole = [heads * dim for heads, dim in sizes]
         widths.append({"head": max(dim for _, dim in sizes), "layer": max(whole), "all": sum(whole)}[settings.scope])
     return max(widths)
 
 
-def _size(layer: Layer, kind: str) -> tuple[int, int]:
+def cached_size(layer: Layer, kind: str) -> tuple[int, int]:
     """Heads and numbers per head of what one layer caches."""
     if layer.mla:
         return 1, {"latent": layer.mla.kv_lora_rank, "key_rope": layer.mla.qk_rope_head_dim}[kind]

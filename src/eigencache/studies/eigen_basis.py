@@ -5,7 +5,7 @@ same leading basis, of as many directions as there are vectors.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -22,18 +22,18 @@ _ROWS = 8192  # vectors of a product at a time, in float32; sums are float64
 
 def spans_of(layout: Layout, scope: JointScope) -> list[tuple[int, int]]:
     """Columns that share a basis: each head, the heads of a layer, all layers of a kind, or all."""
-    edges = [0, *accumulate(part.width for part in layout.parts)]
+    spans = layout.spans
     if scope == "joint":
-        return [(0, edges[-1])]
+        return [(0, layout.width)]
     if scope == "kind":
         slots = groupby(range(len(layout.parts)), key=lambda i: layout.parts[i].slot)
         members = [list(group) for _, group in slots]
-        return [(edges[group[0]], edges[group[-1] + 1]) for group in members]
+        return [(spans[group[0]][0], spans[group[-1]][1]) for group in members]
     if scope == "layer":
-        return [(start, start + part.width) for start, part in zip(edges, layout.parts, strict=False)]
+        return spans
     return [
         (start + i, start + i + part.dim)
-        for start, part in zip(edges, layout.parts, strict=False)
+        for (start, _), part in zip(spans, layout.parts, strict=True)
         for i in range(0, part.width, part.dim)
     ]
 

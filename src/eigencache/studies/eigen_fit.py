@@ -14,6 +14,7 @@ from eigencache.codec.deadzone import DeadZone, fit_class
 from eigencache.codec.eigen import EigenCodec, Kept
 from eigencache.codec.joint import JointTransform
 from eigencache.codec.layout import Layout
+from eigencache.codec.positions import PositionMeans
 from eigencache.codec.tables import fit_tables
 from eigencache.codec.text import TextPredictor
 from eigencache.corpora.sequences import Sequences
@@ -23,6 +24,7 @@ from eigencache.spectral.metric import block_product
 from eigencache.studies.calibrate import MetricName
 from eigencache.studies.eigen_basis import JointScope, basis_of, scaled_metrics, spans_of
 from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.position_means import fit_positions
 from eigencache.studies.samples import Samples
 from eigencache.studies.source import Source
 from eigencache.studies.text_prediction import fit_text, vocabulary
@@ -85,6 +87,7 @@ class EigenFit:
     transform: JointTransform
     eigenvalues: Tensor  # of all coefficients, in the metric [r]
     text: TextPredictor | None
+    positions: PositionMeans | None
     sinks: int
     fitted: Coefficients
     held: Coefficients
@@ -124,6 +127,7 @@ class EigenFit:
             block=self.settings.block,
             dtype=self.dtype,
             text=self.text,
+            positions=self.positions,
         )
         held = _every(self.held, FITTED)
         found = quantiser.quantise(held.y[:, kept] / step)
@@ -158,10 +162,14 @@ def fit_eigen(
     samples, held = source.samples, source.held
     on_progress("decomposing", 0, 1)
     full, roots, inverses = scaled_metrics(source.metric(settings.metric), settings.alpha)
-    mean = samples.vectors.mean(0, dtype=torch.float64).float()
+    mean, positions = samples.mean, None
+    if not samples.layout.rotations:
+        positions = fit_positions(samples.less_mean(mean), roots, inverses)
+        samples, held = samples.less_positions(positions), held.less_positions(positions)
+        mean = samples.mean
     sinks = outstanding(samples.less_mean(mean), roots) if settings.sinks is None else settings.sinks
     samples, held = samples.without_first(sinks), held.without_first(sinks)
-    mean = samples.vectors.mean(0, dtype=torch.float64).float()
+    mean = samples.mean
     samples, held = samples.less_mean(mean), held.less_mean(mean)
     text, ranks = None, (None, None)
     if settings.text:
@@ -181,6 +189,7 @@ def fit_eigen(
         transform=transform,
         eigenvalues=torch.cat([values for _, values in found]),
         text=text,
+        positions=positions,
         sinks=sinks,
         fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
         held=Coefficients(transform.encode(held.vectors, 1.0), ranks[1]),

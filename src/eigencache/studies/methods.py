@@ -6,17 +6,18 @@ makes one per operating point. Everything else, the bench, its tables and its te
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from eigencache.codec.base import Compressor
 from eigencache.codec.baselines.integers import Integers
 from eigencache.codec.baselines.kivi import kivi
-from eigencache.codec.baselines.kvtc_fit import FittedKVTC, fit_kvtc
+from eigencache.codec.baselines.kvtc_fit import fit_kvtc
 from eigencache.codec.baselines.oscar import fit_oscar
 from eigencache.codec.baselines.turboquant import turboquant
 from eigencache.codec.baselines.xquant import xquant
+from eigencache.codec.kept import WithKept
 from eigencache.errors import BudgetError, CodecError
 from eigencache.models import eviction, quantized_cache
 from eigencache.models.load import LoadedModel
@@ -76,40 +77,22 @@ def _kivi(residual: int) -> Callable[[Workbench], Codecs]:
 
 
 def _turboquant(layers: int) -> Callable[[Workbench], Codecs]:
-    def codecs(bench: Workbench) -> Codecs:
-        made = {bits: turboquant(bench.widths, bits, _dtype(bench), boundary_layers=layers) for bits in (4, 3, 2)}  # type: ignore[arg-type]
-        return {f"{bits}": codec for bits, codec in made.items()}
-
-    return codecs
+    made = lambda bench, bits: turboquant(bench.widths, bits, _dtype(bench), boundary_layers=layers)  # noqa: E731
+    return lambda bench: {f"{bits}": made(bench, bits) for bits in (4, 3, 2)}
 
 
-def _kvtc_fit(bench: Workbench) -> FittedKVTC:
-    return bench.once("kvtc", lambda: fit_kvtc(bench.by_slot, _dtype(bench)))
+def _kvtc(**kept: int) -> Callable[[Workbench], Codecs]:
+    fitted = lambda bench: bench.once("kvtc", lambda: fit_kvtc(bench.by_slot, _dtype(bench)))  # noqa: E731
+    return lambda bench: {f"{bits:g}": fitted(bench).at(bits, **kept) for bits in bench.rates}
 
 
-def _kvtc(bench: Workbench) -> Codecs:
-    return {f"{bits:g}": _kvtc_fit(bench).at(bits) for bits in bench.rates}
-
-
-def _kvtc_alone(bench: Workbench) -> Codecs:
-    return {f"{bits:g}": _kvtc_fit(bench).at(bits, sinks=0, window=0) for bits in bench.rates}
+def _oscar_fit(bench: Workbench, bits: int) -> WithKept:
+    fit = lambda: fit_oscar(*bench.moments, _dtype(bench), bits=bits, sample=bench.cached)  # type: ignore[arg-type]  # noqa: E731
+    return bench.once(f"oscar {bits}", fit)
 
 
 def _oscar(sinks: int, window: int) -> Callable[[Workbench], Codecs]:
-    def codecs(bench: Workbench) -> Codecs:
-        return {
-            f"{bits}": fit_oscar(
-                *bench.moments,
-                _dtype(bench),
-                bits=bits,
-                sample=bench.cached,
-                sinks=sinks,
-                window=window,  # type: ignore[arg-type]
-            )
-            for bits in (4, 3, 2)
-        }
-
-    return codecs
+    return lambda bench: {f"{b}": replace(_oscar_fit(bench, b), sinks=sinks, window=window) for b in (4, 3, 2)}
 
 
 def _xquant(bench: Workbench) -> Codecs:
@@ -150,8 +133,8 @@ def _latent(loaded: LoadedModel) -> str | None:
 METHODS: dict[str, Method] = {
     "eigen": Method("this project: joint basis, Fisher metric, text predicted", _eigen(EigenSettings())),
     "eigen-no-text": Method("the same without prediction from the text", _eigen(EigenSettings(text=False))),
-    "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc),
-    "kvtc-no-window": Method("KVTC without sinks and window", _kvtc_alone),
+    "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc()),
+    "kvtc-no-window": Method("KVTC without sinks and window", _kvtc(sinks=0, window=0)),
     "pca_head": Method("PCA per head, 16-bit coefficients, keys before rotation", _pca_head("pre")),
     "int": Method("integers of 8, 4, 3, 2 bits per token and head", _integers, fitted=False),
     "kivi": Method("KIVI, last 128 tokens in 16 bits", _kivi(128), fitted=False),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.layout import Layout, Part
+from eigencache.codec.positions import PositionMeans
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import NonFiniteError, StatisticsError
 from eigencache.models.capture import tapped_cache
@@ -31,6 +32,11 @@ class Samples:
         """Of every token in its sequence [n]."""
         return torch.cat([torch.arange(length) for length in self.lengths])
 
+    @property
+    def mean(self) -> Tensor:
+        """[width] float32."""
+        return self.vectors.mean(0, dtype=torch.float64).float()
+
     def without_first(self, count: int) -> "Samples":
         """The same without the first `count` tokens of every sequence. Raises `StatisticsError` where none has more."""
         if not count:
@@ -44,6 +50,15 @@ class Samples:
     def less_mean(self, mean: Tensor) -> "Samples":
         """The same about `mean` [width]."""
         return replace(self, vectors=self.vectors - mean)
+
+    def less_positions(self, means: PositionMeans | None) -> "Samples":
+        """The same without what positions add. They are those of whole sequences: nothing is left out of these yet."""
+        if means is None:
+            return self
+        vectors = self.vectors.clone()
+        for part in vectors.split(list(self.lengths)):
+            part.sub_(means.at(torch.arange(len(part))))
+        return replace(self, vectors=vectors)
 
 
 @torch.no_grad()

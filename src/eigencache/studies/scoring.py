@@ -20,13 +20,12 @@ from eigencache.studies.resume import Partial
 class Scores:
     """What every codec costs, by name, and the loss of the uncompressed cache in nats per token.
 
-    `excess`: nats above the uncompressed cache, sequence by sequence, of the same `tokens` scored.
+    `excess`: nats above the uncompressed cache, sequence by sequence.
     """
 
     uncompressed_nll: float
     quality: dict[str, Quality]
     excess: dict[str, list[float]]
-    tokens: list[int]
 
 
 def score_codecs(
@@ -88,5 +87,4 @@ def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Compressor
         for name, codec in codecs.items()
     }
     excess = {name: [a.nll - b.nll for a, b in zip(losses_of(name), plain, strict=True)] for name in codecs}
-    tokens = [loss.tokens for loss in plain]
-    return Scores(sum(loss.nll for loss in plain) / sum(tokens), quality, excess, tokens)
+    return Scores(sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain), quality, excess)

@@ -14,10 +14,17 @@ from eigencache.studies.attention_metric import attention_metrics
 from eigencache.studies.calibrate import MetricName, spread_out
 from eigencache.studies.fisher import Metrics, fisher_metrics
 from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.probe import default_length
 from eigencache.studies.samples import Samples, sample_vectors, tensor_names
 
 APART = 8  # the last of so many parts of the text is kept apart
 METRIC_TOKENS = 32_768
+
+
+def calibration_length(loaded: LoadedModel) -> int:
+    """Tokens of a sequence to fit on: 512, or every position that a model has learned; it stores them with the rest."""
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    return positions if positions and loaded.geometry.rope is None else default_length(loaded)
 
 
 @dataclass(eq=False)

@@ -5,7 +5,6 @@ does to them. The prediction is cut to the rank that matters in the metric.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -101,7 +100,5 @@ def _finder(samples: Samples, here: Tensor, gram: Tensor, layer_idx: int | None)
 def _columns_of(layout: Layout, layer_idx: int | None) -> tuple[int, int]:
     """Columns of what a layer, or the first one, caches in its wider slot."""
     layer_idx = min(part.layer_idx for part in layout.parts) if layer_idx is None else layer_idx
-    edges = [0, *accumulate(part.width for part in layout.parts)]
-    places = [(part.width, part.slot, edges[i]) for i, part in enumerate(layout.parts) if part.layer_idx == layer_idx]
-    width, _, start = max(places)
-    return start, start + width
+    parts = zip(layout.parts, layout.spans, strict=True)
+    return max((part.width, part.slot, span) for part, span in parts if part.layer_idx == layer_idx)[2]

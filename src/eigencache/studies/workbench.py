@@ -14,12 +14,12 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.models.load import LoadedModel
 from eigencache.studies.attended import Moments, attended_moments
-from eigencache.studies.calibrate import spread_out
+from eigencache.studies.calibrate import cached_size, spread_out
 from eigencache.studies.eigen_fit import EigenFit, EigenSettings, fit_eigen
 from eigencache.studies.gather import MEMORY, Progress, silent
 from eigencache.studies.source import Source
 
-RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0)
+RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
 MOMENT_TOKENS = 16_384
 _T = TypeVar("_T")
 
@@ -59,20 +59,22 @@ class Workbench:
         """Vectors of keys (before rotation) and of values, or of latents and rotary keys, apart: layout, [n, width]."""
         samples = self.source.samples
         vectors = torch.cat([samples.vectors, self.source.held.vectors])  # they keep nothing apart
-        found, at = [], 0
+        found = []
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
             rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
-            width = sum(part.width for part in parts)
-            found.append((Layout(parts, rotations), vectors[:, at : at + width]))
-            at += width
+            spans = [
+                span for part, span in zip(samples.layout.parts, samples.layout.spans, strict=True) if part.slot == slot
+            ]
+            found.append((Layout(parts, rotations), vectors[:, spans[0][0] : spans[-1][1]]))
         return found
 
     @cached_property
     def widths(self) -> dict[int, tuple[int, int]]:
         """Layer → width of a head in both slots."""
-        sizes = {(part.layer_idx, part.slot): part.dim for part in self.source.samples.layout.parts}
-        return {i: (sizes[i, 0], sizes[i, 1]) for i, slot in sizes if slot == 0}
+        kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
+        layers = [layer for layer in self.loaded.geometry.layers if layer.cached]
+        return {layer.layer_idx: tuple(cached_size(layer, kind)[1] for kind in kinds) for layer in layers}  # type: ignore[misc]
 
     @cached_property
     def moments(self) -> tuple[Moments, Moments]:

@@ -7,7 +7,7 @@ step. fp8 (e4m3): shift is the middle of the range, and half the range is 448 sc
 import torch
 from torch import Tensor
 
-from eigencache.codec.quantize import above, low_and_step
+from eigencache.codec.quantize import low_and_step, scale_reaching
 from eigencache.errors import CodecError
 
 BITS = {"int2": 2, "int4": 4, "fp8": 8}
@@ -26,8 +26,7 @@ def shift_and_scale(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         lowest, highest = x.amin(-1), x.amax(-1)
         shift = ((lowest + highest) / 2).half()
         largest = torch.maximum(highest - shift.float(), shift.float() - lowest)
-        scale = (largest / _FP8_MAX).half()
-        scale = torch.where(scale.float() * _FP8_MAX < largest, above(scale), scale)
+        scale = scale_reaching(largest, _FP8_MAX)
     else:
         shift, scale = low_and_step(x, BITS[kind], -1)
     if not (shift.isfinite().all() and scale.isfinite().all()):
