@@ -8,9 +8,9 @@ r.layer(3).values.effective_rank
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eigencache.api import CacheCodec, Probe, fit, probe
+    from eigencache.api import CacheCodec, CompressedCache, Probe, compressed, fit, probe
 
-__all__ = ["CacheCodec", "Probe", "fit", "probe"]
+__all__ = ["CacheCodec", "CompressedCache", "Probe", "compressed", "fit", "probe"]
 
 
 def __getattr__(name: str) -> Any:

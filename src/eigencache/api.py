@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING, Any
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.container import Reader
 from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.folder import load_codec, save_codec
+from eigencache.codec.folder import LIVE, load_codec, save_codec
+from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Document, Text, read_text
 from eigencache.errors import CodecError, LayerError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.belonging import check_belongs
+from eigencache.models.compressed import CompressedCache, compressed
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
 from eigencache.models.stored import cache_holding, cached_of, first_position
 from eigencache.records import ProbeRecord, Spectrum
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.eigen_targets import CONTEXT
-from eigencache.studies.fit import FittedCodec, Goal, fit_codec
+from eigencache.studies.fit import FittedCodec, Goal, LiveGoal, fit_codec
 from eigencache.studies.gather import Progress, silent
 from eigencache.studies.probe import ProbeSettings, default_length, probe_model
 from eigencache.studies.source import calibration_length
+
+__all__ = ["CacheCodec", "CompressedCache", "Probe", "compressed", "fit", "probe"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,6 +177,7 @@ def fit(
     max_length: int | None = None,
     context: int = CONTEXT,
     settings: EigenSettings | None = None,
+    live: bool | LiveGoal = False,
     on_progress: Progress = silent,
 ) -> CacheCodec:
     """Fit the codec `eigen` to the cache of `model` on `text`; model, tokenizer and text as for `probe`.
@@ -180,7 +185,8 @@ def fit(
     `max_length`: tokens of a sequence, by default 512, or all positions that a model has learned.
 
     One of `bits` (per value of `context` tokens, everything counted), `ratio` (16 over them) and `max_nll` (nats per
-    token that may be lost); without any, `max_nll` 0.01. Raises the errors of `eigencache.errors`.
+    token that may be lost); without any, `max_nll` 0.01. `live`: fit the codec of a live cache as well, for the same
+    loss or as the goal says. Raises the errors of `eigencache.errors`.
     """
     loaded = _loaded(model, tokenizer)
     source = read_text(text) if isinstance(text, str) else _documents(text)
@@ -191,9 +197,10 @@ def fit(
         settings or EigenSettings(),
         Goal.of(bits, ratio, max_nll),
         context=context,
+        live=live if isinstance(live, LiveGoal) else LiveGoal(max_nll=max_nll) if live else None,
         on_progress=on_progress,
     )
-    return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted)
+    return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, fitted.live and fitted.live.codec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +210,7 @@ class CacheCodec:
     loaded: LoadedModel
     codec: EigenCodec
     fitted: FittedCodec | None = None  # None: it was loaded
+    live: LiveCodec | None = None  # for `CompressedCache`
 
     def encode(self, cache: Any) -> bytes:
         """The container of what a model gave as `past_key_values`, batch 1, from position 0 on.
@@ -231,6 +239,8 @@ class CacheCodec:
         if self.fitted is None:
             raise CodecError("this codec was loaded from a folder: copy that")
         save_codec(folder, self.fitted.codec, *self.fitted.fitting)
+        if self.live is not None and self.fitted.live_fitting is not None:
+            save_codec(Path(folder) / LIVE, self.live, *self.fitted.live_fitting)
 
     @classmethod
     def load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any = None) -> CacheCodec:
@@ -239,4 +249,5 @@ class CacheCodec:
         check_belongs(saved, loaded)
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
-        return cls(loaded, saved.codec.to(loaded.device))
+        live = load_codec(Path(folder) / LIVE).codec if (Path(folder) / LIVE).exists() else None
+        return cls(loaded, saved.codec.to(loaded.device), live=live)  # type: ignore[arg-type]

@@ -7,7 +7,21 @@ from typing import Any
 
 import typer
 
-from eigencache.cli import adapter, bench, compare, evaluate, fit, fold, mla, probe, recommend, report, score, sweep
+from eigencache.cli import (
+    adapter,
+    bench,
+    compare,
+    evaluate,
+    fit,
+    fold,
+    generate,
+    mla,
+    probe,
+    recommend,
+    report,
+    score,
+    sweep,
+)
 from eigencache.errors import EigencacheError
 
 
@@ -40,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (report, probe, compare, sweep, recommend, fit, evaluate, bench, fold, mla, adapter, score):
+for command in (report, probe, compare, sweep, recommend, fit, generate, evaluate, bench, fold, mla, adapter, score):
     app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(guarded(command.run))
 
 

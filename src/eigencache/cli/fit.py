@@ -14,6 +14,7 @@ EXAMPLES = """
   eigencache fit ref-qwen2 --bits 0.25 -o qwen-codec\n
   eigencache fit ref-deepseek --ratio 16 --no-text-prediction -o mla-codec\n
   eigencache fit meta-llama/Llama-3.2-1B --text wikitext2 --max-nll 0.005 --dtype bfloat16 -o llama-3-codec\n
+  eigencache fit ref-llama --live -o llama-codec\n
   eigencache evaluate ref-llama --codec llama-codec
 """
 
@@ -42,6 +43,13 @@ def run(
     window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens kept.")] = 0,
     kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits of a number of kept tokens: 8 or 16.")] = 8,
     block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Tokens that decode together.")] = 128,
+    live: Annotated[
+        bool, typer.Option("--live", help="Also fit the codec of a live cache (`eigencache generate`).")
+    ] = False,
+    live_bits: Annotated[
+        float | None, typer.Option("--live-bits", help="Its bits per packed value; default: the fewest within --max-nll.")
+    ] = None,
+    safe: Annotated[bool, typer.Option("--safe", help="A live cache of 8-bit keys and 4-bit values.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
@@ -56,14 +64,25 @@ def run(
 
     from eigencache.cli.measuring import load_with_text
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.folder import check_replaceable, save_codec
-    from eigencache.report.codecs import codec_table
+    from eigencache.codec.folder import LIVE, check_replaceable, save_codec
+    from eigencache.errors import BudgetError
+    from eigencache.report.codecs import codec_table, live_table
     from eigencache.studies.eigen_fit import settings_of
-    from eigencache.studies.fit import Goal, fit_codec
+    from eigencache.studies.fit import Goal, LiveGoal, fit_codec
+    from eigencache.studies.live_fit import LiveSettings
     from eigencache.studies.source import calibration_length
 
     check_replaceable(output)
     goal = Goal.of(bits, ratio, max_nll)
+    if (live_bits is not None or safe) and not live:
+        raise BudgetError(f"{'--safe' if safe else '--live-bits'}: is for a live cache: add --live")
+    if live_bits is not None and safe:
+        raise BudgetError("--live-bits and --safe: give one of the two")
+    wanted = None
+    if live:
+        wanted = LiveGoal(
+            live_bits, None if safe or live_bits is not None else goal.max_nll, safe, LiveSettings(sinks=sinks)
+        )
     settings = settings_of(
         scope=scope,
         metric=metric.value,
@@ -92,10 +111,15 @@ def run(
             context=context,
             batch_size=batch_size,
             seed=seed,
+            live=wanted,
             on_progress=on_progress,
         )
     save_codec(output, fitted.codec, *fitted.fitting)
+    if fitted.live and fitted.live_fitting:
+        save_codec(output / LIVE, fitted.live.codec, *fitted.live_fitting)
     console = Console()
     warnings = sequences.corpus.warnings
     console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token, warnings))
+    if fitted.live:
+        console.print(live_table(loaded.name, *fitted.live, loaded.geometry.values_per_token))
     console.print(f"written: {output}", markup=False, highlight=False)

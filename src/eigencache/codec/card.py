@@ -17,6 +17,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count32 = Annotated[int, Field(ge=0, le=MAX_U32)]
 BlockTokens = Annotated[int, Field(ge=1, le=MAX_U16)]
 KeptBits = Literal[16, 8]
+Eights = Annotated[int, Field(ge=0, le=2**20, multiple_of=8)]
 
 
 class CodecOrigin(Record):
@@ -60,7 +61,7 @@ class CardHead(StoredRecord):
     model_config = ConfigDict(extra="ignore")
 
     schema_version: Schema = "eigencache.codec/1"
-    kind: Literal["pca", "eigen"]
+    kind: Literal["pca", "eigen", "live"]
 
 
 class CodecCard(StoredRecord):
@@ -185,3 +186,41 @@ class EigenCard(CodecCard):
     block: BlockTokens
     text: CardText | None
     positions: CardPositions | None = None
+
+
+class LiveCardSettings(Record):
+    """What was chosen at fitting. `sinks` None: as many first positions as stood out."""
+
+    alpha: NonNegative  # power of the metric
+    shared: PositiveInt  # numbers of heads that share a basis, at most
+    sinks: Count32 | None
+    window: Count32
+
+
+class CardBundle(Record):
+    """How many coefficients of some heads take 8, 4 and 2 bits."""
+
+    eight: Eights
+    four: Eights
+    two: Eights
+
+
+class CardHeads(Record):
+    """One slot of one layer."""
+
+    layer_idx: NonNegativeInt
+    slot: Literal[0, 1]
+    heads: PositiveInt
+    dim: PositiveInt
+    bundles: Annotated[list[CardBundle], Field(min_length=1)]
+
+
+class LiveCard(CodecCard):
+    """Everything of a saved `LiveCodec` that is no tensor."""
+
+    kind: Literal["live"] = "live"  # type: ignore[assignment]
+    settings: LiveCardSettings
+    expected: Expected
+    sinks: Count32
+    window: Count32
+    slots: Annotated[list[CardHeads], Field(min_length=1)]

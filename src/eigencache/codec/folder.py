@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eigencache.codec import saved_eigen, saved_pca
+from eigencache.codec import saved_eigen, saved_live, saved_pca
 from eigencache.codec.card import (
     CardHead,
     CodecCard,
@@ -25,20 +25,23 @@ from eigencache.codec.card import (
     EigenCard,
     EigenCardSettings,
     Expected,
+    LiveCard,
+    LiveCardSettings,
     PCACard,
     PCACardSettings,
 )
 from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.live import LiveCodec
 from eigencache.codec.pca import PCACodec
 from eigencache.codec.saved import Fault, Kind, Tensors, tensor_fault
 from eigencache.errors import CodecError, OutputError, RecordError
 
-CARD, TENSORS = "card.json", "codec.safetensors"
-KINDS: dict[str, Kind] = {"pca": saved_pca.KIND, "eigen": saved_eigen.KIND}  # by what a card says
+CARD, TENSORS, LIVE = "card.json", "codec.safetensors", "live"  # the last is a folder like this one
+KINDS: dict[str, Kind] = {"pca": saved_pca.KIND, "eigen": saved_eigen.KIND, "live": saved_live.KIND}  # by what a card says
 WINDOWS = "calibration.windows"
-FittedCodec = PCACodec | EigenCodec
-Settings = PCACardSettings | EigenCardSettings
-Card = PCACard | EigenCard
+FittedCodec = PCACodec | EigenCodec | LiveCodec
+Settings = PCACardSettings | EigenCardSettings | LiveCardSettings
+Card = PCACard | EigenCard | LiveCard
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +111,14 @@ def load_codec(folder: str | Path) -> SavedCodec:
     return SavedCodec(folder, codec, card, tensors[WINDOWS].numpy().view(np.uint64))  # type: ignore[arg-type]
 
 
+def load_live(folder: str | Path) -> SavedCodec:
+    """The codec of the live cache that `eigencache fit --live` put beside the stored one. Raises as `load_codec` does."""
+    folder = Path(folder)
+    if (folder / CARD).exists() and not (folder / LIVE).is_dir():
+        raise CodecError(f"{folder}: has no codec for a live cache: fit it again with `eigencache fit --live`")
+    return load_codec(folder / LIVE)
+
+
 def check_replaceable(folder: Path) -> None:
     """Raises `OutputError` for a file, and for a folder that holds anything but a codec."""
     if not folder.exists():
@@ -118,7 +129,7 @@ def check_replaceable(folder: Path) -> None:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read ({error.strerror}): name another folder") from error
-    if names and (names != {CARD, TENSORS} or not _is_card(folder / CARD)):
+    if names and (names - {LIVE} != {CARD, TENSORS} or not _is_card(folder / CARD)):
         raise OutputError(f"{folder}: holds other things than a codec and is left alone: name another folder")
 
 

@@ -3,6 +3,7 @@
 import math
 
 from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.live import LiveCodec
 from eigencache.codec.pca import PCACodec
 from eigencache.errors import CodecError
 from eigencache.quality import LedgerRow
@@ -11,7 +12,7 @@ CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
 
 
 def ledger(
-    codec: PCACodec | EigenCodec,
+    codec: PCACodec | EigenCodec | LiveCodec,
     values_per_token: int,
     contexts: tuple[int, ...] = CONTEXTS,
     *,
@@ -45,7 +46,11 @@ def paid_back_at(codec: PCACodec, values_per_token: int) -> int | None:
     return int(-(-codec.nbytes // saved))
 
 
-def _payload_nbytes(codec: PCACodec | EigenCodec, tokens: int, values_per_token: int, coded_bits: float | None) -> int:
+def _payload_nbytes(
+    codec: PCACodec | EigenCodec | LiveCodec, tokens: int, values_per_token: int, coded_bits: float | None
+) -> int:
+    if isinstance(codec, LiveCodec):
+        return codec.nbytes_of(tokens)
     if isinstance(codec, PCACodec):
         return codec.payload_nbytes(tokens, values_per_token - sum(group.transform.width for group in codec.groups))
     if coded_bits is None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from eigencache.codec.card import Expected
 from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.ledger import CONTEXTS, ledger
+from eigencache.codec.live import LiveCodec
+from eigencache.kernels.reference import BLOCK
 from eigencache.report.table import Table
 
 
@@ -12,6 +14,33 @@ def codec_table(
     model: str, codec: EigenCodec, expected: Expected, values_per_token: int, warnings: Sequence[str] = ()
 ) -> Table:
     """Bytes of one sequence as the context grows; size and loss in the notes, with the tokens behind them."""
+    notes = (
+        _loss(expected),
+        f"{codec.transform.coefficients:,} of {values_per_token:,} coefficients are coded, {codec.kept.sinks} sinks and a "
+        f"window of {codec.kept.window} kept in {codec.kept.bits} bits; {codec.nbytes:,} bytes are held once for all "
+        "sequences.",
+    )
+    return _table(model, codec, values_per_token, notes, warnings, expected.coded_bits)
+
+
+def live_table(model: str, codec: LiveCodec, expected: Expected, values_per_token: int) -> Table:
+    """The same of the codec of a live cache."""
+    notes = (
+        _loss(expected),
+        f"{codec.bits_per_value:.3f} bits per packed value; {codec.sinks} sinks and up to {codec.window + BLOCK - 1} last "
+        f"tokens in 16 bits; {codec.nbytes:,} bytes are held once for all sequences.",
+    )
+    return _table(model, codec, values_per_token, notes)
+
+
+def _table(
+    model: str,
+    codec: EigenCodec | LiveCodec,
+    values_per_token: int,
+    notes: tuple[str, ...],
+    warnings: Sequence[str] = (),
+    coded_bits: float | None = None,
+) -> Table:
     rows = tuple(
         (
             f"{row.context:,}",
@@ -21,16 +50,16 @@ def codec_table(
             f"{row.ratio:.1f}",
             f"{row.ratio_with_basis:.1f}",
         )
-        for row in ledger(codec, values_per_token, CONTEXTS, coded_bits=expected.coded_bits)
-    )
-    interval = expected.delta_nll_interval
-    loss = f"{expected.delta_nll:+.4f} nats" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
-    notes = (
-        f"Loses {loss}, KL {expected.kl:.4f}, top-1 {100 * expected.top1_agreement:.1f} %, on {expected.tokens:,} tokens "
-        "that nothing was fitted on, behind prefixes of half a sequence.",
-        f"{codec.transform.coefficients:,} of {values_per_token:,} coefficients are coded, {codec.kept.sinks} sinks and a "
-        f"window of {codec.kept.window} kept in {codec.kept.bits} bits; {codec.nbytes:,} bytes are held once for all "
-        "sequences.",
+        for row in ledger(codec, values_per_token, CONTEXTS, coded_bits=coded_bits)
     )
     columns = ("Context", "16 bit", "Held", "Bits per value", "Ratio", "with what is held once")
     return Table(f"{model}: {codec.name}", columns, rows, notes=notes, warnings=tuple(warnings))
+
+
+def _loss(expected: Expected) -> str:
+    interval = expected.delta_nll_interval
+    loss = f"{expected.delta_nll:+.4f} nats" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+    return (
+        f"Loses {loss}, KL {expected.kl:.4f}, top-1 {100 * expected.top1_agreement:.1f} %, on {expected.tokens:,} tokens "
+        "that nothing was fitted on, behind prefixes of half a sequence."
+    )

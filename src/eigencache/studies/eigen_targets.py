@@ -1,10 +1,12 @@
 """The step of `eigen` for a size or for a loss, found on sequences that nothing was fitted on."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from eigencache.codec.card import Expected
 from eigencache.codec.eigen import EigenCodec
+from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol, Quality
@@ -46,18 +48,22 @@ def fit_target(
         point = at_bits(fit, bits, context=context)
     else:
         point = at_loss(fit, loaded, max_nll, batch_size=batch_size, on_progress=on_progress)  # type: ignore[arg-type]
-    quality = _score(fit, loaded, {"fitted": point.codec}, batch_size, on_progress)["fitted"]
-    expected = Expected(
+    quality = scored_apart(loaded, fit.apart, {"fitted": point.codec}, batch_size, on_progress)["fitted"]
+    return Fitted(point.codec, expected_of(quality, context, fit.bits_per_value(point, context), point.coded_bits))
+
+
+def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bits: float) -> Expected:
+    """The promise of a codec that was scored on sequences kept apart."""
+    return Expected(
         context=context,
-        bits_per_value=fit.bits_per_value(point, context),
-        coded_bits=point.coded_bits,
+        bits_per_value=bits_per_value,
+        coded_bits=coded_bits,
         tokens=quality.tokens,
         delta_nll=quality.delta_nll,
         delta_nll_interval=quality.delta_nll_interval,
         kl=quality.kl,
         top1_agreement=quality.top1_agreement,
     )
-    return Fitted(point.codec, expected)
 
 
 def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | None = None) -> Point:
@@ -119,23 +125,23 @@ def _scored(
         except StatisticsError:
             continue
     codecs = {name: point.codec for name, point in points.items()}
-    quality = _score(fit, loaded, codecs, batch_size, on_progress)
+    quality = scored_apart(loaded, fit.apart, codecs, batch_size, on_progress)
     return [(point, quality[name].delta_nll) for name, point in points.items()]
 
 
-def _score(
-    fit: EigenFit, loaded: LoadedModel, codecs: dict[str, EigenCodec], batch_size: int, on_progress: Progress
+def scored_apart(
+    loaded: LoadedModel, apart: Sequences, codecs: Mapping[str, Any], batch_size: int, on_progress: Progress
 ) -> dict[str, Quality]:
-    protocol = Protocol(kind="prefix", length=max(8, fit.apart.corpus.max_length // 2))
-    on_device = {name: codec.to(loaded.device) for name, codec in codecs.items()}
+    """Codecs scored on sequences kept apart, behind prefixes of half their length."""
+    protocol = Protocol(kind="prefix", length=max(8, apart.corpus.max_length // 2))
     scores = score_codecs(
         loaded,
-        fit.apart,
-        on_device,
+        apart,
+        {name: codec.to(loaded.device) for name, codec in codecs.items()},
         protocol,
-        calibration=fit.apart.corpus,
+        calibration=apart.corpus,
         batch_size=batch_size,
-        on_progress=lambda _, done, of: on_progress(f"scoring {len(codecs)} steps", done, of),
+        on_progress=lambda _, done, of: on_progress(f"scoring {len(codecs)} codecs", done, of),
     )
     return scores.quality
 

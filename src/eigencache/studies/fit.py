@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 
-from eigencache.codec.card import Expected
+from eigencache.codec.card import Expected, LiveCardSettings
 from eigencache.codec.eigen import EigenCodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError
@@ -15,6 +15,9 @@ from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
 from eigencache.studies.eigen_targets import CONTEXT, fit_target
 from eigencache.studies.fitting import Fitting, eigen_fitting_of
 from eigencache.studies.gather import MEMORY, Progress, silent
+from eigencache.studies.live_fit import LiveSettings, fit_live
+from eigencache.studies.live_targets import FittedLive, fit_live_target
+from eigencache.studies.source import Source
 
 DEFAULT_MAX_NLL = 0.01  # nats
 
@@ -40,6 +43,16 @@ class Goal:
         return cls(bits, None if bits else max_nll or DEFAULT_MAX_NLL)
 
 
+@dataclass(frozen=True)
+class LiveGoal:
+    """What the codec of a live cache has to reach: bits per packed value, a loss, or safety; by default 0.01 nats."""
+
+    bits: float | None = None
+    max_nll: float | None = None
+    safe: bool = False
+    settings: LiveSettings = field(default_factory=LiveSettings)
+
+
 @dataclass(frozen=True, eq=False)
 class FittedCodec:
     """A codec, and what is saved beside it."""
@@ -47,6 +60,8 @@ class FittedCodec:
     codec: EigenCodec
     expected: Expected
     fitting: Fitting
+    live: FittedLive | None = None
+    live_fitting: Fitting | None = None
 
 
 def fit_codec(
@@ -59,13 +74,32 @@ def fit_codec(
     batch_size: int = 8,
     memory: int = MEMORY,
     seed: int = 0,
+    live: LiveGoal | None = None,
     on_progress: Progress = silent,
 ) -> FittedCodec:
-    """Fit, find the step, and measure size and loss on the sequences kept apart. Raises what the parts raise."""
+    """Fit, find the step, and measure size and loss on the sequences kept apart. Raises what the parts raise.
+
+    With `live` also a codec of the live cache, from the same vectors and metric.
+    """
     watch = Stopwatch()
-    fit = fit_eigen(loaded, sequences, settings, memory=memory, batch_size=batch_size, on_progress=on_progress)
+    source = Source(loaded, sequences, memory, batch_size, on_progress)
+    fit = fit_eigen(loaded, sequences, settings, source=source, on_progress=on_progress)
     codec, expected = fit_target(
         fit, loaded, bits=goal.bits, max_nll=goal.max_nll, context=context, batch_size=batch_size, on_progress=on_progress
     )
     run = watch.run(seed, {"batch_size": batch_size})
-    return FittedCodec(codec, expected, eigen_fitting_of(settings, expected, loaded, sequences, run))
+    fitting = eigen_fitting_of(settings, expected, loaded, sequences, run)
+    if live is None:
+        return FittedCodec(codec, expected, fitting)
+    goal_of = {"bits": live.bits, "max_nll": live.max_nll, "safe": live.safe}
+    found = fit_live_target(
+        fit_live(source, live.settings),
+        loaded,
+        source.apart,
+        context=context,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        **goal_of,  # type: ignore[arg-type]
+    )
+    about = LiveCardSettings(**asdict(live.settings))
+    return FittedCodec(codec, expected, fitting, found, fitting._replace(settings=about, expected=found.expected))

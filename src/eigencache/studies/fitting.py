@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eigencache.codec.card import CodecOrigin, EigenCardSettings, Expected, PCACardSettings
+from eigencache.codec.card import CodecOrigin, EigenCardSettings, Expected, LiveCardSettings, PCACardSettings
 from eigencache.codec.pca import PCACodec
 from eigencache.corpora.overlap import sketch
 from eigencache.corpora.sequences import Sequences
@@ -21,7 +21,7 @@ from eigencache.studies.eigen_fit import EigenSettings
 class Fitting(NamedTuple):
     """What `save_codec` takes beside the codec; `windows`: sketch of the calibration text."""
 
-    settings: PCACardSettings | EigenCardSettings
+    settings: PCACardSettings | EigenCardSettings | LiveCardSettings
     origin: CodecOrigin
     windows: np.ndarray
     expected: Expected | None = None

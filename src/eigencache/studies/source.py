@@ -88,6 +88,15 @@ class Source:
             blocks = [b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in pairs]
         return blocks
 
+    def stored_metric(self) -> dict[tuple[int, int], Tensor]:
+        """Layer and slot → the Fisher metric of what is stored [heads, dim, dim], keys after rotation."""
+        found = {}
+        for part in self.samples.layout.parts:
+            kind = (("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values"))[part.slot]
+            rotated = self.samples.layout.rotations.get(part.layer_idx, (None,))[0] == part.slot
+            found[part.layer_idx, part.slot] = self._fisher[f"{kind}_post_rope" if rotated else kind][part.layer_idx]
+        return found
+
     @cached_property
     def _fisher(self) -> Metrics:
         return fisher_metrics(*self._measured, on_batch=partial(self.on_progress, "fisher metric"))

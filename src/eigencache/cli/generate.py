@@ -1,0 +1,62 @@
+"""`eigencache generate MODEL`: text from a cache that is compressed while it grows, and what it took."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigencache.cli.options import Device, Dtype, Seed
+
+EXAMPLES = """
+[b]Examples[/b]\n
+  eigencache fit ref-llama --live -o llama-codec\n
+  eigencache generate ref-llama --codec llama-codec --prompt "def mean(numbers):"\n
+  eigencache generate ref-llama --codec llama-codec --prompt-file module.py --max-new-tokens 256 --compare\n
+"""
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    codec: Annotated[Path, typer.Option("--codec", help="A folder that `eigencache fit --live` wrote.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to go on from.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file with what to go on from.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the plain cache as well, and show where they part.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Generate from a compressed cache; at the end its bytes, ratio and tokens per second."""
+    import sys
+
+    from eigencache.codec.folder import load_live
+    from eigencache.errors import CorpusError
+    from eigencache.evaluate.generation import generate_text, parted_at
+    from eigencache.models.belonging import check_belongs
+    from eigencache.models.load import load
+    from eigencache.report.generation import comparison_lines, cost_line
+
+    if (prompt is None) == (prompt_file is None):
+        raise CorpusError("give one of --prompt and --prompt-file")
+    try:
+        text = prompt if prompt is not None else prompt_file.read_text()  # type: ignore[union-attr]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{prompt_file}: cannot be read as text ({error}): name another file") from error
+    saved = load_live(codec)
+    loaded = load(model, device=device, dtype=dtype)
+    check_belongs(saved, loaded)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+
+    def show(words: str) -> None:
+        sys.stdout.write(words)
+        sys.stdout.flush()
+
+    found = generate_text(loaded, text, saved.codec, on_text=show, **options)
+    print("\n")
+    print(cost_line(found, "compressed cache"))
+    if compare:
+        plain = generate_text(loaded, text, None, **options)
+        print(*comparison_lines(loaded, found, plain, parted_at(found, plain)), sep="\n")

@@ -1,0 +1,100 @@
+"""The codec of the live cache: bit-packed coefficients per head in blocks of 64 tokens, the rest in 16 bits.
+
+As a codec it holds a whole prefix at once, which is how it is fitted and compared; `models/compressed.py` holds the same
+bytes while a model generates. No entropy coding: integers of 8, 4 and 2 bits that attention reads as they are.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.base import Cached, Encoded, length_of, to_sixteen_bit
+from eigencache.codec.packed import PackedHeads
+from eigencache.errors import CodecError
+from eigencache.kernels.reference import BLOCK
+
+
+@dataclass(frozen=True, eq=False)
+class LiveCodec:
+    """Layer → keys and values; `sinks` first tokens and at least `window` last ones are not packed."""
+
+    name: str
+    layers: Mapping[int, tuple[PackedHeads, PackedHeads]]
+    sinks: int
+    window: int
+    dtype: torch.dtype  # of the model
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is held."""
+        for both in self.layers.values():
+            for heads in both:
+                yield from heads.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held once: transforms, means."""
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def bits_per_value(self) -> float:
+        """Of packed tokens alone."""
+        bits = sum(heads.bits for both in self.layers.values() for heads in both)
+        return bits / sum(heads.mean.numel() for both in self.layers.values() for heads in both)
+
+    def nbytes_of(self, tokens: int) -> int:
+        """Bytes of `tokens` tokens of one sequence from position 0 on, in layers that attend to all of them."""
+        first, stop = self.packed_of(tokens, 0)
+        values = sum(heads.mean.numel() for both in self.layers.values() for heads in both)
+        bits = sum(heads.bits for both in self.layers.values() for heads in both)
+        return (tokens - (stop - first)) * values * 2 + (stop - first) // 8 * bits
+
+    def to(self, device: str | torch.device) -> "LiveCodec":
+        """The same where the cache is."""
+        layers = {i: (keys.to(device), values.to(device)) for i, (keys, values) in self.layers.items()}
+        return LiveCodec(self.name, layers, self.sinks, self.window, self.dtype)
+
+    def packed_of(self, tokens: int, start: int) -> tuple[int, int]:
+        """From and up to which of `tokens` tokens are packed, the first of which stands at position `start`."""
+        first = min(tokens, max(0, self.sinks - start))
+        return first, first + max(0, tokens - first - self.window) // BLOCK * BLOCK
+
+    def encode(self, cached: Cached, start: int = 0) -> Encoded:
+        """Every layer's sinks, blocks and window. Raises `CodecError` for a cache of another model, NaN and infinity."""
+        if other := sorted(cached.keys() ^ self.layers.keys()):
+            raise CodecError(f"layers {other}: the cache has other layers, this codec was fitted on another model")
+        tokens, tensors = length_of(cached), {}
+        for layer_idx, both in cached.items():
+            begin = start + tokens - both[0].shape[2]
+            first, stop = self.packed_of(both[0].shape[2], begin)
+            for slot, (x, heads) in enumerate(zip(both, self.layers[layer_idx], strict=True)):
+                if x.shape[1] != len(heads.mean) or x.shape[3] != heads.mean.shape[1]:
+                    raise CodecError(
+                        f"layer {layer_idx} has {x.shape[1]} heads of {x.shape[3]}, the codec {len(heads.mean)} of "
+                        f"{heads.mean.shape[1]}: it was fitted on another model"
+                    )
+                if not x.isfinite().all():
+                    raise CodecError(f"layer {layer_idx} holds NaN or infinite numbers")
+                name = f"{layer_idx}.{slot}"
+                tensors[f"{name}.sinks"] = to_sixteen_bit(x[:, :, :first], name)
+                tensors[f"{name}.window"] = to_sixteen_bit(x[:, :, stop:], name)
+                tensors[f"{name}.packed"] = heads.encode(x[:, :, first:stop], _positions(x, begin + first, stop - first))
+        return Encoded(tensors, start, tokens)
+
+    def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
+        """The cache again, in the model's dtype."""
+        end = encoded.start + encoded.tokens
+
+        def slot_of(name: str, heads: PackedHeads) -> Tensor:
+            sinks, packed, window = (encoded.tensors[f"{name}.{part}"] for part in ("sinks", "packed", "window"))
+            count = packed.shape[1] * BLOCK
+            x = heads.decode(packed, _positions(packed, end - window.shape[2] - count, count))
+            return torch.cat([part.to(self.dtype) for part in (sinks, x, window)], 2)
+
+        return {i: (slot_of(f"{i}.0", keys), slot_of(f"{i}.1", values)) for i, (keys, values) in self.layers.items()}
+
+
+def _positions(like: Tensor, start: int, count: int) -> Tensor:
+    """[batch, count] on the device of a tensor."""
+    return torch.arange(start, start + count, device=like.device).expand(len(like), -1)

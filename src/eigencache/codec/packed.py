@@ -1,0 +1,82 @@
+"""Keys or values of one layer as bit-packed coefficients of static widths and steps: what the live cache holds.
+
+Heads that share a basis are a bundle. Per bundle, y = E (x − μ), u = round(y + c) of b bits, x̂ = μ + Dᵀ (u − c), steps
+within E and D. Attention never makes x̂: queries go to D q, and sums of integers to Dᵀ Σ a (u − c) once per step (THEORY 8).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigencache.codec.turning import Turning
+from eigencache.kernels.reference import Widths, largest_integers, pack, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class PackedHeads:
+    """`encoder`, `decoder` [bundles, most, heads of a bundle · dim] and `mean` [heads, dim], float32.
+
+    `widths` of every bundle; rows beyond its last coefficient are zero. `turning` of keys with large biases.
+    """
+
+    widths: tuple[Widths, ...]
+    encoder: Tensor
+    decoder: Tensor
+    mean: Tensor
+    turning: Turning | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a token."""
+        return sum(w.bits for w in self.widths)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All that is held."""
+        yield from (self.encoder, self.decoder, self.mean)
+        yield from self.turning.tensors() if self.turning else ()
+
+    def to(self, device: str | torch.device) -> "PackedHeads":
+        """The same where the cache is."""
+        encoder, decoder, mean = (t.to(device) for t in (self.encoder, self.decoder, self.mean))
+        return PackedHeads(self.widths, encoder, decoder, mean, self.turning and self.turning.to(device))
+
+    def encode(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Bytes uint8 [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim] at positions [batch, tokens].
+
+        What lies beyond the widest integer becomes that: the steps are chosen for what it costs.
+        """
+        y = self.encoder @ self._bundled(x.float() - self._taken_out(positions)).mT
+        most = largest_integers(self.widths).to(y)[:, :, None]
+        codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most)
+        return pack(codes.to(torch.uint8), self.widths)
+
+    def decode(self, packed: Tensor, positions: Tensor) -> Tensor:
+        """x̂ [batch, heads, tokens, dim] float32."""
+        u = unpack(packed, self.widths).float()
+        x = (u - largest_integers(self.widths).to(u)[:, :, None] / 2).mT @ self.decoder
+        return self._unbundled(x, len(self.mean)) + self._taken_out(positions)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim]."""
+        share = len(self.mean) // len(self.widths)
+        decoders = self.decoder.unflatten(-1, (share, -1))
+        return torch.einsum("bgsrd,gmsd->bgsrm", q.float().unflatten(1, (-1, share)), decoders).flatten(2, 3)
+
+    def expanded(self, sums: Tensor) -> Tensor:
+        """Dᵀ s [batch, heads, rows, dim] of sums [batch, bundles, rows of all its heads, most]."""
+        share = len(self.mean) // len(self.widths)
+        decoders = self.decoder.unflatten(-1, (share, -1))
+        return torch.einsum("bgsrm,gmsd->bgsrd", sums.unflatten(2, (share, -1)), decoders).flatten(1, 2)
+
+    def _bundled(self, x: Tensor) -> Tensor:
+        """[batch, heads, tokens, dim] → [batch, bundles, tokens, numbers of a bundle]."""
+        return x.unflatten(1, (len(self.widths), -1)).transpose(2, 3).flatten(3)
+
+    def _unbundled(self, x: Tensor, heads: int) -> Tensor:
+        """And back."""
+        return x.unflatten(3, (heads // len(self.widths), -1)).transpose(2, 3).flatten(1, 2)
+
+    def _taken_out(self, positions: Tensor) -> Tensor:
+        return self.mean[:, None] + (0 if self.turning is None else self.turning.at(positions))

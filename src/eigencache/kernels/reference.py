@@ -1,0 +1,105 @@
+"""Attention inside packed codes in plain PyTorch, on any device: what every faster backend is held against.
+
+Heads that share a basis are a bundle. A block is 64 tokens of one layer: the bundles one after the other, of each the
+integers of its coefficients, those of 8 bits first, then of 4, then of 2, each a row of 64 tokens. A byte holds one token of
+1, 2 or 4 coefficients: of g coefficients of 4 bits, byte row i has i in its low and i + g/2 in its high half, of g of 2 bits
+i, i + g/4, i + g/2 and i + 3g/4 from the lowest bits on. An integer u of b bits stands for u − (2^b − 1)/2 steps: static,
+symmetric, without an exact zero. Steps are folded into the queries and into what is expanded afterwards, so that nothing
+is multiplied per token but the integers themselves (THEORY 8).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 64  # tokens
+GROUP = 8  # coefficients that share a width
+_TILE = 16  # blocks that are unpacked at a time
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many coefficients of a bundle take 8, 4 and 2 bits, multiples of 8."""
+
+    eight: int
+    four: int
+    two: int
+
+    @property
+    def coefficients(self) -> int:
+        """All of them."""
+        return self.eight + self.four + self.two
+
+    @property
+    def bits(self) -> int:
+        """Bits of a token."""
+        return 8 * self.eight + 4 * self.four + 2 * self.two
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block."""
+        return BLOCK * self.bits // 8
+
+    def per_coefficient(self) -> Tensor:
+        """Bits of every coefficient [coefficients] int32."""
+        return torch.tensor([8] * self.eight + [4] * self.four + [2] * self.two, dtype=torch.int32)
+
+
+def most_coefficients(widths: Sequence[Widths]) -> int:
+    """Of any bundle: what tensors of all are padded to."""
+    return max(w.coefficients for w in widths)
+
+
+def largest_integers(widths: Sequence[Widths]) -> Tensor:
+    """2^b − 1 of every coefficient [bundles, most] float32, zero beyond the last one of a bundle."""
+    most = most_coefficients(widths)
+    return torch.stack([F.pad(2.0 ** w.per_coefficient() - 1, (0, most - w.coefficients)) for w in widths])
+
+
+def pack(codes: Tensor, widths: Sequence[Widths]) -> Tensor:
+    """Bytes uint8 [batch, blocks, bytes] of integers uint8 [batch, bundles, most, 64 · blocks]."""
+    rows = []
+    for own, w in zip(codes.unflatten(-1, (-1, BLOCK)).unbind(1), widths, strict=True):
+        for part, bits in zip(own[:, : w.coefficients].split([w.eight, w.four, w.two], 1), (8, 4, 2), strict=True):
+            each = 8 // bits
+            packed = torch.zeros_like(part[:, : part.shape[1] // each])
+            for i, plane in enumerate(part.chunk(each, 1) if part.shape[1] else ()):
+                packed |= plane << (bits * i)
+            rows.append(packed.transpose(1, 2).flatten(2))
+    return torch.cat(rows, -1)
+
+
+def unpack(packed: Tensor, widths: Sequence[Widths]) -> Tensor:
+    """The integers uint8 [batch, bundles, most, 64 · blocks] again, zero beyond the last coefficient of a bundle."""
+    bundles, most = [], most_coefficients(widths)
+    for own, w in zip(packed.split([w.nbytes for w in widths], -1), widths, strict=True):
+        rows = own.unflatten(-1, (-1, BLOCK)).transpose(1, 2)
+        found = []
+        for part, bits in zip(rows.split([w.eight, w.four // 2, w.two // 4], 1), (8, 4, 2), strict=True):
+            found += [(part >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        bundles.append(F.pad(torch.cat(found, 1).flatten(2), (0, 0, 0, most - w.coefficients)))
+    return torch.stack(bundles, 1)
+
+
+def logits(packed: Tensor, widths: Sequence[Widths], queries: Tensor) -> Tensor:
+    """Σ_i q_i (u_i − c_i) [batch, bundles, rows, tokens] float32 of queries [batch, bundles, rows, most], steps within.
+
+    `packed` [batch, blocks, bytes].
+    """
+    constant = (queries * _centres(widths, queries)).sum(-1, keepdim=True)
+    return torch.cat([queries @ unpack(tile, widths).to(queries) for tile in packed.split(_TILE, 1)], -1) - constant
+
+
+def sums(packed: Tensor, widths: Sequence[Widths], weights: Tensor) -> Tensor:
+    """Σ_t a_t (u_t − c) [batch, bundles, rows, most] float32 of weights [batch, bundles, rows, tokens]."""
+    constant = weights.sum(-1, keepdim=True) * _centres(widths, weights)
+    tiles = zip(packed.split(_TILE, 1), weights.split(_TILE * BLOCK, -1), strict=True)
+    return sum(a @ unpack(tile, widths).to(a).mT for tile, a in tiles) - constant  # type: ignore[operator]
+
+
+def _centres(widths: Sequence[Widths], like: Tensor) -> Tensor:
+    """What integer, not a whole one, stands for zero [bundles, 1, most]."""
+    return (largest_integers(widths) / 2).to(like)[:, None]

@@ -1,0 +1,245 @@
+"""One layer of the live cache: first tokens and a window in 16 bits, between them blocks of 64 tokens, bit-packed.
+
+Tokens enter the window. After the layer's attention (`compressed_attention.py`) whole blocks leave it and are packed.
+Blocks are added to storages of their own, so that the past is not copied when it grows.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from eigencache.codec.base import sixteen_bit
+from eigencache.codec.packed import PackedHeads
+from eigencache.errors import CodecError, NonFiniteError
+from eigencache.kernels.reference import BLOCK
+
+_GROWTH = 8  # a new storage has room for an eighth of the blocks there are, so that at most that much is empty
+_MOST = 64  # blocks of room in a new storage
+updated: ContextVar["CompressedLayer | None"] = ContextVar("updated", default=None)  # whose attention comes next
+
+
+@dataclass
+class Chunk:
+    """Storages of some blocks, `keys` and `values` [batch, capacity, bytes], of which the first `filled` hold something."""
+
+    keys: Tensor
+    values: Tensor
+    filled: int
+
+    def slot(self, slot: int) -> Tensor:
+        """What is filled of keys (0) or values (1)."""
+        return (self.keys, self.values)[slot][:, : self.filled]
+
+
+class CompressedLayer(DynamicLayer):
+    """One layer: sinks, chunks of blocks, and the window, which `keys` and `values` are, in 16 bits."""
+
+    is_croppable = True
+
+    def __init__(
+        self, layer_idx: int, heads: tuple[PackedHeads, PackedHeads], sinks: int, window: int, sliding_window: int | None
+    ) -> None:
+        super().__init__()
+        self.layer_idx, self.heads, self.wanted_sinks, self.least_window = layer_idx, heads, sinks, window
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.sinks: tuple[Tensor, Tensor] | None = None
+        self.first: Tensor | None = None  # slot of every row's first token that is no padding [batch]
+        self.dropped = 0  # blocks that no token will attend to any more
+        self.entered = 0  # tokens of the window that entered last
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are held."""
+        return sum(chunk.filled for chunk in self.chunks)
+
+    @property
+    def sink_count(self) -> int:
+        """First tokens that are held in 16 bits."""
+        return 0 if self.sinks is None else self.sinks[0].shape[2]
+
+    @property
+    def window(self) -> tuple[Tensor, Tensor]:
+        """Last tokens in 16 bits, of a layer that has seen any."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    @property
+    def window_count(self) -> int:
+        """How many those are."""
+        return self.window[0].shape[2] if self.is_initialized else 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The model's dtype and device, an empty window, and the codec where the states are."""
+        super().lazy_initialization(key_states, value_states)
+        for x, heads in zip((key_states, value_states), self.heads, strict=True):
+            if x.shape[1] != len(heads.mean) or x.shape[3] != heads.mean.shape[1]:
+                raise CodecError(
+                    f"layer {self.layer_idx} stores {x.shape[1]} heads of {x.shape[3]}, the codec has {len(heads.mean)} of "
+                    f"{heads.mean.shape[1]}: it was fitted on another model"
+                )
+        self.heads = tuple(heads.to(key_states.device) for heads in self.heads)  # type: ignore[assignment]
+        self.keys, self.values = (x[:, :, :0].to(sixteen_bit(x.dtype)) for x in (key_states, value_states))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add to the window, which comes back with the new tokens as exact as they came. Attention knows of the rest."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != len(self.window[0]):
+            raise CodecError(
+                f"the cache holds {len(self.window[0])} sequences, {len(key_states)} are added: "
+                "make a new one for another batch"
+            )
+        if self.entered:
+            raise CodecError(
+                f"layer {self.layer_idx}: its attention did not read the cache: use the model inside "
+                "`with eigencache.compressed(model, codec)`, or make the CompressedCache for this model"
+            )
+        new = key_states, value_states
+        whole = [torch.cat([held.to(x.dtype), x], 2) for held, x in zip(self.window, new, strict=True)]
+        self.keys, self.values = (torch.cat([held, x.to(held.dtype)], 2) for held, x in zip(self.window, new, strict=True))
+        self.entered = key_states.shape[2]
+        updated.set(self)
+        return whole[0], whole[1]
+
+    def compact(self) -> None:
+        """Pack what has left the window. Raises `NonFiniteError` naming the layer; nothing is lost then."""
+        self.entered = 0
+        first = 0 if self.first is None else int(self.first.max())
+        lacking = min(self.window_count, (self.wanted_sinks + first if self.wanted_sinks else 0) - self.sink_count)
+        if lacking > 0 and not self.blocks and not self.dropped:
+            taken = [x[:, :, :lacking].clone() for x in self.window]
+            if self.sinks is not None:
+                taken = [torch.cat(pair, 2) for pair in zip(self.sinks, taken, strict=True)]
+            self.sinks = taken[0], taken[1]
+            self._shorten(lacking)
+        count = max(0, self.window_count - self.least_window) // BLOCK
+        if not count:
+            return
+        stored = [x[:, :, : count * BLOCK] for x in self.window]
+        for what, x in zip(("keys", "values"), stored, strict=True):
+            if not x.isfinite().all():
+                raise NonFiniteError(f"layer {self.layer_idx} stores NaN or infinite {what}: try --dtype float32")
+        positions = self._positions(self.blocks, count)
+        packed = [heads.encode(x, positions) for heads, x in zip(self.heads, stored, strict=True)]
+        self._append(packed[0], packed[1])
+        self._shorten(count * BLOCK)
+        self._drop()
+
+    def starts(self, block: int, count: int) -> Tensor:
+        """Position of the first token of `count` blocks from `block` on, row by row [batch, count]."""
+        slots = self.sink_count + BLOCK * (self.dropped + block + torch.arange(count))
+        rows = torch.zeros(len(self.window[0]), dtype=torch.int64) if self.first is None else self.first
+        return slots[None] - rows[:, None]
+
+    def _positions(self, block: int, count: int) -> Tensor:
+        """Of every token of those blocks [batch, tokens]."""
+        return (self.starts(block, count)[..., None] + torch.arange(BLOCK)).flatten(1)
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        at, count = 0, keys.shape[1]
+        while at < count:
+            last = self.chunks[-1] if self.chunks else None
+            if last is None or last.filled == last.keys.shape[1]:
+                room = max(count - at, min(_MOST, max(1, self.blocks // _GROWTH)))
+                fresh = [x.new_empty(x.shape[0], room, x.shape[2]) for x in (keys, values)]
+                last = Chunk(fresh[0], fresh[1], 0)
+                self.chunks.append(last)
+            fits = min(last.keys.shape[1] - last.filled, count - at)
+            last.keys[:, last.filled : last.filled + fits] = keys[:, at : at + fits]
+            last.values[:, last.filled : last.filled + fits] = values[:, at : at + fits]
+            last.filled += fits
+            at += fits
+
+    def _shorten(self, count: int) -> None:
+        """The window without its first tokens, in storages of its own."""
+        self.keys, self.values = (x[:, :, count:].clone() for x in self.window)
+
+    def _drop(self) -> None:
+        """Chunks that a sliding window has left behind, a block more than that: a crop may come back."""
+        if self.sliding_window is None:
+            return
+        while self.chunks and BLOCK * (self.blocks - self.chunks[0].filled - 1) + self.window_count >= self.sliding_window:
+            self.dropped += self.chunks.pop(0).filled
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.sink_count + BLOCK * (self.dropped + self.blocks) + self.window_count
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what is attended to: sinks and everything that is still held."""
+        offset = 0 if not self.dropped else self.sink_count + BLOCK * self.dropped
+        return self.get_seq_length() + query_length - offset, offset
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, −`tokens_to_remove` of them. Blocks that are cut are unpacked into the window."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number")
+        count = min(-tokens_to_remove, self.get_seq_length())
+        self.entered = 0
+        while count > self.window_count and self.chunks:
+            self._unpack_last(-(-(count - self.window_count) // BLOCK))
+        if count > self.window_count + self.sink_count:
+            raise CodecError(f"{count} tokens are to be forgotten, of which a sliding window holds no longer all")
+        if not self.is_initialized:
+            return
+        from_sinks = max(0, count - self.window_count)
+        left = self.window_count - (count - from_sinks)
+        self.keys, self.values = (x[:, :, :left].clone() for x in self.window)
+        if from_sinks and self.sinks is not None:
+            keys, values = (x[:, :, : x.shape[2] - from_sinks].clone() for x in self.sinks)
+            self.sinks = keys, values
+
+    def _unpack_last(self, count: int) -> None:
+        last = self.chunks[-1]
+        count = min(count, last.filled)
+        positions = self._positions(self.blocks - count, count)
+        again = [heads.decode(last.slot(slot)[:, last.filled - count :], positions) for slot, heads in enumerate(self.heads)]
+        self.keys, self.values = (torch.cat([x.to(held.dtype), held], 2) for x, held in zip(again, self.window, strict=True))
+        last.filled -= count
+        if not last.filled:
+            self.chunks.pop()
+
+    def select(self, rows: Tensor) -> None:
+        """The given rows of the batch, each as often as it is named."""
+        if not self.is_initialized:
+            return
+        at = rows.to(self.window[0].device)
+        self.keys, self.values = (x[at] for x in self.window)
+        self.chunks = [Chunk(chunk.keys[at], chunk.values[at], chunk.filled) for chunk in self.chunks]
+        self.sinks = self.sinks and (self.sinks[0][at], self.sinks[1][at])
+        self.first = None if self.first is None else self.first[rows.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.is_initialized:
+            self.select(torch.arange(len(self.window[0])).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        self.select(beam_idx)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """All that is held, by what it is."""
+        return {
+            "sinks": [] if self.sinks is None else list(self.sinks),
+            "keys": [chunk.keys for chunk in self.chunks],
+            "values": [chunk.values for chunk in self.chunks],
+            "window": list(self.window) if self.is_initialized else [],
+        }
