@@ -194,7 +194,7 @@ def fitted() -> CacheCodec:
         settings=EigenSettings(metric="frobenius"),
         on_progress=lambda what, done, of: said.add(what),
     )
-    assert {"vectors", "vectors kept apart", "decomposing", "scoring 1 steps"} <= said
+    assert {"vectors", "vectors kept apart", "decomposing", "scoring 1 codecs"} <= said
     return codec
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.container import Reader
 from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.folder import LIVE, load_codec, save_codec
+from eigencache.codec.folder import LIVE, load_codec, load_live, save_codec
 from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Document, Text, read_text
@@ -249,5 +249,8 @@ class CacheCodec:
         check_belongs(saved, loaded)
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
-        live = load_codec(Path(folder) / LIVE).codec if (Path(folder) / LIVE).exists() else None
-        return cls(loaded, saved.codec.to(loaded.device), live=live)  # type: ignore[arg-type]
+        if not (Path(folder) / LIVE).exists():
+            return cls(loaded, saved.codec.to(loaded.device))
+        live = load_live(folder)
+        check_belongs(live, loaded)
+        return cls(loaded, saved.codec.to(loaded.device), live=live.codec)  # type: ignore[arg-type]

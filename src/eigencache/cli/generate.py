@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import Device, Dtype, Seed
+from eigencache.cli.options import Device, Dtype
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -21,13 +21,15 @@ def run(
     prompt: Annotated[str | None, typer.Option("--prompt", help="What to go on from.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file with what to go on from.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0: always the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, max=100, help="0: always the likeliest token.")
+    ] = 0.0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the plain cache as well, and show where they part.")
     ] = False,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
 ) -> None:
     """Generate from a compressed cache; at the end its bytes, ratio and tokens per second."""
     import sys
@@ -45,6 +47,10 @@ def run(
         text = prompt if prompt is not None else prompt_file.read_text()  # type: ignore[union-attr]
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{prompt_file}: cannot be read as text ({error}): name another file") from error
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise CorpusError("--prompt: is not UTF-8: give text, or a file with --prompt-file")
+    if 0 < temperature < 0.01:
+        raise CorpusError(f"--temperature {temperature:g}: give 0, or at least 0.01")
     saved = load_live(codec)
     loaded = load(model, device=device, dtype=dtype)
     check_belongs(saved, loaded)

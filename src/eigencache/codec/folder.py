@@ -96,7 +96,7 @@ def load_codec(folder: str | Path) -> SavedCodec:
     """What `save_codec` wrote. Raises `CodecError` naming the file that is missing, damaged or of another version."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CodecError(f"{folder}: no such folder: name one that `eigencache evaluate --save-codec` wrote")
+        raise CodecError(f"{folder}: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote")
     try:
         kind = KINDS[CardHead.load(folder / CARD).kind]
         card = kind.card.load(folder / CARD)
@@ -114,9 +114,13 @@ def load_codec(folder: str | Path) -> SavedCodec:
 def load_live(folder: str | Path) -> SavedCodec:
     """The codec of the live cache that `eigencache fit --live` put beside the stored one. Raises as `load_codec` does."""
     folder = Path(folder)
-    if (folder / CARD).exists() and not (folder / LIVE).is_dir():
-        raise CodecError(f"{folder}: has no codec for a live cache: fit it again with `eigencache fit --live`")
-    return load_codec(folder / LIVE)
+    if not (folder / LIVE).is_dir():
+        what = "has no codec for a live cache: fit it again" if (folder / CARD).exists() else "holds no codec: fit one"
+        raise CodecError(f"{folder}: {what} with `eigencache fit --live`")
+    saved = load_codec(folder / LIVE)
+    if not isinstance(saved.codec, LiveCodec):
+        raise CodecError(f"{folder / LIVE}: holds a codec of another kind: fit it again with `eigencache fit --live`")
+    return saved
 
 
 def check_replaceable(folder: Path) -> None:
@@ -129,6 +133,8 @@ def check_replaceable(folder: Path) -> None:
         names = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read ({error.strerror}): name another folder") from error
+    if LIVE in names:
+        check_replaceable(folder / LIVE)
     if names and (names - {LIVE} != {CARD, TENSORS} or not _is_card(folder / CARD)):
         raise OutputError(f"{folder}: holds other things than a codec and is left alone: name another folder")
 

@@ -5,12 +5,14 @@ within E and D. Attention never makes x̂: queries go to D q, and sums of intege
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from eigencache.codec.turning import Turning
+from eigencache.kernels.packed import PackedBackend
 from eigencache.kernels.reference import Widths, largest_integers, pack, unpack
 
 
@@ -26,6 +28,7 @@ class PackedHeads:
     decoder: Tensor
     mean: Tensor
     turning: Turning | None = None
+    _known: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False)  # by backend
 
     @property
     def bits(self) -> int:
@@ -58,17 +61,33 @@ class PackedHeads:
         x = (u - largest_integers(self.widths).to(u)[:, :, None] / 2).mT @ self.decoder
         return self._unbundled(x, len(self.mean)) + self._taken_out(positions)
 
-    def queries(self, q: Tensor) -> Tensor:
-        """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim]."""
-        share = len(self.mean) // len(self.widths)
-        decoders = self.decoder.unflatten(-1, (share, -1))
-        return torch.einsum("bgsrd,gmsd->bgsrm", q.float().unflatten(1, (-1, share)), decoders).flatten(2, 3)
+    @cached_property
+    def offset(self) -> Tensor:
+        """What integers of zero stand for, less the turning [heads, dim]: μ − Dᵀ c."""
+        with torch.inference_mode(False), torch.no_grad():
+            centres = largest_integers(self.widths).to(self.decoder) / 2
+            return self.mean - torch.einsum("gm,gmsd->gsd", centres, self._decoders(None)).flatten(0, 1)
 
-    def expanded(self, sums: Tensor) -> Tensor:
-        """Dᵀ s [batch, heads, rows, dim] of sums [batch, bundles, rows of all its heads, most]."""
-        share = len(self.mean) // len(self.widths)
-        decoders = self.decoder.unflatten(-1, (share, -1))
-        return torch.einsum("bgsrm,gmsd->bgsrd", sums.unflatten(2, (share, -1)), decoders).flatten(1, 2)
+    def queries(self, q: Tensor, backend: PackedBackend) -> Tensor:
+        """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim], for a backend."""
+        rows = q.unflatten(1, (len(self.widths), -1))
+        return torch.einsum("bgsrd,gmsd->bgsrm", rows, self._decoders(backend)).flatten(2, 3)
+
+    def expanded(self, sums: Tensor, backend: PackedBackend) -> Tensor:
+        """Dᵀ s [batch, heads, rows, dim] of a backend's sums [batch, bundles, rows of all its heads, most]."""
+        decoders = self._decoders(backend)
+        rows = sums.unflatten(2, (decoders.shape[2], -1))
+        return torch.einsum("bgsrm,gmsd->bgsrd", rows, decoders).flatten(1, 2)
+
+    def _decoders(self, backend: PackedBackend | None) -> Tensor:
+        """D [bundles, most, heads of a bundle, dim], of planes where a backend reads those."""
+        name = "" if backend is None or backend.planes is None else backend.name
+        if name not in self._known:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept serves passes of any kind
+                planes = backend.planes(self.widths).to(self.decoder.device) if name else None  # type: ignore[union-attr, misc]
+                decoder = self.decoder if planes is None else planes.mT @ self.decoder
+                self._known[name] = decoder.unflatten(-1, (-1, self.mean.shape[1]))
+        return self._known[name]
 
     def _bundled(self, x: Tensor) -> Tensor:
         """[batch, heads, tokens, dim] → [batch, bundles, tokens, numbers of a bundle]."""

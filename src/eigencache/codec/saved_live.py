@@ -20,7 +20,7 @@ from eigencache.codec.saved import (
     rotations_from,
 )
 from eigencache.codec.turning import Turning
-from eigencache.kernels.reference import Widths
+from eigencache.kernels.reference import GROUP, Widths
 
 _PARTS = ("encoder", "decoder", "mean")
 
@@ -66,8 +66,9 @@ def _card_fault(card: LiveCard) -> Fault:
         where = f"layer {one.layer_idx}, slot {one.slot}"
         if one.heads % len(one.bundles):
             return f"{where}: {one.heads} heads cannot be {len(one.bundles)} bundles"
-        if max(b.eight + b.four + b.two for b in one.bundles) > one.heads * one.dim + 8:
-            return f"{where}: a bundle has more coefficients than the heads numbers"
+        numbers = one.heads // len(one.bundles) * one.dim
+        if max(b.eight + b.four + b.two for b in one.bundles) > -(-numbers // GROUP) * GROUP:
+            return f"{where}: a bundle has more coefficients than its heads numbers"
     slots = {(one.layer_idx, one.slot): one for one in card.slots}
     for rotation in card.rotations:
         one = slots.get((rotation.layer_idx, rotation.slot))
@@ -75,7 +76,10 @@ def _card_fault(card: LiveCard) -> Fault:
             return f"layer {rotation.layer_idx}, slot {rotation.slot} has no {rotation.pairs} pairs that could be rotated"
     if len({rotation.layer_idx for rotation in card.rotations}) < len(card.rotations):
         return "a layer is rotated twice"
-    return None
+    if card.window != card.settings.window or card.settings.sinks not in (None, card.sinks):
+        return "sinks or window are not what the settings say"
+    interval = card.expected.delta_nll_interval
+    return "the expected interval ends before it begins" if interval and interval[0] > interval[1] else None
 
 
 def _tensor_kinds(card: LiveCard) -> dict[str, TensorKind]:

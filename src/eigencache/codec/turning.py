@@ -7,6 +7,7 @@ of 64 tokens on the other, so that nothing is held per token.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,28 +44,27 @@ class Turning:
 
         Blocks begin at positions `starts` [batch, blocks].
         """
-        used = self._used
+        frequencies, m1, m2, table, used = self._prepared
         turns = 2 * len(self.rotation.frequencies)
-        interleaved = self.rotation.pairing == "interleaved"
-        split = lambda x, neighbours: (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, -1)  # noqa: E731
-        q1, q2 = (part[..., used] for part in split(queries.float()[..., :turns], interleaved))
-        m1, m2 = (
-            part[:, None, used] * self.rotation.scale
-            for part in split(self.mean[:, :turns], self.rotation.pairing != "half")
-        )
+        q1, q2 = (part[..., used] for part in _pairs(queries.float()[..., :turns], self.rotation.pairing == "interleaved"))
         even, odd = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2  # factors of cos(nθ) and sin(nθ)
-        frequencies = self.rotation.frequencies[used]
         first = starts.to(frequencies)[:, None, None, :, None] * frequencies
         cos, sin = first.cos().float(), first.sin().float()
         even, odd = even[..., None, :], odd[..., None, :]
-        sides = torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1)
-        within = torch.arange(BLOCK, device=frequencies.device, dtype=frequencies.dtype) * frequencies[:, None]
-        return (sides @ torch.cat([within.cos(), within.sin()]).float()).flatten(-2)
+        return (torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1) @ table).flatten(-2)
 
-    @property
-    def _used(self) -> Tensor:
-        """Pairs in which some head has a mean."""
+    @cached_property
+    def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of the pairs that have a mean: frequencies, both means [heads, 1, pairs], cos and sin in a block, and which."""
         turns = 2 * len(self.rotation.frequencies)
-        head = self.mean[:, :turns]
-        pairs = (head[..., ::2], head[..., 1::2]) if self.rotation.pairing != "half" else head.chunk(2, -1)
-        return (pairs[0].abs() + pairs[1].abs()).amax(0).nonzero().flatten()
+        first, second = _pairs(self.mean[:, :turns] * self.rotation.scale, self.rotation.pairing != "half")
+        used = (first.abs() + second.abs()).amax(0).nonzero().flatten()
+        frequencies = self.rotation.frequencies[used]
+        within = torch.arange(BLOCK, device=frequencies.device, dtype=frequencies.dtype) * frequencies[:, None]
+        table = torch.cat([within.cos(), within.sin()]).float()
+        return frequencies, first[:, None, used], second[:, None, used], table, used
+
+
+def _pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
+    """What turns together: neighbours, or the two halves."""
+    return (x[..., ::2], x[..., 1::2]) if neighbours else (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])

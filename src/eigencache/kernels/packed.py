@@ -1,25 +1,31 @@
 """Which backend reads packed blocks: compiled code on a CPU for a few queries, plain PyTorch elsewhere."""
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eigencache.kernels import packed_cpu, reference
 from eigencache.kernels.reference import Widths
 
 _ROWS = 64  # queries of a bundle, above which unpacking once and a matrix product are faster
+Kernel = Callable[[Tensor, tuple[Widths, ...], Tensor], Tensor]
 
 
-def logits_of(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
-    """As `reference.logits`."""
-    return _module(packed.device, queries.shape[2]).logits(packed, widths, queries)
+@dataclass(frozen=True)
+class PackedBackend:
+    """`logits` and `sums` as in `reference.py`, of coefficients or, where `planes` is given, of planes."""
+
+    name: str
+    logits: Kernel
+    sums: Kernel
+    planes: Callable[[tuple[Widths, ...]], Tensor] | None = None  # A [bundles, most, most] with integers = A planes
 
 
-def sums_of(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
-    """As `reference.sums`."""
-    return _module(packed.device, weights.shape[2]).sums(packed, widths, weights)
+REFERENCE = PackedBackend("reference", reference.logits, reference.sums)
+CPU = PackedBackend("cpu", packed_cpu.logits, packed_cpu.sums, packed_cpu.planes)
 
 
-def _module(device: torch.device, rows: int) -> ModuleType:
-    return packed_cpu if device.type == "cpu" and rows <= _ROWS else reference
+def packed_backend(x: Tensor, rows: int) -> PackedBackend:
+    """What reads the blocks of a bundle for so many queries or weights, of which x is one: gradients need PyTorch."""
+    return CPU if x.device.type == "cpu" and rows <= _ROWS and not x.requires_grad else REFERENCE

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.kernels.reference import BLOCK, Widths, largest_integers, most_coefficients
+from eigencache.kernels.reference import BLOCK, Widths, most_coefficients
 
 _PLANES = 8  # of 64 tokens, in one pass
-_LANES = 16  # partial sums
+_TILE = 8  # blocks whose planes are held at a time
 _compiled = numba.njit(
     cache=True, nogil=True, boundscheck=False, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy"
 )
@@ -25,24 +25,21 @@ _F = np.float32
 
 
 def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
-    """As `reference.logits`."""
-    planes, counts = _planes(widths), _counts(widths)
-    q = queries.float()
+    """As `reference.logits`, of queries in `planes`."""
+    q = queries.float().contiguous()
     found = torch.empty(*q.shape[:3], packed.shape[1] * BLOCK)
-    constant = (q * (largest_integers(widths) / 2)[:, None]).sum(-1)
-    args = (packed.contiguous(), counts, (q @ planes).flatten(0, 1), constant.flatten(0, 1), found.flatten(0, 1))
-    arrays = [x.numpy() for x in args]
+    arrays = [x.numpy() for x in (packed.contiguous(), _counts(widths), q.flatten(0, 1), found.flatten(0, 1))]
     _shared(partial(_logits, *arrays), len(arrays[2]))
     return found
 
 
 def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
-    """As `reference.sums`."""
+    """As `reference.sums`, in `planes`."""
     w = weights.float().contiguous()
     found = torch.zeros(*w.shape[:3], most_coefficients(widths))
     arrays = [x.numpy() for x in (packed.contiguous(), _counts(widths), w.flatten(0, 1), found.flatten(0, 1))]
     _shared(partial(_sums, *arrays), len(arrays[2]))
-    return found @ _planes(widths).mT - w.sum(-1, keepdim=True) * (largest_integers(widths) / 2)[:, None]
+    return found
 
 
 @cache
@@ -56,7 +53,7 @@ def _counts(widths: tuple[Widths, ...]) -> Tensor:
 
 
 @cache
-def _planes(widths: tuple[Widths, ...]) -> Tensor:
+def planes(widths: tuple[Widths, ...]) -> Tensor:
     """A [bundles, most, most] with integers = A planes, planes in the order in which passes make them."""
     found = torch.zeros(len(widths), *[most_coefficients(widths)] * 2)
     for own, w in zip(found, widths, strict=True):
@@ -90,31 +87,24 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @_compiled
-def _unpack(row, bits, x):
-    """Eight planes of 64 tokens [512] from the bytes that hold them, and how many bytes those are."""
-    if bits == 8:
-        for t in range(512):
-            x[t] = _F(row[t])
-        return 512
-    if bits == 4:
-        for t in range(256):
-            x[t] = _F(row[t])
-        for t in range(256):
-            x[256 + t] = np.floor(x[t] * _F(1 / 16))
-        return 256
-    for t in range(128):
-        x[t] = _F(row[t])
-    for t in range(128):
-        x[128 + t] = np.floor(x[t] * _F(1 / 4))
-    for t in range(128):
-        x[256 + t] = np.floor(x[t] * _F(1 / 16))
-    for t in range(128):
-        x[384 + t] = np.floor(x[t] * _F(1 / 64))
-    return 128
+def _unpack(row, bits, x, stride, at):
+    """Eight planes of 64 tokens, at `stride` from each other from `at` on in x, of the bytes that hold them; how many."""
+    each = 8 // bits
+    rows = _PLANES // each
+    for k in range(rows):
+        source, plane = row[BLOCK * k : BLOCK * k + BLOCK], x[k * stride + at : k * stride + at + BLOCK]
+        for t in range(BLOCK):
+            plane[t] = _F(source[t])
+        for part in range(1, each):
+            target = x[(k + part * rows) * stride + at : (k + part * rows) * stride + at + BLOCK]
+            scale = _F(1.0 / (1 << (bits * part)))
+            for t in range(BLOCK):
+                target[t] = np.floor(plane[t] * scale)
+    return rows * BLOCK
 
 
 @_compiled
-def _logits(codes, counts, queries, constant, out, first, stop):
+def _logits(codes, counts, queries, out, first, stop):
     """`codes` [batch, blocks, bytes], `queries` [items, rows, planes], `out` [items, rows, tokens]: items first … stop."""
     rows = queries.shape[1]
     x = np.empty(_PLANES * BLOCK, np.float32)
@@ -125,11 +115,9 @@ def _logits(codes, counts, queries, constant, out, first, stop):
         begin, eight, four, planes = counts[bundle]
         for block in range(codes.shape[1]):
             row = codes[batch, block, begin:]
-            for r in range(rows):
-                for t in range(BLOCK):
-                    sums[r, t] = -constant[item, r]
+            sums[:] = 0
             for p in range(0, planes, _PLANES):
-                row = row[_unpack(row, 8 if p < eight else 4 if p < four else 2, x) :]
+                row = row[_unpack(row, 8 if p < eight else 4 if p < four else 2, x, BLOCK, 0) :]
                 for r in range(rows):
                     a, b, c, d = q[r, p], q[r, p + 1], q[r, p + 2], q[r, p + 3]
                     e, f, g, h = q[r, p + 4], q[r, p + 5], q[r, p + 6], q[r, p + 7]
@@ -143,33 +131,32 @@ def _logits(codes, counts, queries, constant, out, first, stop):
 
 
 @_compiled
+def _dot(a, b):
+    total = _F(0)
+    for t in range(len(a)):
+        total += a[t] * b[t]
+    return total
+
+
+@_compiled
 def _sums(codes, counts, weights, out, first, stop):
     """`codes` [batch, blocks, bytes], `weights` [items, rows, tokens], `out` [items, rows, planes]: items first … stop."""
-    rows = weights.shape[1]
-    x = np.empty(_PLANES * BLOCK, np.float32)
-    w = np.empty((rows, BLOCK), np.float32)
-    lanes = np.empty((out.shape[2], rows, _LANES), np.float32)
+    blocks = codes.shape[1]
+    x = np.empty(_PLANES * _TILE * BLOCK, np.float32)
     for item in range(first, stop):
         batch, bundle = divmod(item, len(counts))
         begin, eight, four, planes = counts[bundle]
-        lanes[:] = 0
-        for block in range(codes.shape[1]):
-            row = codes[batch, block, begin:]
-            for r in range(rows):
-                for t in range(BLOCK):
-                    w[r, t] = weights[item, r, block * BLOCK + t]
+        for start in range(0, blocks, _TILE):
+            tile = min(_TILE, blocks - start)
+            tokens, at = tile * BLOCK, begin
             for p in range(0, planes, _PLANES):
-                row = row[_unpack(row, 8 if p < eight else 4 if p < four else 2, x) :]
+                bits = 8 if p < eight else 4 if p < four else 2
+                used = 0
+                for block in range(tile):
+                    used = _unpack(codes[batch, start + block, at:], bits, x, tokens, block * BLOCK)
+                at += used
                 for k in range(_PLANES):
-                    y = x[BLOCK * k : BLOCK * k + BLOCK]
-                    for r in range(rows):
-                        for i in range(_LANES):
-                            lanes[p + k, r, i] += (w[r, i] * y[i] + w[r, 16 + i] * y[16 + i]) + (
-                                w[r, 32 + i] * y[32 + i] + w[r, 48 + i] * y[48 + i]
-                            )
-        for p in range(planes):
-            for r in range(rows):
-                total = _F(0)
-                for i in range(_LANES):
-                    total += lanes[p, r, i]
-                out[item, r, p] = total
+                    plane = x[k * tokens : k * tokens + tokens]
+                    for r in range(weights.shape[1]):
+                        w = weights[item, r, start * BLOCK : start * BLOCK + tokens]
+                        out[item, r, p + k] += _dot(w, plane)

@@ -5,11 +5,12 @@ integers of its coefficients, those of 8 bits first, then of 4, then of 2, each 
 1, 2 or 4 coefficients: of g coefficients of 4 bits, byte row i has i in its low and i + g/2 in its high half, of g of 2 bits
 i, i + g/4, i + g/2 and i + 3g/4 from the lowest bits on. An integer u of b bits stands for u − (2^b − 1)/2 steps: static,
 symmetric, without an exact zero. Steps are folded into the queries and into what is expanded afterwards, so that nothing
-is multiplied per token but the integers themselves (THEORY 8).
+is multiplied per token but the integers themselves, and what stands for zero is one vector for all (THEORY 8).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def most_coefficients(widths: Sequence[Widths]) -> int:
     return max(w.coefficients for w in widths)
 
 
-def largest_integers(widths: Sequence[Widths]) -> Tensor:
+@cache
+def largest_integers(widths: tuple[Widths, ...]) -> Tensor:
     """2^b − 1 of every coefficient [bundles, most] float32, zero beyond the last one of a bundle."""
     most = most_coefficients(widths)
     return torch.stack([F.pad(2.0 ** w.per_coefficient() - 1, (0, most - w.coefficients)) for w in widths])
@@ -85,21 +87,14 @@ def unpack(packed: Tensor, widths: Sequence[Widths]) -> Tensor:
 
 
 def logits(packed: Tensor, widths: Sequence[Widths], queries: Tensor) -> Tensor:
-    """Σ_i q_i (u_i − c_i) [batch, bundles, rows, tokens] float32 of queries [batch, bundles, rows, most], steps within.
+    """Σ_i q_i u_i [batch, bundles, rows, tokens] float32 of queries [batch, bundles, rows, most], steps within.
 
     `packed` [batch, blocks, bytes].
     """
-    constant = (queries * _centres(widths, queries)).sum(-1, keepdim=True)
-    return torch.cat([queries @ unpack(tile, widths).to(queries) for tile in packed.split(_TILE, 1)], -1) - constant
+    return torch.cat([queries @ unpack(tile, widths).to(queries) for tile in packed.split(_TILE, 1)], -1)
 
 
 def sums(packed: Tensor, widths: Sequence[Widths], weights: Tensor) -> Tensor:
-    """Σ_t a_t (u_t − c) [batch, bundles, rows, most] float32 of weights [batch, bundles, rows, tokens]."""
-    constant = weights.sum(-1, keepdim=True) * _centres(widths, weights)
+    """Σ_t a_t u_t [batch, bundles, rows, most] float32 of weights [batch, bundles, rows, tokens]."""
     tiles = zip(packed.split(_TILE, 1), weights.split(_TILE * BLOCK, -1), strict=True)
-    return sum(a @ unpack(tile, widths).to(a).mT for tile, a in tiles) - constant  # type: ignore[operator]
-
-
-def _centres(widths: Sequence[Widths], like: Tensor) -> Tensor:
-    """What integer, not a whole one, stands for zero [bundles, 1, most]."""
-    return (largest_integers(widths) / 2).to(like)[:, None]
+    return sum(a @ unpack(tile, widths).to(a).mT for tile, a in tiles)  # type: ignore[return-value]

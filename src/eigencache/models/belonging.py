@@ -13,7 +13,7 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
     Raises `CodecError` naming both models and what to do. Dtype and RoPE are looked at before the model's hash, which
     they would change too, because they say what is wrong. Costs one forward pass over 64 tokens.
     """
-    origin, anew = saved.card.origin, "or fit a codec on this one (`eigencache evaluate --save-codec`)"
+    origin, anew = saved.card.origin, "or fit a codec on this one (`eigencache fit`)"
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     if dtype != origin.dtype:
         raise CodecError(

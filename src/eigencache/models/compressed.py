@@ -3,7 +3,8 @@
 `CompressedCache` goes where a `DynamicCache` goes; `compressed` makes it the model's own for a whole program.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,7 @@ class CompressedCache(DynamicCache):
     """`model.generate(**inputs, past_key_values=CompressedCache(model, codec))`: the past bit-packed, for any decoding.
 
     The model's attention goes through this package from then on; other caches are served as before. Raises
-    `UnsupportedArchitectureError` for a model that holds anything but keys and values (or MLA latents) per token, and
+    `UnsupportedArchitectureError` for a model whose keys and values are held in another way, or its attention called, and
     `CodecError` for the codec of another model. `codec`: a `LiveCodec`, or what `eigencache.fit(..., live=True)` gives.
     """
 
@@ -58,8 +59,8 @@ class CompressedCache(DynamicCache):
         return storage_bytes(t for _, t in self._tensors())
 
     def ledger(self) -> dict[str, int]:
-        """What the bytes are: sinks, packed keys, packed values, window, and empty room in storages of blocks."""
-        found = {"sinks": 0, "keys": 0, "values": 0, "window": 0, "empty": 0}
+        """What the bytes are: sinks, packed keys and values, window, empty room for blocks, states of other layers."""
+        found = {"sinks": 0, "keys": 0, "values": 0, "window": 0, "empty": 0, "states": 0}
         for name, tensor in self._tensors():
             found[name] += tensor.untyped_storage().nbytes()
         for layer in self.compressed_layers:
@@ -71,7 +72,18 @@ class CompressedCache(DynamicCache):
         return found
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
+        found = [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
+        others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        return found + [("states", t) for layer in others for held in vars(layer).values() for t in _tensors_in(held)]
+
+
+def _tensors_in(held: Any) -> Iterator[Tensor]:
+    """Tensors in what a layer of transformers holds: one, several in a list or by name, or none."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for one in held.values() if isinstance(held, dict) else held:
+            yield from _tensors_in(one)
 
 
 def live_codec(codec: Any) -> LiveCodec:
@@ -88,26 +100,39 @@ def compressed(model: PreTrainedModel, codec: Any) -> Iterator[PreTrainedModel]:
 
     Afterwards the model is as it was, whatever happened. Raises what `CompressedCache` raises, before anything else.
     """
+    own = vars(model).get("generate")
     before, generate = model.config._attn_implementation, model.generate
+    signature = inspect.signature(model.forward)
+
+    def wanted(given: Mapping[str, Any]) -> bool:
+        """Whether a cache is to be made: none is given, and one is used."""
+        used, config = given.get("use_cache"), given.get("generation_config")
+        if used is None:
+            used = getattr(config, "use_cache", None) if config is not None else model.config.use_cache
+        return given.get("past_key_values") is None and used is not False
 
     def with_cache(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if given.get("past_key_values") is None and given.get("use_cache", model.config.use_cache):
-            given["past_key_values"] = CompressedCache(model, codec)
+        bound = signature.bind_partial(*args, **given)
+        named = bound.arguments | bound.arguments.get("kwargs", {})
+        if wanted(named):
+            bound.arguments["past_key_values"] = CompressedCache(model, codec)
+            return bound.args, bound.kwargs
         return args, given
 
     def generate_with_cache(*args: Any, **given: Any) -> Any:
-        if given.get("past_key_values") is None and given.get("use_cache", True):
+        if wanted(given):
             given["past_key_values"] = CompressedCache(model, codec)
         return generate(*args, **given)  # type: ignore[operator]
 
-    hook = None
+    CompressedCache(model, codec)
+    hook = model.register_forward_pre_hook(with_cache, with_kwargs=True)
+    model.generate = generate_with_cache  # type: ignore[method-assign]
     try:
-        CompressedCache(model, codec)
-        hook = model.register_forward_pre_hook(with_cache, with_kwargs=True)
-        model.generate = generate_with_cache  # type: ignore[method-assign]
         yield model
     finally:
-        if hook is not None:
-            hook.remove()
-        model.__dict__.pop("generate", None)
+        hook.remove()
+        if own is None:
+            del model.generate
+        else:
+            model.generate = own  # type: ignore[method-assign]
         model.set_attn_implementation(before or "eager")

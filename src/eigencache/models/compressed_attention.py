@@ -5,7 +5,10 @@ the model; blocks are read by `kernels/`. MLA is attended in the latent: W_UK go
 that the past is never expanded (THEORY 8, 9).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from eigencache.errors import UnsupportedArchitectureError
-from eigencache.kernels.packed import logits_of, sums_of
+from eigencache.kernels.packed import packed_backend
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_layer import CompressedLayer, updated
 
@@ -52,17 +55,16 @@ def _attention(
     """What a layer calls: `query` [batch, heads, seq, dim], `key` and `value` of the window with the new tokens."""
     layer = updated.get()
     updated.set(None)
-    if layer is None or layer.layer_idx != getattr(module, "layer_idx", None) or key.shape[2] != layer.window_count:
-        if layer is not None:
-            layer.entered = 0
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **kwargs)
-    if layer.first is None:
+    if layer is not None and (layer.layer_idx != getattr(module, "layer_idx", None) or key.shape[2] != layer.window_count):
+        layer = None  # its cache was updated, and another layer attends
+    if layer is not None and layer.first is None:
         layer.first = _first_tokens(attention_mask, len(query))
-    if layer.blocks or layer.sinks or softcap is not None or s_aux is not None:
-        out = _over_all(module, layer, query, key, value, attention_mask, scaling, softcap, s_aux)
-    else:
+    if softcap is None and s_aux is None and (layer is None or not (layer.blocks or layer.sinks)):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
-    layer.compact()
+    else:
+        out = attend(module, layer, query, key, value, attention_mask, scaling, softcap, s_aux)
+    if layer is not None:
+        layer.compact()
     return out, None
 
 
@@ -74,135 +76,200 @@ def _first_tokens(mask: Tensor | None, batch: int) -> Tensor:
     return seen.int().argmax(-1).cpu().expand(batch).clone()
 
 
-def _over_all(
+def attend(
     module: nn.Module,
-    layer: CompressedLayer,
+    layer: CompressedLayer | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
-    """[batch, seq, heads, dim of values] in the query's dtype: all queries, as many at a time as logits fit."""
-    parts = Latent(module, layer) if hasattr(module, "kv_b_proj") else Heads(layer)
-    total = layer.sink_count + BLOCK * layer.blocks + key.shape[2]
+    """Attention over what `layer` holds packed and over `key` and `value`, its window with the newest tokens.
+
+    [batch, seq, heads, dim of values] in the query's dtype; as many queries at a time as logits fit.
+    """
+    stretches = _stretches(module, layer, key, value)
+    total = sum(one.tokens for one in stretches)
     if mask is None and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], total, dtype=torch.bool, device=query.device).tril(total - query.shape[2])[
-            None, None
-        ]
+        new = query.shape[2]
+        mask = torch.ones(1, 1, new, total, dtype=torch.bool, device=query.device).tril(total - new)
     step = max(1, _LOGITS // (query.shape[0] * query.shape[1] * total))
     found = []
     for at in range(0, query.shape[2], step):
         q = query[:, :, at : at + step].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        logits = torch.cat([parts.sink_logits(q), parts.block_logits(q), _products(q, key)], -1)
+        logits = [one.logits(q) for one in stretches]
         if softcap is not None:
-            logits = (logits / softcap).tanh() * softcap
+            logits = [x.div_(softcap).tanh_() * softcap for x in logits]
         if mask is not None:
-            own = mask[:, :, at : at + step, -total:]
-            logits = logits.masked_fill(~own, -torch.inf) if mask.dtype == torch.bool else logits + own
-        weights = _softmax(logits, s_aux)
-        sinks, blocks, window = weights.split([layer.sink_count, BLOCK * layer.blocks, key.shape[2]], -1)
-        found.append(parts.sink_sums(sinks) + parts.block_sums(blocks) + _sums(window, value))
+            own = mask[:, :, at : at + step, -total:].split([one.tokens for one in stretches], -1)
+            logits = [_masked(x, part) for x, part in zip(logits, own, strict=True)]
+        found.append(_weighed(stretches, logits, s_aux))
     return torch.cat(found, 2).transpose(1, 2).to(query.dtype)
 
 
-def _softmax(logits: Tensor, s_aux: Tensor | None) -> Tensor:
-    """Over tokens; `s_aux` [heads] are logits that take weight and give nothing. A row that sees nothing gets zeros."""
-    if s_aux is None:
-        return logits.softmax(-1).nan_to_num_()
-    extra = s_aux.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-    return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+class Stretch(Protocol):
+    """Some of the tokens that are attended to, one after the other."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        ...
+
+    def logits(self, q: Tensor) -> Tensor:
+        """[batch, query heads, seq, tokens] float32, a tensor of its own, of queries [batch, query heads, seq, dim]."""
+        ...
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """[batch, query heads, seq, dim of values] float32 of weights [batch, query heads, seq, tokens]."""
+        ...
 
 
-class Heads:
-    """Keys and values of heads: sinks as they are, blocks by coefficients."""
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Keys and values [batch, KV heads, tokens, dim] as they are."""
 
-    def __init__(self, layer: CompressedLayer) -> None:
-        self.layer = layer
+    keys: Tensor
+    values: Tensor
 
-    def sink_logits(self, q: Tensor) -> Tensor:
-        """[batch, query heads, seq, sinks]."""
-        return q[..., :0] if self.layer.sinks is None else _products(q, self.layer.sinks[0])
+    @property
+    def tokens(self) -> int:
+        """As `Stretch`."""
+        return self.keys.shape[2]
 
-    def sink_sums(self, weights: Tensor) -> Tensor | float:
-        """[batch, query heads, seq, dim]."""
-        return 0.0 if self.layer.sinks is None else _sums(weights, self.layer.sinks[1])
+    def logits(self, q: Tensor) -> Tensor:
+        """As `Stretch`."""
+        return _products(q, self.keys)
 
-    def block_logits(self, q: Tensor) -> Tensor:
-        """[batch, query heads, seq, tokens of all blocks]."""
+    def sums(self, weights: Tensor) -> Tensor:
+        """As `Stretch`."""
+        return _sums(weights, self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Keys and values of a layer's blocks, by coefficients."""
+
+    layer: CompressedLayer
+
+    @property
+    def tokens(self) -> int:
+        """As `Stretch`."""
+        return BLOCK * self.layer.blocks
+
+    def logits(self, q: Tensor) -> Tensor:
+        """As `Stretch`."""
         return block_logits(self.layer, 0, q)
 
-    def block_sums(self, weights: Tensor) -> Tensor:
-        """[batch, query heads, seq, dim]."""
+    def sums(self, weights: Tensor) -> Tensor:
+        """As `Stretch`."""
         return block_sums(self.layer, 1, weights)
 
 
 class Latent:
-    """MLA: one latent and one rotary key for all heads, `keys` and `values` of the cache; W_UK and W_UV are absorbed."""
+    """MLA: one latent and one rotary key for all heads, in the slots of keys and values; W_UK and W_UV are absorbed."""
 
-    def __init__(self, module: nn.Module, layer: CompressedLayer) -> None:
-        self.layer = layer
+    def __init__(self, module: nn.Module) -> None:
         self.nope = module.qk_nope_head_dim
         weight = module.kv_b_proj.weight.unflatten(0, (-1, self.nope + module.v_head_dim)).float()  # type: ignore[union-attr, operator]
         self.up_keys, self.up_values = weight.split([self.nope, module.v_head_dim], 1)  # type: ignore[list-item]
 
-    def sink_logits(self, q: Tensor) -> Tensor:
-        """As `Heads`."""
-        if self.layer.sinks is None:
-            return q[..., :0]
-        latent, rotary = self.layer.sinks
-        return _products(self._absorbed(q), latent) + _products(q[..., self.nope :], rotary)
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the latent and of the rotary key."""
+        return torch.einsum("bhsd,hdr->bhsr", q[..., : self.nope], self.up_keys), q[..., self.nope :]
 
-    def sink_sums(self, weights: Tensor) -> Tensor | float:
-        """As `Heads`."""
-        return 0.0 if self.layer.sinks is None else self._expanded(_sums(weights, self.layer.sinks[0]))
-
-    def block_logits(self, q: Tensor) -> Tensor:
-        """As `Heads`."""
-        return block_logits(self.layer, 0, self._absorbed(q)) + block_logits(self.layer, 1, q[..., self.nope :])
-
-    def block_sums(self, weights: Tensor) -> Tensor:
-        """As `Heads`."""
-        return self._expanded(block_sums(self.layer, 0, weights))
-
-    def _absorbed(self, q: Tensor) -> Tensor:
-        return torch.einsum("bhsd,hdr->bhsr", q[..., : self.nope], self.up_keys)
-
-    def _expanded(self, latents: Tensor) -> Tensor:
+    def expanded(self, latents: Tensor) -> Tensor:
+        """Values [batch, heads, seq, dim] of sums of latents."""
         return torch.einsum("bhsr,hvr->bhsv", latents, self.up_values)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainLatents(Plain):
+    """Latents and rotary keys as they are."""
+
+    latent: Latent
+
+    def logits(self, q: Tensor) -> Tensor:
+        """As `Stretch`."""
+        of_latent, of_rotary = self.latent.queries(q)
+        return _products(of_latent, self.keys).add_(_products(of_rotary, self.values))
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """As `Stretch`."""
+        return self.latent.expanded(_sums(weights, self.keys))
+
+
+@dataclass(frozen=True, eq=False)
+class LatentBlocks(Blocks):
+    """Latents and rotary keys of a layer's blocks, by coefficients."""
+
+    latent: Latent
+
+    def logits(self, q: Tensor) -> Tensor:
+        """As `Stretch`."""
+        of_latent, of_rotary = self.latent.queries(q)
+        return block_logits(self.layer, 0, of_latent).add_(block_logits(self.layer, 1, of_rotary))
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """As `Stretch`."""
+        return self.latent.expanded(block_sums(self.layer, 0, weights))
+
+
+def _stretches(module: nn.Module, layer: CompressedLayer | None, key: Tensor, value: Tensor) -> list[Stretch]:
+    """Sinks and blocks, where there are any, and the window. The model has expanded MLA's window itself."""
+    found: list[Stretch] = []
+    latent = Latent(module) if layer is not None and hasattr(module, "kv_b_proj") else None
+    if layer is not None and layer.sinks is not None:
+        found.append(PlainLatents(*layer.sinks, latent) if latent else Plain(*layer.sinks))
+    if layer is not None and layer.chunks:
+        found.append(LatentBlocks(layer, latent) if latent else Blocks(layer))
+    return [*found, Plain(key, value)]
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """In place: −∞ where a mask of truth values is not true, or a mask of numbers added."""
+    return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
+
+
+def _weighed(stretches: Sequence[Stretch], logits: Sequence[Tensor], s_aux: Tensor | None) -> Tensor:
+    """Softmax over all stretches, in place, and their weighed sums. A query that sees nothing gets zeros.
+
+    `s_aux` [heads]: logits that take weight and give nothing.
+    """
+    extra = None if s_aux is None else s_aux.float().view(1, -1, 1, 1)
+    tops = [x.detach().amax(-1, keepdim=True) for x in logits] + ([] if extra is None else [extra.detach()])
+    most = reduce(torch.maximum, tops).clamp_min(torch.finfo(torch.float32).min)
+    weights = [x.sub_(most).exp_() for x in logits]
+    total = sum(x.sum(-1, keepdim=True) for x in weights) + (0 if extra is None else (extra - most).exp())
+    out = sum(one.sums(x) for one, x in zip(stretches, weights, strict=True))
+    return out / total.clamp_min(torch.finfo(torch.float32).tiny)  # type: ignore[union-attr]
 
 
 def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     """q · k̂ [batch, query heads, seq, tokens] of what is packed in a slot, keys' means and their turning included."""
     heads = layer.heads[slot]
     rows = q.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)  # queries of a KV head beside each other
-    packed = [chunk.slot(slot) for chunk in layer.chunks]
-    if not packed:
-        return q[..., :0]
-    projected = heads.queries(rows)
-    found = torch.cat([logits_of(x, heads.widths, projected) for x in packed], -1)
-    found = found.unflatten(2, (-1, rows.shape[2])).flatten(1, 2)  # bundles apart again
-    found += (rows * heads.mean[:, None]).sum(-1, keepdim=True)
+    backend = packed_backend(q, rows.shape[2] * len(heads.mean) // len(heads.widths))
+    projected = heads.queries(rows, backend)
+    found = [backend.logits(chunk.slot(slot), heads.widths, projected) for chunk in layer.chunks]
+    logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
+    logits = logits.add_((rows * heads.offset[:, None]).sum(-1, keepdim=True))
     if heads.turning is not None:
-        found += heads.turning.logits(rows, layer.starts(0, layer.blocks).to(q.device))
-    return found.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks).to(q.device)))
+    return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 def block_sums(layer: CompressedLayer, slot: int, weights: Tensor) -> Tensor:
-    """Σ a x̂ [batch, query heads, seq, dim] of what is packed in a slot."""
+    """Σ a x̂ [batch, query heads, seq, dim] of what is packed in a slot, of values or latents."""
     heads = layer.heads[slot]
     rows = weights.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)
     bundled = rows.unflatten(1, (len(heads.widths), -1)).flatten(2, 3)
-    total, at = 0, 0
-    for chunk in layer.chunks:
-        stop = at + BLOCK * chunk.filled
-        total = total + sums_of(chunk.slot(slot), heads.widths, bundled[..., at:stop])
-        at = stop
-    found = heads.mean[:, None] * rows.sum(-1, keepdim=True)
-    if layer.chunks:
-        found = found + heads.expanded(total)  # type: ignore[arg-type]
+    backend = packed_backend(weights, bundled.shape[2])
+    parts = bundled.split([BLOCK * chunk.filled for chunk in layer.chunks], -1)
+    sums = [backend.sums(chunk.slot(slot), heads.widths, part) for chunk, part in zip(layer.chunks, parts, strict=True)]
+    found = heads.expanded(sum(sums[1:], sums[0]), backend) + heads.offset[:, None] * rows.sum(-1, keepdim=True)
     return found.unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
 
 

@@ -52,7 +52,7 @@ class CompressedLayer(DynamicLayer):
         self.chunks: list[Chunk] = []
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.first: Tensor | None = None  # slot of every row's first token that is no padding [batch]
-        self.dropped = 0  # blocks that no token will attend to any more
+        self.dropped = 0  # first tokens that no token will attend to any more
         self.entered = 0  # tokens of the window that entered last
 
     @property
@@ -104,7 +104,9 @@ class CompressedLayer(DynamicLayer):
             )
         new = key_states, value_states
         whole = [torch.cat([held.to(x.dtype), x], 2) for held, x in zip(self.window, new, strict=True)]
-        self.keys, self.values = (torch.cat([held, x.to(held.dtype)], 2) for held, x in zip(self.window, new, strict=True))
+        self.keys, self.values = (
+            torch.cat([held, x.detach().to(held.dtype)], 2) for held, x in zip(self.window, new, strict=True)
+        )
         self.entered = key_states.shape[2]
         updated.set(self)
         return whole[0], whole[1]
@@ -135,7 +137,7 @@ class CompressedLayer(DynamicLayer):
 
     def starts(self, block: int, count: int) -> Tensor:
         """Position of the first token of `count` blocks from `block` on, row by row [batch, count]."""
-        slots = self.sink_count + BLOCK * (self.dropped + block + torch.arange(count))
+        slots = self.dropped + self.sink_count + BLOCK * (block + torch.arange(count))
         rows = torch.zeros(len(self.window[0]), dtype=torch.int64) if self.first is None else self.first
         return slots[None] - rows[:, None]
 
@@ -163,20 +165,20 @@ class CompressedLayer(DynamicLayer):
         self.keys, self.values = (x[:, :, count:].clone() for x in self.window)
 
     def _drop(self) -> None:
-        """Chunks that a sliding window has left behind, a block more than that: a crop may come back."""
+        """Forget sinks and chunks that a sliding window has left behind by more than a block: a crop may come back."""
         if self.sliding_window is None:
             return
         while self.chunks and BLOCK * (self.blocks - self.chunks[0].filled - 1) + self.window_count >= self.sliding_window:
-            self.dropped += self.chunks.pop(0).filled
+            self.dropped += self.sink_count + BLOCK * self.chunks.pop(0).filled
+            self.sinks = None
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
-        return self.sink_count + BLOCK * (self.dropped + self.blocks) + self.window_count
+        return self.dropped + self.sink_count + BLOCK * self.blocks + self.window_count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what is attended to: sinks and everything that is still held."""
-        offset = 0 if not self.dropped else self.sink_count + BLOCK * self.dropped
-        return self.get_seq_length() + query_length - offset, offset
+        return self.get_seq_length() + query_length - self.dropped, self.dropped
 
     def reset(self) -> None:
         """Forget everything."""

@@ -15,7 +15,7 @@ from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
 from eigencache.studies.eigen_targets import CONTEXT, fit_target
 from eigencache.studies.fitting import Fitting, eigen_fitting_of
 from eigencache.studies.gather import MEMORY, Progress, silent
-from eigencache.studies.live_fit import LiveSettings, fit_live
+from eigencache.studies.live_fit import LiveSettings, check_bits, fit_live
 from eigencache.studies.live_targets import FittedLive, fit_live_target
 from eigencache.studies.source import Source
 
@@ -51,6 +51,13 @@ class LiveGoal:
     max_nll: float | None = None
     safe: bool = False
     settings: LiveSettings = field(default_factory=LiveSettings)
+
+    def __post_init__(self) -> None:
+        """Raises `BudgetError` for several goals at once, and for bits that no widths give."""
+        if sum((self.bits is not None, self.max_nll is not None, self.safe)) > 1:
+            raise BudgetError("a live cache is fitted for one of bits, a loss and safety, not for several")
+        if self.bits is not None:
+            check_bits(self.bits)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from eigencache.codec.live import LiveCodec
 from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
-from eigencache.errors import BudgetError
+from eigencache.errors import BudgetError, StatisticsError
 from eigencache.kernels.reference import GROUP, Widths
 from eigencache.spectral.rope import Rotation, unrotate
 from eigencache.spectral.spectrum import eigenbasis_of
@@ -45,6 +45,12 @@ class LiveSettings:
     def describe(self) -> str:
         """One line for tables."""
         return f"live · fisher^{self.alpha:g}"
+
+
+def check_bits(bits: float) -> None:
+    """Raises `BudgetError` for bits per value that no widths give."""
+    if not 0 < bits <= 8:
+        raise BudgetError(f"{bits:g} bits per value: a live codec has widths up to 8 bits: ask for more than 0, at most 8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +92,15 @@ class LiveFit:
 
     def at_bits(self, bits: float, name: str | None = None) -> LiveCodec:
         """The codec of at most `bits` per packed value. Raises `BudgetError` for more than widths give, and for none."""
-        if not 0 < bits <= 8:
-            raise BudgetError(
-                f"{bits:g} bits per value: a live codec has widths up to 8 bits: ask for more than 0, at most 8"
-            )
+        check_bits(bits)
         low, high = -60.0, 60.0  # of the logarithm of a bit's price
         for _ in range(_ROUNDS):
             middle = (low + high) / 2
             low, high = (middle, high) if self._codec(math.exp(middle), "").bits_per_value > bits else (low, middle)
-        return self._codec(math.exp(high), name or f"{self.settings.describe()} · {bits:g} bits")
+        found = self._codec(math.exp(high), name or f"{self.settings.describe()} · {bits:g} bits")
+        if not found.bits_per_value:
+            raise BudgetError(f"{bits:g} bits per value: fewer than one group of coefficients takes: ask for more")
+        return found
 
     def safe(self) -> LiveCodec:
         """8 bits for every coefficient of keys (and of MLA's latent), 4 for every one of values (and of its rotary key)."""
@@ -124,6 +130,8 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     if sinks is None:
         roots = scaled_metrics(source.metric("fisher"), settings.alpha)[1]
         sinks = outstanding(source.samples.less_mean(source.samples.mean), roots)
+    elif sinks >= max(source.samples.lengths):
+        raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
     vectors, positions = _stored(source, sinks)
     ats = sorted(vectors)
     _, roots, inverses = scaled_metrics([metrics[at] for at in ats], settings.alpha)

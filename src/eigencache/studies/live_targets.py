@@ -1,11 +1,13 @@
 """The widths of a live codec for a size, for a loss, or for safety, found on sequences that nothing was fitted on."""
 
+import math
 from typing import NamedTuple
 
 from eigencache.codec.card import Expected
 from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import BudgetError
+from eigencache.errors import BudgetError, StatisticsError
+from eigencache.kernels.reference import BLOCK
 from eigencache.models.load import LoadedModel
 from eigencache.studies.eigen_targets import CONTEXT, expected_of, scored_apart
 from eigencache.studies.gather import Progress, silent
@@ -40,6 +42,15 @@ def fit_live_target(
     """
     if sum((bits is not None, max_nll is not None, safe)) > 1:
         raise BudgetError("give one of a number of bits, a loss and safe, not several")
+    limit = DEFAULT_MAX_NLL if max_nll is None else max_nll
+    if not 0 < limit < math.inf:
+        raise BudgetError(f"--max-nll {limit:g}: must be a number above 0")
+    kept = fit.sinks + fit.settings.window
+    if apart.corpus.max_length // 2 < kept + BLOCK:
+        raise StatisticsError(
+            f"behind prefixes of half of {apart.corpus.max_length} tokens no block of {BLOCK} is packed, {kept} being kept "
+            f"apart: raise --max-length to {2 * (kept + BLOCK)} at least"
+        )
     one = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
     tried = [one] if one else [fit.at_bits(b) for b in TRIED]
     names = {f"{codec.bits_per_value:.4f}": codec for codec in tried}
@@ -47,7 +58,7 @@ def fit_live_target(
     if one:
         name = next(iter(names))
     else:
-        limit, ordered = max_nll or DEFAULT_MAX_NLL, sorted(names, key=float)
+        ordered = sorted(names, key=float)
         within = [i for i in range(len(ordered)) if all(quality[n].delta_nll <= limit for n in ordered[i:])]
         if not within:
             raise BudgetError(f"--max-nll {limit:g}: even 8 bits lose {quality[ordered[-1]].delta_nll:.4f} nats: allow more")

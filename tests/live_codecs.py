@@ -1,0 +1,89 @@
+"""Live codecs that lose next to nothing, and a cache of the same bytes that unpacks them."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from eigencache.codec.live import LiveCodec
+from eigencache.codec.packed import PackedHeads
+from eigencache.kernels.reference import GROUP, Widths
+from eigencache.models.compressed import CompressedCache
+from eigencache.models.compressed_layer import CompressedLayer
+from tiny_models import VOCAB, tiny
+
+LONG = 208  # three blocks and some
+
+
+@functools.cache
+def long_model(name: str) -> PreTrainedModel:
+    """A tiny model of its own, whose attention a test may replace, with learned positions for 256 tokens."""
+    model = copy.deepcopy(tiny(name))
+    positions = model.config.max_position_embeddings
+    for child in model.modules():
+        learned = isinstance(child, nn.Embedding) and child.num_embeddings in (positions, positions + 2)
+        if learned and child is not model.get_input_embeddings():
+            more = child.weight.repeat(5, 1)[: 256 + child.num_embeddings - positions]  # type: ignore[operator]
+            child.weight, child.num_embeddings = nn.Parameter(more.detach()), len(more)
+    return model
+
+
+def long_ids(batch: int = 2, length: int = LONG, seed: int = 5) -> torch.Tensor:
+    """Random ids that avoid the lowest ones."""
+    return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cached_by(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
+    """What a plain cache holds of ids."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def fine_codec(model: PreTrainedModel, *, sinks: int = 0, window: int = 0, bundled: bool = False) -> LiveCodec:
+    """8 bits over the range of every number of every head; `bundled`: all heads of a layer in one basis."""
+    cache = cached_by(model, long_ids(4, 256, seed=6))
+    layers = {}
+    for layer_idx, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None and layer.keys.numel():
+            layers[layer_idx] = (_heads(layer.keys, bundled), _heads(layer.values, bundled))
+    return LiveCodec("fine", layers, sinks, window, model.dtype)
+
+
+def _heads(x: torch.Tensor, bundled: bool) -> PackedHeads:
+    x = x.float()
+    low, high = x.amin((0, 2)), x.amax((0, 2))
+    step = ((high - low) / 250).clamp_min(1e-6)  # [heads, dim]
+    bundles = 1 if bundled else len(step)
+    step = step.reshape(bundles, -1)
+    width = -(-step.shape[1] // GROUP) * GROUP
+    padded = lambda diagonal: F.pad(diagonal, (0, 0, 0, width - step.shape[1]))  # noqa: E731 - used twice
+    encoder, decoder = padded(torch.diag_embed(1 / step)), padded(torch.diag_embed(step))
+    return PackedHeads((Widths(width, 0, 0),) * bundles, encoder, decoder, (low + high) / 2)
+
+
+class _Unpacked(CompressedLayer):
+    """Holds what a `CompressedLayer` holds, and gives all of it back unpacked."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        windows = super().update(key_states, value_states)
+        positions, found = self._positions(0, self.blocks), []
+        for slot, (heads, window) in enumerate(zip(self.heads, windows, strict=True)):
+            sinks = [] if self.sinks is None else [self.sinks[slot].to(window.dtype)]
+            packed = [chunk.slot(slot) for chunk in self.chunks]
+            blocks = [heads.decode(torch.cat(packed, 1), positions).to(window.dtype)] if packed else []
+            found.append(torch.cat([*sinks, *blocks, window], 2))
+        return found[0], found[1]
+
+
+def unpacked_cache(model: PreTrainedModel, codec: LiveCodec) -> CompressedCache:
+    """The same bytes for the model's own attention, which `eager` is from then on; compact its layers after every pass."""
+    cache = CompressedCache(model, codec)
+    for layer in cache.compressed_layers:
+        layer.__class__ = _Unpacked
+    model.set_attn_implementation("eager")
+    return cache
