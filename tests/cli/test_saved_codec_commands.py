@@ -51,7 +51,7 @@ def test_the_next_evaluation_fits_nothing_and_finds_the_same(saved: Path, tmp_pa
         ),
         (
             ("ref-llama", "--codec", "absent"),
-            "absent: no such folder: name one that `eigencache evaluate --save-codec` wrote",
+            "absent: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote",
         ),
         (("ref-llama", "--ranks", "16,24", "--save-codec", "new"), "--ranks 16,24: --save-codec new saves one codec"),
         (("ref-llama", "--ranks", "16", "--save-codec", "."), ".: holds other things than a codec and is left alone"),

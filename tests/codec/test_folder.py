@@ -159,7 +159,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         card(lambda c: c.update(schema_version="eigencache.codec/2")),
         "should be 'eigencache.codec/1'",
     ),
-    "another kind": (CARD, card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca' or 'eigen'"),
+    "another kind": (CARD, card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca', 'eigen' or 'live'"),
     "lost field": (CARD, card(lambda c: c["origin"].pop("rope_sha256")), "origin.rope_sha256: Field required"),
     "unknown field": (CARD, card(lambda c: c.update(extra=1)), "extra: Extra inputs"),
     "no such dtype": (CARD, card(lambda c: c["origin"].update(dtype="int3")), "origin.dtype: Input should be"),

@@ -213,7 +213,7 @@ def last_basis(**changed: Any) -> Damage:
 
 
 CARD_DAMAGES: dict[str, tuple[Damage, str]] = {
-    "another kind": (card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca' or 'eigen'"),
+    "another kind": (card(lambda c: c.update(kind="zip")), "kind: Input should be 'pca', 'eigen' or 'live'"),
     "the other kind": (card(lambda c: c.update(kind="pca")), "schema eigencache.codec/1: settings.target: Field required"),
     "another schema": (card(lambda c: c.update(schema_version="eigencache.codec/2")), "should be 'eigencache.codec/1'"),
     "unknown field": (card(lambda c: c.update(extra=1)), "extra: Extra inputs"),

@@ -51,7 +51,7 @@ def characters(name: str) -> LoadedModel:
 @functools.cache
 def live() -> LiveCodec:
     settings = EigenSettings(metric="frobenius", text=False, sinks=0)
-    fitted = fit_codec(tiny_loaded("llama"), random_sequences(*[40] * 64), settings, Goal.of(bits=6), live=LiveGoal(bits=4))
+    fitted = fit_codec(tiny_loaded("llama"), random_sequences(*[160] * 16), settings, Goal.of(bits=6), live=LiveGoal(bits=4))
     assert fitted.live is not None
     return fitted.live.codec
 

@@ -275,7 +275,7 @@ def test_a_fine_step_changes_nothing_and_a_coarse_one_does(name: str, settings: 
     middle = float(fit.eigenvalues.median()) ** 0.5
     fine, coarse = fit.at_step(middle / 64), fit.at_step(2 * float(fit.eigenvalues.max()) ** 0.5 / 4)
     assert divergence(loaded, fine.codec) < 1e-4
-    assert divergence(loaded, coarse.codec) > 1e-3
+    assert divergence(loaded, coarse.codec) > 5e-4  # of GPT-2 positions are left
     assert coarse.coded_bits < 0.5 * fine.coded_bits
     assert fit.layout.width == loaded.geometry.values_per_token
 
@@ -392,11 +392,11 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float]) -> 
     """Scores that are a function of the step; the steps that were scored."""
     seen: list[float] = []
 
-    def score(_fit, _loaded, codecs: dict[str, EigenCodec], *_rest):
+    def score(_loaded, _apart, codecs: dict[str, EigenCodec], *_rest):
         seen.extend(codec.step for codec in codecs.values())
         return {name: SimpleNamespace(delta_nll=loss(codec.step)) for name, codec in codecs.items()}
 
-    monkeypatch.setattr(eigen_targets, "_score", score)
+    monkeypatch.setattr(eigen_targets, "scored_apart", score)
     return seen
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from eigencache.codec.base import sixteen_bit
+from eigencache.codec.base import sixteen_bit, storage_bytes
 from eigencache.codec.packed import PackedHeads
 from eigencache.errors import CodecError, NonFiniteError
 from eigencache.kernels.reference import BLOCK
@@ -236,6 +236,11 @@ class CompressedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
         self.select(beam_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that exist because of the layer."""
+        return storage_bytes(t for tensors in self.tensors().values() for t in tensors)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """All that is held, by what it is."""

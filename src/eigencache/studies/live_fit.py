@@ -28,6 +28,7 @@ _GAUSSIAN = {2: 0.996, 4: 0.335, 8: 0.031}  # steps in standard deviations that 
 _STEPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0)  # times that
 _TURNING = 8.0  # a pair's mean is taken out where its square is so many times the variance
 _ROUNDS = 50
+_SINKS = 4  # found by themselves; learned positions make more of the first ones stand out, which 8 bits hold
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     sinks = settings.sinks
     if sinks is None:
         roots = scaled_metrics(source.metric("fisher"), settings.alpha)[1]
-        sinks = outstanding(source.samples.less_mean(source.samples.mean), roots)
+        sinks = min(_SINKS, outstanding(source.samples.less_mean(source.samples.mean), roots))
     elif sinks >= max(source.samples.lengths):
         raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
     vectors, positions = _stored(source, sinks)

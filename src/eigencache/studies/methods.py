@@ -25,6 +25,7 @@ from eigencache.models.residual import find_sites, weight_rows
 from eigencache.studies.calibrate import Calibration, PCASettings
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.eigen_targets import at_bits
+from eigencache.studies.live_fit import fit_live
 from eigencache.studies.workbench import Workbench
 
 Codecs = dict[str, Compressor]  # operating point → codec
@@ -81,6 +82,11 @@ def _turboquant(layers: int) -> Callable[[Workbench], Codecs]:
     return lambda bench: {f"{bits}": made(bench, bits) for bits in (4, 3, 2)}
 
 
+def _live(bench: Workbench) -> Codecs:
+    fit = bench.once("live", lambda: fit_live(bench.source))
+    return {f"{bits:g}": fit.at_bits(bits) for bits in (2.0, 2.5, 3.0, 4.0)} | {"safe": fit.safe()}
+
+
 def _kvtc(**kept: int) -> Callable[[Workbench], Codecs]:
     fitted = lambda bench: bench.once("kvtc", lambda: fit_kvtc(bench.by_slot, _dtype(bench)))  # noqa: E731
     return lambda bench: {f"{bits:g}": fitted(bench).at(bits, **kept) for bits in bench.rates}
@@ -133,6 +139,7 @@ def _latent(loaded: LoadedModel) -> str | None:
 METHODS: dict[str, Method] = {
     "eigen": Method("this project: joint basis, Fisher metric, text predicted", _eigen(EigenSettings())),
     "eigen-no-text": Method("the same without prediction from the text", _eigen(EigenSettings(text=False))),
+    "live": Method("this project's live cache: bit-packed, heads' own bases, attended to as it is", _live),
     "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc()),
     "kvtc-no-window": Method("KVTC without sinks and window", _kvtc(sinks=0, window=0)),
     "pca_head": Method("PCA per head, 16-bit coefficients, keys before rotation", _pca_head("pre")),
