@@ -84,7 +84,8 @@ def _turboquant(layers: int) -> Callable[[Workbench], Codecs]:
 
 def _live(bench: Workbench) -> Codecs:
     fit = bench.once("live", lambda: fit_live(bench.source))
-    return {f"{bits:g}": fit.at_bits(bits) for bits in (2.0, 2.5, 3.0, 4.0)} | {"safe": fit.safe()}
+    codecs: dict[str, Compressor] = {f"{bits:g}": fit.at_bits(bits) for bits in (2.0, 2.5, 3.0, 4.0)}
+    return codecs | {"safe": fit.safe()}
 
 
 def _kvtc(**kept: int) -> Callable[[Workbench], Codecs]:
