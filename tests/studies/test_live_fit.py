@@ -331,7 +331,7 @@ def test_what_decoding_loses_is_what_the_fit_says_it_costs(name: str, alpha: flo
     fit = fitted(name, LiveSettings(alpha=alpha, sinks=0))
     for at, error in weighed_errors(name, fit.safe(), alpha).items():
         assert error == pytest.approx(float(fit.slots[at].costs[(8, 4)[at[1]]].sum()), rel=5e-3), at
-    nothing = fit._codec(1e30, "nothing")
+    nothing = fit._codec(fit._widths(1e30), "nothing")
     assert nothing.bits_per_value == 0
     with pytest.raises(BudgetError, match="fewer than one group of coefficients takes"):
         fit.at_bits(1e-3)

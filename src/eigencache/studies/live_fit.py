@@ -97,28 +97,34 @@ class LiveFit:
         low, high = -60.0, 60.0  # of the logarithm of a bit's price
         for _ in range(_ROUNDS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._codec(math.exp(middle), "").bits_per_value > bits else (low, middle)
-        found = self._codec(math.exp(high), name or f"{self.settings.describe()} · {bits:g} bits")
-        if not found.bits_per_value:
+            low, high = (middle, high) if self._rate(self._widths(math.exp(middle))) > bits else (low, middle)
+        found = self._widths(math.exp(high))
+        if not self._rate(found):
             raise BudgetError(f"{bits:g} bits per value: fewer than one group of coefficients takes: ask for more")
-        return found
+        return self._codec(found, name or f"{self.settings.describe()} · {bits:g} bits")
 
     def safe(self) -> LiveCodec:
         """8 bits for every coefficient of keys (and of MLA's latent), 4 for every one of values (and of its rotary key)."""
         every = lambda at: torch.full_like(self.slots[at].groups(0), (8, 4)[at[1]], dtype=torch.int64)  # noqa: E731
-        return self._codec_of({at: every(at) for at in self.slots}, "live · safe")
+        return self._codec({at: every(at) for at in self.slots}, "live · safe")
 
-    def _codec(self, price: float, name: str) -> LiveCodec:
-        bits = {}
+    def _widths(self, price: float) -> dict[tuple[int, int], Tensor]:
+        """Bits of every group of every slot [bundles, groups] when a bit costs so much."""
+        found = {}
         for at, slot in self.slots.items():
             costs = torch.stack([slot.groups(b) + price * b * GROUP for b in _BITS])
-            bits[at] = torch.tensor(_BITS)[costs.argmin(0)]
-        return self._codec_of(bits, name)
+            found[at] = torch.tensor(_BITS)[costs.argmin(0)]
+        return found
 
-    def _codec_of(self, bits: Mapping[tuple[int, int], Tensor], name: str) -> LiveCodec:
+    def _rate(self, widths: Mapping[tuple[int, int], Tensor]) -> float:
+        """Bits per value of these widths."""
+        bits = sum(GROUP * int(own.sum()) for own in widths.values())
+        return bits / sum(slot.mean.numel() for slot in self.slots.values())
+
+    def _codec(self, widths: Mapping[tuple[int, int], Tensor], name: str) -> LiveCodec:
         layers: dict[int, list[PackedHeads]] = {}
         for at, slot in sorted(self.slots.items()):
-            layers.setdefault(at[0], []).append(slot.at(bits[at]))
+            layers.setdefault(at[0], []).append(slot.at(widths[at]))
         pairs = {i: (keys, values) for i, (keys, values) in layers.items()}
         return LiveCodec(name, pairs, self.sinks, self.settings.window, self.dtype)
 
