@@ -51,6 +51,8 @@ def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
     x = fit.transform.mean + fit.transform.decode(fit.held.y[:tokens], 1.0)
     if fit.text is not None and fit.held.ranks is not None:
         x = x + fit.text.predict(fit.held.ranks[None, :tokens], fit.settings.block)[0]
+    if fit.positions is not None:
+        x = x + fit.positions.at(torch.arange(fit.sinks, fit.sinks + len(x)))
     return by_layer(fit.layout.slots(x[None], fit.sinks), dtype)
 
 
@@ -68,7 +70,7 @@ def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 def integers(codec: EigenCodec, cached: Cached, start: int) -> list[np.ndarray]:
     """What the entropy coder is given, block by block."""
-    symbols = codec._symbols(codec.layout.vectors(cached, start, codec.transform.mean))[0].numpy()
+    symbols = codec._symbols(codec._stored(cached, start))[0].numpy()
     return [np.ascontiguousarray(symbols[at : at + codec.block].T) for at in range(0, len(symbols), codec.block)]
 
 
@@ -97,12 +99,12 @@ def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: in
 def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
     """Seconds of the steps of both ways, each alone."""
     layout, transform, quantiser, text = codec.layout, codec.transform, codec.quantiser, codec.text
-    x = layout.vectors(cached, start, transform.mean) - transform.mean
+    x = codec._stored(cached, start) - transform.mean
     y = transform.encode(x, codec.step)
     q = quantiser.quantise(y)
     back = transform.decode(quantiser.dequantise(q), codec.step)
     works: dict[str, Callable[[], object]] = {
-        "to vectors": lambda: layout.vectors(cached, start, transform.mean),
+        "to vectors": lambda: codec._stored(cached, start),
         "transform": lambda: transform.encode(x, codec.step),
         "quantise": lambda: quantiser.quantise(y),
         "dequantise": lambda: quantiser.dequantise(q),

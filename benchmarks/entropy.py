@@ -32,7 +32,7 @@ from eigencache.models.load import BUNDLED, LoadedModel, load
 from eigencache.report.table import Table
 from eigencache.studies.eigen_fit import FITTED, EigenFit, EigenSettings, fit_eigen
 from eigencache.studies.eigen_targets import at_bits
-from eigencache.studies.probe import default_length
+from eigencache.studies.source import calibration_length
 
 try:
     import constriction
@@ -186,7 +186,7 @@ def rows_of(table_of: np.ndarray) -> list[np.ndarray]:
 def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DEFAULTS) -> EigenFit:
     """A fit on so many tokens of `stdlib`."""
     return fit_eigen(
-        loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=default_length(loaded)), settings
+        loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=calibration_length(loaded)), settings
     )
 
 

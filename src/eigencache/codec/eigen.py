@@ -111,10 +111,9 @@ class EigenCodec:
         tokens = length_of(cached)
         sinks, stop = middle_of(tokens, start, self.kept.sinks, self.kept.window)
         lacking = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
-        x = self.layout.vectors(cached, start, self.transform.mean)
+        x = self._stored(cached, start)
         if not x.isfinite().all():  # a head without coefficients would hide it
             raise CodecError("the cache holds NaN or infinite numbers")
-        x = x - self._from_position(start, tokens)
         lacking_coded = {i: count - sinks for i, count in lacking.items() if count > sinks}
         symbols = self._symbols(self._completed(x[:, sinks:stop], lacking_coded)).cpu().numpy()
         header = ContainerHeader(
@@ -168,6 +167,10 @@ class EigenCodec:
 
         ends = {i: (end(keys), end(values)) for i, (keys, values) in cached.items()}
         return Layout(self.layout.parts, {}).vectors(ends, span.start, torch.zeros_like(self.transform.mean)).to(self.dtype)
+
+    def _stored(self, cached: Cached, start: int) -> Tensor:
+        """Vectors [batch, seq, width] of a cache without what positions add."""
+        return self.layout.vectors(cached, start, self.transform.mean) - self._from_position(start, length_of(cached))
 
     def _from_position(self, start: int, tokens: int) -> Tensor | float:
         """What positions start, start + 1, … add to vectors: [tokens, width]."""
