@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eigencache.codec import text
 from eigencache.codec.text import TextPredictor
 
 VOCABULARY, FEATURES, WIDTH = 50, 6, 24
@@ -32,9 +33,13 @@ def drawn(batch: int, seq: int, seed: int = 3) -> Tensor:
     return torch.randint(VOCABULARY, (batch, seq), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("table", [0, 2**24], ids=["large vocabulary", "small vocabulary"])
 @pytest.mark.parametrize("block", [1, 4, 7, 100])
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (2, 21), (3, 8)])
-def test_a_prediction_is_the_formula(batch: int, seq: int, block: int) -> None:
+def test_a_prediction_is_the_formula(
+    batch: int, seq: int, block: int, table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_TABLE", table)
     one, ranks = predictor(), drawn(batch, seq)
     torch.testing.assert_close(one.predict(ranks, block).double(), planted(one, ranks, block), rtol=1e-4, atol=1e-4)
 

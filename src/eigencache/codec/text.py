@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from eigencache.codec.token_digits import TokenDigits, token_digits
 
 _ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
+_TABLE = 2**24  # numbers a table of all tokens' predictions may have: 64 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +57,25 @@ class TextPredictor:
 
     def predict(self, ranks: Tensor, block: int) -> Tensor:
         """Vectors less their mean [batch, seq, width] float32 of ranks [batch, seq], in blocks that begin with the first."""
-        here = self.features[ranks].float()
-        before = F.pad(here, (0, 0, 1, 0))[:, :-1].clone()
-        before[:, ::block] = 0
-        return torch.cat([here, before], -1) @ self.mix.float() @ self.rows.float()
+        if len(self.features) * self.rows.shape[1] > _TABLE:
+            here = self.features[ranks].float()
+            return torch.cat([here, _before(here, block)], -1) @ self.mix.float() @ self.rows.float()
+        alone, next_to = self._predictions
+        return F.embedding(ranks, alone).add_(F.embedding(_before(1 + ranks[..., None], block)[..., 0], next_to))
 
     @cached_property
     def digits(self) -> TokenDigits:
         """How ranks become integers and back."""
         return token_digits(len(self.features))
+
+    @cached_property
+    def _predictions(self) -> tuple[Tensor, Tensor]:
+        """What a token adds at its own place [vocabulary, width], and to the next one's [1 + vocabulary, width].
+
+        Row 0 of the second stands for no token. Looking up costs a tenth of the products, so small vocabularies get it.
+        """
+        here, before = (self.features.float() @ part @ self.rows.float() for part in self.mix.float().chunk(2))
+        return here, F.pad(before, (0, 0, 1, 0))
 
     @cached_property
     def _known(self) -> Tensor:
@@ -73,6 +84,13 @@ class TextPredictor:
     @cached_property
     def _norms(self) -> Tensor:
         return self._known.square().sum(-1) / 2
+
+
+def _before(x: Tensor, block: int) -> Tensor:
+    """x [batch, seq, n] of the token before, 0 at the first of a block."""
+    before = F.pad(x, (0, 0, 1, 0))[:, :-1].clone()
+    before[:, ::block] = 0
+    return before
 
 
 def _largest(x: Tensor) -> Tensor:
