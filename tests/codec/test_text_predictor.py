@@ -36,9 +36,7 @@ def drawn(batch: int, seq: int, seed: int = 3) -> Tensor:
 @pytest.mark.parametrize("table", [0, 2**24], ids=["large vocabulary", "small vocabulary"])
 @pytest.mark.parametrize("block", [1, 4, 7, 100])
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (2, 21), (3, 8)])
-def test_a_prediction_is_the_formula(
-    batch: int, seq: int, block: int, table: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prediction_is_the_formula(batch: int, seq: int, block: int, table: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "_TABLE", table)
     one, ranks = predictor(), drawn(batch, seq)
     torch.testing.assert_close(one.predict(ranks, block).double(), planted(one, ranks, block), rtol=1e-4, atol=1e-4)
