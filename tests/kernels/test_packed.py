@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eigencache.kernels.packed import CPU, REFERENCE, PackedBackend, packed_backend
+from eigencache.kernels import packed_vnni
+from eigencache.kernels.packed import CPU, REFERENCE, VNNI, PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Widths, largest_integers, most_coefficients, pack, unpack
 
-EVERY = pytest.mark.parametrize("backend", (REFERENCE, CPU), ids=lambda backend: backend.name)
+COMPILED = (CPU, VNNI) if packed_vnni.available() else (CPU,)
+EVERY = pytest.mark.parametrize("backend", (REFERENCE, *COMPILED), ids=lambda backend: backend.name)
 COUNTS = st.sampled_from([0, 8, 16, 24])
 WIDTHS = st.lists(st.builds(Widths, COUNTS, COUNTS, COUNTS), min_size=1, max_size=3).map(tuple)
 MIXED = (Widths(8, 16, 8), Widths(0, 0, 24), Widths(16, 8, 0))
@@ -116,14 +118,15 @@ def test_widths_say_their_sizes() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(WIDTHS, st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_both_backends_are_as_exact_as_float32(widths, batch, blocks, rows, seed) -> None:
+def test_all_backends_are_as_exact_as_float32(widths, batch, blocks, rows, seed) -> None:
     codes = drawn_codes(widths, batch, blocks, seed)
     packed = pack(codes, widths)
     plain, sizes = errors(REFERENCE, codes, packed, widths, rows, seed)
-    compiled, _ = errors(CPU, codes, packed, widths, rows, seed)
-    for one, other, size in zip(plain, compiled, sizes, strict=True):
-        assert one <= 16 * FLOAT32 * size
-        assert other <= 2 * one + 4 * FLOAT32 * size
+    for backend in COMPILED:
+        compiled, _ = errors(backend, codes, packed, widths, rows, seed)
+        for one, other, size in zip(plain, compiled, sizes, strict=True):
+            assert one <= 16 * FLOAT32 * size
+            assert other <= 2 * one + 4 * FLOAT32 * size
 
 
 @EVERY
@@ -201,21 +204,28 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("backend", COMPILED, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_number_of_threads_changes_no_bit(batch: int) -> None:
+def test_the_number_of_threads_changes_no_bit(batch: int, backend: PackedBackend) -> None:
     packed, most = pack(drawn_codes(MIXED, batch, 4, 7), MIXED), most_coefficients(MIXED)
     q, a = drawn(batch, 3, 5, most, seed=8), drawn(batch, 3, 5, 4 * BLOCK, seed=9)
     found = []
     for count in (1, 2, 7):
         torch.set_num_threads(count)
-        found.append((CPU.logits(packed, MIXED, q), CPU.sums(packed, MIXED, a)))
+        found.append((backend.logits(packed, MIXED, q), backend.sums(packed, MIXED, a)))
     for logits, sums in found[1:]:
         assert torch.equal(logits, found[0][0]) and torch.equal(sums, found[0][1])
 
 
 @pytest.mark.parametrize(
     ("device", "rows", "expected"),
-    [("cpu", 1, CPU), ("cpu", 64, CPU), ("cpu", 65, REFERENCE), ("cpu", 9999, REFERENCE), ("cuda:1", 1, REFERENCE)],
+    [
+        ("cpu", 1, COMPILED[-1]),
+        ("cpu", 64, COMPILED[-1]),
+        ("cpu", 65, REFERENCE),
+        ("cpu", 9999, REFERENCE),
+        ("cuda:1", 1, REFERENCE),
+    ],
 )
 def test_few_queries_on_a_cpu_go_to_compiled_code_and_others_to_a_matrix_product(device, rows, expected) -> None:
     x = SimpleNamespace(device=torch.device(device), requires_grad=False)

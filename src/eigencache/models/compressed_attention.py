@@ -5,10 +5,11 @@ the model; blocks are read by `kernels/`. MLA is attended in the latent: W_UK go
 that the past is never expanded (THEORY 8, 9).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from eigencache.codec.packed import PackedHeads
 from eigencache.errors import UnsupportedArchitectureError
-from eigencache.kernels.packed import packed_backend
+from eigencache.kernels.packed import PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_layer import CompressedLayer, updated
 
@@ -57,8 +59,8 @@ def _attention(
     updated.set(None)
     if layer is not None and (layer.layer_idx != getattr(module, "layer_idx", None) or key.shape[2] != layer.window_count):
         layer = None  # its cache was updated, and another layer attends
-    if layer is not None and layer.first is None:
-        layer.first = _first_tokens(attention_mask, len(query))
+    if layer is not None:
+        layer.place(_no_padding(attention_mask, query.shape[2]), kwargs.get("position_ids"))
     if softcap is None and s_aux is None and (layer is None or not (layer.blocks or layer.sinks)):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
     else:
@@ -68,12 +70,12 @@ def _attention(
     return out, None
 
 
-def _first_tokens(mask: Tensor | None, batch: int) -> Tensor:
-    """How many slots are padding at the left of every row [batch]."""
+def _no_padding(mask: Tensor | None, new: int) -> Tensor | None:
+    """Which of the new tokens see themselves, as padding does not [batch or 1, new]; None: all."""
     if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
-    seen = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0].any(1)
-    return seen.int().argmax(-1).cpu().expand(batch).clone()
+        return None
+    own = mask[:, 0, :, -new:].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own >= 0
 
 
 def attend(
@@ -92,7 +94,8 @@ def attend(
     [batch, seq, heads, dim of values] in the query's dtype; as many queries at a time as logits fit.
     """
     stretches = _stretches(module, layer, key, value)
-    total = sum(one.tokens for one in stretches)
+    tokens = [one.tokens for one in stretches]
+    total = sum(tokens)
     if mask is None and query.shape[2] > 1:
         new = query.shape[2]
         mask = torch.ones(1, 1, new, total, dtype=torch.bool, device=query.device).tril(total - new)
@@ -100,35 +103,67 @@ def attend(
     found = []
     for at in range(0, query.shape[2], step):
         q = query[:, :, at : at + step].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        logits = [one.logits(q) for one in stretches]
-        if softcap is not None:
-            logits = [x.div_(softcap).tanh_() * softcap for x in logits]
-        if mask is not None:
-            own = mask[:, :, at : at + step, -total:].split([one.tokens for one in stretches], -1)
-            logits = [_masked(x, part) for x, part in zip(logits, own, strict=True)]
-        found.append(_weighed(stretches, logits, s_aux))
+        own = [None] * len(tokens) if mask is None else mask[:, :, at : at + step, -total:].split(tokens, -1)
+        found.append(_merged([one.attention(q, part, softcap) for one, part in zip(stretches, own, strict=True)], s_aux))
     return torch.cat(found, 2).transpose(1, 2).to(query.dtype)
 
 
-class Stretch(Protocol):
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some tokens: the largest logit, weights relative to it added up, and what they weigh.
+
+    `top` and `total` [batch, query heads, seq, 1], `sums` [batch, query heads, seq, dim of values], float32.
+    """
+
+    top: Tensor
+    total: Tensor
+    sums: Tensor
+
+
+def _merged(partials: Sequence[Partial], s_aux: Tensor | None) -> Tensor:
+    """Attention over all of them [batch, query heads, seq, dim of values]. A query that sees nothing gets zeros.
+
+    `s_aux` [heads]: logits that take weight and give nothing.
+    """
+    extra = None if s_aux is None else s_aux.float().view(1, -1, 1, 1)
+    most = reduce(torch.maximum, [one.top for one in partials] + ([] if extra is None else [extra.detach()]))
+    shares = [(one.top - most).exp_() for one in partials]
+    total = sum(one.total * share for one, share in zip(partials, shares, strict=True))
+    total = total + (0 if extra is None else (extra - most).exp())
+    sums = sum(one.sums * share for one, share in zip(partials, shares, strict=True))
+    return sums / total.clamp_min(torch.finfo(torch.float32).tiny)  # type: ignore[union-attr]
+
+
+class Stretch(ABC):
     """Some of the tokens that are attended to, one after the other."""
 
     @property
+    @abstractmethod
     def tokens(self) -> int:
         """How many."""
-        ...
 
+    @abstractmethod
     def logits(self, q: Tensor) -> Tensor:
         """[batch, query heads, seq, tokens] float32, a tensor of its own, of queries [batch, query heads, seq, dim]."""
-        ...
 
+    @abstractmethod
     def sums(self, weights: Tensor) -> Tensor:
         """[batch, query heads, seq, dim of values] float32 of weights [batch, query heads, seq, tokens]."""
-        ...
+
+    def attention(self, q: Tensor, mask: Tensor | None, softcap: float | None) -> Partial:
+        """Of queries [batch, query heads, seq, dim] that see of it what `mask` lets them."""
+        x = self.logits(q)
+        if softcap is not None:
+            x = x.div_(softcap).tanh_() * softcap
+        if mask is not None:
+            x = _masked(x, mask)
+        top = x.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        weights = x.sub_(top).exp_()
+        return Partial(top, weights.sum(-1, keepdim=True), self.sums(weights))
 
 
 @dataclass(frozen=True, eq=False)
-class Plain:
+class Plain(Stretch):
     """Keys and values [batch, KV heads, tokens, dim] as they are."""
 
     keys: Tensor
@@ -149,7 +184,7 @@ class Plain:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class Blocks(Stretch):
     """Keys and values of a layer's blocks, by coefficients."""
 
     layer: CompressedLayer
@@ -166,6 +201,12 @@ class Blocks:
     def sums(self, weights: Tensor) -> Tensor:
         """As `Stretch`."""
         return block_sums(self.layer, 1, weights)
+
+    def attention(self, q: Tensor, mask: Tensor | None, softcap: float | None) -> Partial:
+        """As `Stretch`; where all is seen as it is, by one kernel that makes nothing of the past's length."""
+        plainly = softcap is None and (mask is None or bool((mask if mask.dtype == torch.bool else mask == 0).all()))
+        found = block_attention(self.layer, q) if plainly else None
+        return super().attention(q, mask, softcap) if found is None else found
 
 
 class Latent:
@@ -206,6 +247,7 @@ class LatentBlocks(Blocks):
     """Latents and rotary keys of a layer's blocks, by coefficients."""
 
     latent: Latent
+    attention = Stretch.attention  # two slots make the logits
 
     def logits(self, q: Tensor) -> Tensor:
         """As `Stretch`."""
@@ -233,44 +275,61 @@ def _masked(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
 
 
-def _weighed(stretches: Sequence[Stretch], logits: Sequence[Tensor], s_aux: Tensor | None) -> Tensor:
-    """Softmax over all stretches, in place, and their weighed sums. A query that sees nothing gets zeros.
-
-    `s_aux` [heads]: logits that take weight and give nothing.
-    """
-    extra = None if s_aux is None else s_aux.float().view(1, -1, 1, 1)
-    tops = [x.detach().amax(-1, keepdim=True) for x in logits] + ([] if extra is None else [extra.detach()])
-    most = reduce(torch.maximum, tops).clamp_min(torch.finfo(torch.float32).min)
-    weights = [x.sub_(most).exp_() for x in logits]
-    total = sum(x.sum(-1, keepdim=True) for x in weights) + (0 if extra is None else (extra - most).exp())
-    out = sum(one.sums(x) for one, x in zip(stretches, weights, strict=True))
-    return out / total.clamp_min(torch.finfo(torch.float32).tiny)  # type: ignore[union-attr]
+def block_attention(layer: CompressedLayer, q: Tensor) -> Partial | None:
+    """Of queries [batch, query heads, seq, dim] that see all blocks; None where no kernel does it at once."""
+    keys, values = layer.heads
+    rows, backend = _rows(keys, q)
+    if backend.attention is None or len(keys.widths) != len(values.widths):
+        return None
+    chunks = [[chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1)]
+    extra = None if keys.turning is None else _turning(layer, rows).unflatten(1, (len(keys.widths), -1)).flatten(2, 3)
+    widths = keys.widths, values.widths
+    top, total, sums = backend.attention(chunks[0], chunks[1], widths, keys.queries(rows, backend), extra)
+    top, total = (x.view(*rows.shape[:3], 1) for x in (top, total))
+    found = values.expanded(sums, backend) + values.offset[:, None] * total
+    return Partial(*(x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in (top + _constant(keys, rows), total, found)))
 
 
 def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     """q · k̂ [batch, query heads, seq, tokens] of what is packed in a slot, keys' means and their turning included."""
     heads = layer.heads[slot]
-    rows = q.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)  # queries of a KV head beside each other
-    backend = packed_backend(q, rows.shape[2] * len(heads.mean) // len(heads.widths))
+    rows, backend = _rows(heads, q)
     projected = heads.queries(rows, backend)
     found = [backend.logits(chunk.slot(slot), heads.widths, projected) for chunk in layer.chunks]
     logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
-    logits = logits.add_((rows * heads.offset[:, None]).sum(-1, keepdim=True))
+    logits = logits.add_(_constant(heads, rows))
     if heads.turning is not None:
-        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks).to(q.device)))
+        logits = logits.add_(_turning(layer, rows))
     return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 def block_sums(layer: CompressedLayer, slot: int, weights: Tensor) -> Tensor:
     """Σ a x̂ [batch, query heads, seq, dim] of what is packed in a slot, of values or latents."""
     heads = layer.heads[slot]
-    rows = weights.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)
+    rows, backend = _rows(heads, weights)
     bundled = rows.unflatten(1, (len(heads.widths), -1)).flatten(2, 3)
-    backend = packed_backend(weights, bundled.shape[2])
     parts = bundled.split([BLOCK * chunk.filled for chunk in layer.chunks], -1)
     sums = [backend.sums(chunk.slot(slot), heads.widths, part) for chunk, part in zip(layer.chunks, parts, strict=True)]
     found = heads.expanded(sum(sums[1:], sums[0]), backend) + heads.offset[:, None] * rows.sum(-1, keepdim=True)
     return found.unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
+
+
+def _rows(heads: PackedHeads, x: Tensor) -> tuple[Tensor, PackedBackend]:
+    """x [batch, query heads, seq, n] with what belongs to a KV head side by side, and what reads blocks for so many rows."""
+    rows = x.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)
+    return rows, packed_backend(x, rows.shape[2] * len(heads.mean) // len(heads.widths))
+
+
+def _constant(heads: PackedHeads, rows: Tensor) -> Tensor:
+    """What every token's logit has in common [batch, KV heads, rows, 1]."""
+    return (rows * heads.offset[:, None]).sum(-1, keepdim=True)
+
+
+def _turning(layer: CompressedLayer, rows: Tensor) -> Tensor:
+    """What the turned means add to logits [batch, KV heads, rows, tokens]."""
+    turning = layer.heads[0].turning
+    assert turning is not None
+    return turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device))
 
 
 def _products(q: Tensor, keys: Tensor) -> Tensor:
