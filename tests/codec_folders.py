@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eigencache.codec.card import CodecOrigin
-from eigencache.codec.folder import CARD, TENSORS
+from eigencache.codec.folder import CARD, TENSORS, load_codec
+from eigencache.errors import CodecError
 from planted_sweeps import CORPUS, RUN
 
 ORIGIN = CodecOrigin(
@@ -47,3 +49,23 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
         rehash(folder)
 
     return damage
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    """Puts another tensor into the place of one."""
+    return tensors(lambda t: t.update({name: change(t[name]).contiguous()}))
+
+
+def at(name: str, place: Any, value: float) -> Damage:
+    """Changes numbers of a tensor."""
+    return tensors(lambda t: t[name].__setitem__(place, value))
+
+
+def assert_refused(folder: Path, file: str, says: str) -> None:
+    """A damaged folder is refused in one line that names the file and what is wrong, and says what to do."""
+    with pytest.raises(CodecError) as error:
+        load_codec(folder)
+    assert str(error.value).startswith(f"{folder / file}: ")
+    assert says in str(error.value)
+    assert "save the codec again" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,9 +11,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from eigencache.codec.live import LiveCodec
 from eigencache.codec.packed import PackedHeads
+from eigencache.codec.turning import Turning
+from eigencache.geometry import geometry_from_config
 from eigencache.kernels.reference import GROUP, Widths
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_layer import CompressedLayer
+from eigencache.models.load import LoadedModel
+from eigencache.models.rotation import rotations_of
 from tiny_models import VOCAB, tiny
 
 LONG = 208  # three blocks and some
@@ -54,10 +59,24 @@ def fine_codec(model: PreTrainedModel, *, sinks: int = 0, window: int = 0, bundl
     return LiveCodec("fine", layers, sinks, window, model.dtype)
 
 
-def _heads(x: torch.Tensor, bundled: bool) -> PackedHeads:
+def turning_codec(model: PreTrainedModel) -> LiveCodec:
+    """Of a model with biases of keys, which are taken out before rotation; 8 bits over the range of every number."""
+    rotations = rotations_of(LoadedModel("own", model, None, geometry_from_config(model.config)))  # type: ignore[arg-type]
+    ids, layers = long_ids(4, 256, seed=6), {}
+    for layer_idx, layer in enumerate(cached_by(model, ids).layers):
+        keys, values = layer.keys, layer.values  # type: ignore[union-attr]
+        bias = model.get_submodule(f"model.layers.{layer_idx}.self_attn.k_proj").bias
+        turning = Turning(bias.detach().float().view(keys.shape[1], -1), rotations[layer_idx])  # type: ignore[union-attr, operator]
+        seen = torch.arange(256 - keys.shape[2], 256)[None]  # of a sliding window the last
+        heads = _heads(keys - turning.at(seen), False, room=2)  # the same token at other positions
+        layers[layer_idx] = replace(heads, turning=turning), _heads(values, False)
+    return LiveCodec("turning", layers, 0, 0, model.dtype)
+
+
+def _heads(x: torch.Tensor, bundled: bool, room: float = 1) -> PackedHeads:
     x = x.float()
     low, high = x.amin((0, 2)), x.amax((0, 2))
-    step = ((high - low) / 250).clamp_min(1e-6)  # [heads, dim]
+    step = (room * (high - low) / 250).clamp_min(1e-6)  # [heads, dim]
     bundles = 1 if bundled else len(step)
     step = step.reshape(bundles, -1)
     width = -(-step.shape[1] // GROUP) * GROUP

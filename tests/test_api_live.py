@@ -296,7 +296,8 @@ def test_inside_a_cache_is_made_whatever_way_it_is_asked_for(model, codec: Cache
     mine = DynamicCache(config=model.config)
     with eigencache.compressed(model, codec), torch.no_grad():
         assert type(forward(model, ids, use_cache=None).past_key_values) is CompressedCache
-        assert type(generate(model, ids, use_cache=None).past_key_values) is CompressedCache
+        found = generate(model, ids, use_cache=None).past_key_values
+        assert type(found) is CompressedCache and found.get_seq_length() == 197  # no token twice
         assert model(ids, None, None, mine).past_key_values is mine
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
+from eigencache.errors import CodecError
 from eigencache.kernels.packed import CPU, REFERENCE, PackedBackend
 from eigencache.kernels.reference import BLOCK, Widths, most_coefficients, unpack
 from eigencache.spectral.rope import Rotation
@@ -222,3 +223,39 @@ def test_everything_that_is_held_is_named_and_moves() -> None:
     moved = turning.to("meta")
     assert {t.device.type for t in moved.tensors()} == {"meta"} and moved.widths == turning.widths
     assert plain.to("cpu").turning is None
+
+
+def test_heads_of_another_number_or_width_are_refused() -> None:
+    heads = planted(1, (Widths(8, 0, 0),) * 2)
+    heads.require(torch.zeros(3, 2, 0, DIM), 5)
+    for shape, says in (((1, 1, 4, DIM), "layer 5 has 1 heads of 16"), ((1, 2, 4, 8), "layer 5 has 2 heads of 8")):
+        with pytest.raises(CodecError, match=f"{says}, the codec 2 of 16: it was fitted on another model"):
+            heads.require(torch.zeros(shape), 5)
+
+
+def test_six_bits_in_two_digits_are_what_six_bits_at_once_would_be() -> None:
+    """8 coefficients of 6 bits beside 8 of 4 and 8 of 2: the integers that NumPy quantises to are those of both digits."""
+    rng = np.random.default_rng(4)
+    basis = np.linalg.qr(rng.normal(size=(24, 24)))[0]
+    steps = np.geomspace(0.02, 0.3, 24)[:, None]
+    plain, six, low = (slice(8 * i, 8 * i + 8) for i in (0, 1, 2))  # of 4, of 6 and of 2 bits
+    encoder = np.concatenate([(basis.T / steps)[s] for s in (plain, six, six, low)])
+    decoder = np.concatenate([(basis.T * steps)[s] * place for s, place in ((plain, 1), (six, 4), (six, 1), (low, 1))])
+    heads = PackedHeads(
+        (Widths(0, 16, 16),), torch.from_numpy(encoder)[None].float(), torch.from_numpy(decoder)[None].float(),
+        torch.zeros(1, 24), six=(8,),
+    )  # fmt: skip
+    levels = np.repeat([16, 64, 4], 8)
+    wanted = rng.integers(0, levels, (2 * BLOCK, 24))
+    wanted[0], wanted[1] = 0, levels - 1
+    z = wanted - (levels - 1) / 2 + rng.uniform(-0.45, 0.45, wanted.shape)
+    z[2], z[3] = -1e4, 1e4  # beyond the widest: cut off, not turned round
+    wanted[2], wanted[3] = 0, levels - 1
+    x = torch.from_numpy(z @ (basis.T * steps)).float()[None, None]
+    packed = heads.encode(x, positions_of(1, 2))
+    u = unpack(packed, heads.widths)[0, 0].long().mT.numpy()
+    assert np.array_equal(u[:, :8], wanted[:, plain]) and np.array_equal(u[:, 24:], wanted[:, low])
+    assert np.array_equal(4 * u[:, 8:16] + u[:, 16:24], wanted[:, six])
+    back = heads.decode(packed, positions_of(1, 2))[0, 0].double().numpy()
+    np.testing.assert_allclose(back, (wanted - (levels - 1) / 2) @ (basis.T * steps), rtol=0, atol=1e-4)
+    assert heads.to("cpu").six == (8,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codec_folders import ORIGIN, WINDOWS, Damage, card, tensors
+from codec_folders import ORIGIN, WINDOWS, Damage, assert_refused, at, card, put, tensors
+from eigencache.codec.base import Encoded
 from eigencache.codec.card import EigenCardSettings, Expected, LiveCard, LiveCardSettings, PCACardSettings
 from eigencache.codec.folder import CARD, LIVE, TENSORS, check_replaceable, load_codec, load_live, save_codec
 from eigencache.codec.live import LiveCodec
@@ -153,17 +153,9 @@ def test_the_card_says_what_it_was_given(tmp_path: Path) -> None:
     assert (found.windows == WINDOWS).all() and found.windows.dtype == np.uint64
     said = [(one.layer_idx, one.slot, one.heads, one.dim, len(one.bundles)) for one in found.card.slots]
     assert said == [(0, 0, 2, 8, 2), (0, 1, 2, 16, 1), (2, 0, 2, 8, 2), (2, 1, 2, 16, 1)]
-    assert found.card.slots[1].bundles[0].model_dump() == {"eight": 8, "four": 16, "two": 8}
+    assert found.card.slots[1].bundles[0].model_dump() == {"eight": 8, "four": 16, "two": 8, "six": 0}
     stored = load_file(tmp_path / "codec" / TENSORS)
     assert sum(x.nbytes for n, x in stored.items() if not n.startswith("calibration")) == codec.nbytes
-
-
-def put(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
-    return tensors(lambda t: t.update({name: change(t[name]).contiguous()}))
-
-
-def at(name: str, place: Any, value: float) -> Damage:
-    return tensors(lambda t: t[name].__setitem__(place, value))
 
 
 def slot(place: int, **changed: Any) -> Damage:
@@ -205,6 +197,10 @@ CARD_DAMAGES: dict[str, tuple[Damage, str]] = {
     "more bundles than heads": (
         card(lambda c: c["slots"][1].update(bundles=c["slots"][1]["bundles"] * 3)),
         "layer 0, slot 1: 2 heads cannot be 3 bundles",
+    ),
+    "more of six bits than digits": (
+        bundle(3, six=9),
+        "layer 2, slot 1: more coefficients have 6 bits than there are digits of 4 and of 2",
     ),
     "too many coefficients": (bundle(3, two=32), "layer 2, slot 1: a bundle has more coefficients than its heads numbers"),
     "rotated twice": (card(lambda c: c["rotations"].append(c["rotations"][0])), "a layer is rotated twice"),
@@ -255,12 +251,19 @@ def test_a_damaged_codec_is_refused_naming_the_file_and_what_is_wrong(
     folder = saved(tmp_path / "codec")
     change, says = damage
     change(folder)
-    with pytest.raises(CodecError) as error:
-        load_codec(folder)
-    assert str(error.value).startswith(f"{folder / at_fault[0]}: ")
-    assert says in str(error.value)
-    assert "save the codec again" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert_refused(folder, at_fault[0], says)
+
+
+def test_coefficients_of_six_bits_survive_and_are_one_each_of_what_heads_may_have(tmp_path: Path) -> None:
+    codec = planted()
+    keys, values = codec.layers[0]
+    wide = replace(
+        values, widths=(Widths(8, 16, 16),), encoder=torch.ones(1, 40, 32), decoder=torch.ones(1, 40, 32), six=(8,)
+    )
+    other = replace(codec, layers={0: (keys, wide), 2: codec.layers[2]})
+    found = load_codec(saved(tmp_path / "codec", other)).codec
+    assert isinstance(found, LiveCodec) and found.layers[0][1].six == (8,)
+    assert_alike(other, found)
 
 
 def test_a_bundle_has_as_many_coefficients_as_numbers_and_no_more(tmp_path: Path) -> None:
@@ -302,6 +305,19 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match="cannot be saved: settings"):
         save_codec(tmp_path / "codec", good, EigenCardSettings(**SETTINGS_OF_EIGEN), ORIGIN, WINDOWS, EXPECTED)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_codec_and_a_packed_cache_of_an_earlier_day_are_read() -> None:
+    """Frozen files, never written again: what they decode to is part of the format."""
+    folder = Path(__file__).parent / "saved_codecs"
+    codec = load_codec(folder / "live").codec
+    assert isinstance(codec, LiveCodec)
+    held, expected = (load_file(folder / f"live-{what}.safetensors") for what in ("cache", "decoded"))
+    decoded = codec.decode(Encoded(held, 0, 75))
+    assert {f"{i}.{slot}" for i, both in decoded.items() for slot in range(len(both))} == expected.keys()
+    for i, both in decoded.items():
+        for slot, x in enumerate(both):
+            torch.testing.assert_close(x[:, :, ::7], expected[f"{i}.{slot}"], rtol=1e-5, atol=1e-4)
 
 
 def test_the_live_part_of_a_folder_is_found(tmp_path: Path) -> None:

@@ -245,14 +245,6 @@ def test_what_a_sliding_window_has_left_behind_is_dropped() -> None:
 # Refusals
 
 
-def test_a_cache_of_another_batch_is_refused() -> None:
-    model = long_model("llama")
-    cache = CompressedCache(model, fine_codec(model))
-    in_pieces(model, cache, long_ids(), (30,))
-    with pytest.raises(CodecError, match="holds 2 sequences, 3 are added: make a new one"):
-        in_pieces(model, cache, long_ids(batch=3), (30,))
-
-
 def test_attention_that_does_not_read_the_cache_is_noticed() -> None:
     model, ids = long_model("llama"), long_ids()
     cache = CompressedCache(model, fine_codec(model))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from eigencache import Probe, probe
 from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, fingerprint, load
+from known import tiny_loaded
 from tiny_models import tiny
 
 FEW = {"tokens": 2048, "max_length": 128}
@@ -139,3 +140,8 @@ def test_a_folder_that_is_no_model_and_a_missing_gguf_file_are_named(tmp_path: P
 def test_a_tokenizer_with_more_entries_than_the_model_is_refused() -> None:
     with pytest.raises(TokenizerMismatchError, match="embeds only 128"):
         check_tokenizer(load("ref-llama").tokenizer, tiny("llama"))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("gpt2", 64), ("opt", 64), ("llama", None), ("deepseek_v2", None)])
+def test_models_that_rotate_keys_have_no_learned_positions(name: str, expected: int | None) -> None:
+    assert tiny_loaded(name).learned_positions == expected

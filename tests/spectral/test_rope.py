@@ -13,7 +13,7 @@ from transformers.models.glm import modeling_glm
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
-from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, rotate, unrotate
+from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, joined, pairs, rotate, unrotate
 
 DIM, SEQ = 12, 7
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -166,3 +166,10 @@ def test_rotation_is_that_of_transformers(apply, layout: str, rotary_dim: int, p
         torch.testing.assert_close(rotate(x, angles_from(tables), pairing), turned, rtol=1e-6, atol=1e-6)
         others = set(PAIRINGS) - {pairing}
         assert not any(torch.allclose(rotate(x, angles_from(tables), other), turned, atol=1e-2) for other in others)
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_pairs_are_joined_again(neighbours: bool) -> None:
+    first, second = pairs(torch.arange(6), neighbours)
+    assert first.tolist() == ([0, 2, 4] if neighbours else [0, 1, 2])
+    assert torch.equal(joined(first, second, neighbours), torch.arange(6))

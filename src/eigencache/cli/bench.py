@@ -23,7 +23,8 @@ EXAMPLES = """
   eigencache bench ref-llama --methods eigen,kvtc,int --lengths 512 --seeds 1\n
   eigencache bench --output docs/leaderboard\n
   eigencache bench ref-qwen2 --methods eigen,kvtc-no-window --points 0.1,0.3,1 --tasks copy,recall --prompts 8\n
-  eigencache bench meta-llama/Llama-3.2-1B --text wikitext2 --lengths 2048
+  eigencache bench meta-llama/Llama-3.2-1B --text wikitext2 --lengths 2048\n
+  eigencache bench --speed llama-3-8b --contexts 4096,32768 --output speed
 """
 
 
@@ -47,6 +48,15 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for README.md, bench.html, plots, JSON.")
     ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time the live cache beside its peers; MODEL is then an attention geometry.")
+    ] = False,
+    contexts: Annotated[str, typer.Option("--contexts", help="Of --speed: tokens held.")] = "1024,4096,16384,32768",
+    batches: Annotated[str, typer.Option("--batches", help="Of --speed: sequences at a time.")] = "1",
+    live_bits: Annotated[str, typer.Option("--live-bits", help="Of --speed: per value; 2.5, 3.125, 4, 8.")] = "3.125,4",
+    prefill: Annotated[int, typer.Option("--prefill", min=0, help="Of --speed: tokens of a prompt; 0 for none.")] = 8192,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Of --speed: layers of the model.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of --speed: medians are of so many.")] = 7,
     force: Force = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -58,6 +68,10 @@ def run(
     """
     if output:
         check_folder(output)
+    if speed:
+        from eigencache.cli.bench_speed import run_speed
+
+        return run_speed(models, contexts, batches, live_bits, prefill, layers, repeats, output, device, dtype)
     import shlex
     import sys
 

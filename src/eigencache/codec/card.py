@@ -189,20 +189,22 @@ class EigenCard(CodecCard):
 
 
 class LiveCardSettings(Record):
-    """What was chosen at fitting. `sinks` None: as many first positions as stood out."""
+    """What was chosen at fitting. `sinks` None: as many first positions as stood out; `reach` None: the model's."""
 
     alpha: NonNegative  # power of the metric
     shared: PositiveInt  # numbers of heads that share a basis, at most
     sinks: Count32 | None
     window: Count32
+    reach: PositiveInt | None = None
 
 
 class CardBundle(Record):
-    """How many coefficients of some heads take 8, 4 and 2 bits."""
+    """How many digits of some heads' coefficients have 8, 4 and 2 bits, and how many coefficients one of 4 and one of 2."""
 
     eight: Eights
     four: Eights
     two: Eights
+    six: Count32 = 0
 
 
 class CardHeads(Record):

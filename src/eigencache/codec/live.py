@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, to_sixteen_bit
+from eigencache.codec.kept import middle_of
 from eigencache.codec.packed import PackedHeads
 from eigencache.errors import CodecError
 from eigencache.kernels.reference import BLOCK
@@ -57,8 +58,8 @@ class LiveCodec:
 
     def packed_of(self, tokens: int, start: int) -> tuple[int, int]:
         """From and up to which of `tokens` tokens are packed, the first of which stands at position `start`."""
-        first = min(tokens, max(0, self.sinks - start))
-        return first, first + max(0, tokens - first - self.window) // BLOCK * BLOCK
+        first, stop = middle_of(tokens, start, self.sinks, self.window)
+        return first, first + (stop - first) // BLOCK * BLOCK
 
     def encode(self, cached: Cached, start: int = 0) -> Encoded:
         """Every layer's sinks, blocks and window. Raises `CodecError` for a cache of another model, NaN and infinity."""
@@ -69,11 +70,7 @@ class LiveCodec:
             begin = start + tokens - both[0].shape[2]
             first, stop = self.packed_of(both[0].shape[2], begin)
             for slot, (x, heads) in enumerate(zip(both, self.layers[layer_idx], strict=True)):
-                if x.shape[1] != len(heads.mean) or x.shape[3] != heads.mean.shape[1]:
-                    raise CodecError(
-                        f"layer {layer_idx} has {x.shape[1]} heads of {x.shape[3]}, the codec {len(heads.mean)} of "
-                        f"{heads.mean.shape[1]}: it was fitted on another model"
-                    )
+                heads.require(x, layer_idx)
                 if not x.isfinite().all():
                     raise CodecError(f"layer {layer_idx} holds NaN or infinite numbers")
                 name = f"{layer_idx}.{slot}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.turning import Turning
+from eigencache.errors import CodecError
 from eigencache.kernels.packed import PackedBackend
 from eigencache.kernels.reference import Widths, largest_integers, pack, unpack
 
@@ -21,6 +22,9 @@ class PackedHeads:
     """`encoder`, `decoder` [bundles, most, heads of a bundle · dim] and `mean` [heads, dim], float32.
 
     `widths` of every bundle; rows beyond its last coefficient are zero. `turning` of keys with large biases.
+
+    `six` of every bundle: so many coefficients have 6 bits, as digits that are coefficients of their own wherever bytes are
+    read: the higher 4 bits are the last rows of 4 bits, D times 4, the lower 2 the first rows of 2 bits. None: no such.
     """
 
     widths: tuple[Widths, ...]
@@ -28,6 +32,7 @@ class PackedHeads:
     decoder: Tensor
     mean: Tensor
     turning: Turning | None = None
+    six: tuple[int, ...] = ()
     _known: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False)  # by backend
 
     @property
@@ -43,7 +48,16 @@ class PackedHeads:
     def to(self, device: str | torch.device) -> "PackedHeads":
         """The same where the cache is."""
         encoder, decoder, mean = (t.to(device) for t in (self.encoder, self.decoder, self.mean))
-        return PackedHeads(self.widths, encoder, decoder, mean, self.turning and self.turning.to(device))
+        return PackedHeads(self.widths, encoder, decoder, mean, self.turning and self.turning.to(device), self.six)
+
+    def require(self, x: Tensor, layer_idx: int) -> None:
+        """Raises `CodecError` where x [batch, heads, tokens, dim] has other heads than these."""
+        found, own = (x.shape[1], x.shape[3]), tuple(self.mean.shape)
+        if found != own:
+            raise CodecError(
+                f"layer {layer_idx} has {found[0]} heads of {found[1]}, the codec {own[0]} of {own[1]}: "
+                "it was fitted on another model"
+            )
 
     def encode(self, x: Tensor, positions: Tensor) -> Tensor:
         """Bytes uint8 [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim] at positions [batch, tokens].
@@ -51,9 +65,9 @@ class PackedHeads:
         What lies beyond the widest integer becomes that: the steps are chosen for what it costs.
         """
         y = self.encoder @ self._bundled(x.float() - self._taken_out(positions)).mT
-        most = largest_integers(self.widths).to(y)[:, :, None]
-        codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most)
-        return pack(codes.to(torch.uint8), self.widths)
+        most, shifts, masks = (t.to(y.device)[:, :, None] for t in self._digits)
+        codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most).to(torch.uint8)
+        return pack((codes >> shifts) & masks if any(self.six) else codes, self.widths)
 
     def decode(self, packed: Tensor, positions: Tensor) -> Tensor:
         """x̂ [batch, heads, tokens, dim] float32."""
@@ -67,6 +81,17 @@ class PackedHeads:
         with torch.inference_mode(False), torch.no_grad():
             centres = largest_integers(self.widths).to(self.decoder) / 2
             return self.mean - torch.einsum("gm,gmsd->gsd", centres, self._decoders(None)).flatten(0, 1)
+
+    @cached_property
+    def _digits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every row [bundles, most]: the largest integer float32; the shift and mask uint8 that make a digit of it."""
+        largest = largest_integers(self.widths)
+        most, shifts = largest.clone(), torch.zeros_like(largest, dtype=torch.uint8)
+        for i, (w, count) in enumerate(zip(self.widths, self.six or (0,) * len(self.widths), strict=True)):
+            high = slice(w.eight + w.four - count, w.eight + w.four)
+            most[i, high.start : high.stop + count] = 63
+            shifts[i, high] = 2
+        return most, shifts, largest.to(torch.uint8)
 
     def queries(self, q: Tensor, backend: PackedBackend) -> Tensor:
         """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim], for a backend."""

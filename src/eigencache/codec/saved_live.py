@@ -36,7 +36,10 @@ def _entries_of(codec: LiveCodec) -> dict[str, Any]:
                 slot=slot,  # type: ignore[arg-type]
                 heads=heads.mean.shape[0],
                 dim=heads.mean.shape[1],
-                bundles=[CardBundle(**vars(widths)) for widths in heads.widths],
+                bundles=[
+                    CardBundle(**vars(widths), six=count)
+                    for widths, count in zip(heads.widths, heads.six or (0,) * len(heads.widths), strict=True)
+                ],
             )
             for layer_idx, both in codec.layers.items()
             for slot, heads in enumerate(both)
@@ -67,7 +70,9 @@ def _card_fault(card: LiveCard) -> Fault:
         if one.heads % len(one.bundles):
             return f"{where}: {one.heads} heads cannot be {len(one.bundles)} bundles"
         numbers = one.heads // len(one.bundles) * one.dim
-        if max(b.eight + b.four + b.two for b in one.bundles) > -(-numbers // GROUP) * GROUP:
+        if any(b.six > min(b.four, b.two) for b in one.bundles):
+            return f"{where}: more coefficients have 6 bits than there are digits of 4 and of 2"
+        if max(b.eight + b.four + b.two - b.six for b in one.bundles) > -(-numbers // GROUP) * GROUP:
             return f"{where}: a bundle has more coefficients than its heads numbers"
     slots = {(one.layer_idx, one.slot): one for one in card.slots}
     for rotation in card.rotations:
@@ -106,6 +111,7 @@ def _codec_from(card: LiveCard, tensors: Tensors) -> LiveCodec:
             tuple(Widths(b.eight, b.four, b.two) for b in one.bundles),
             *(tensors[f"{name}.{part}"] for part in _PARTS),  # type: ignore[call-arg]
             turning=Turning(tensors[f"{name}.turning"], rotations[one.layer_idx][1]) if turned else None,
+            six=tuple(b.six for b in one.bundles),
         )
         layers.setdefault(one.layer_idx, []).append(heads)
     pairs = {i: (keys, values) for i, (keys, values) in layers.items()}

@@ -7,14 +7,14 @@ what the first layer holds, which before any mixing is a function of the token a
 correctness.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eigencache.codec.row_major import RowMajor
 from eigencache.codec.token_digits import TokenDigits, token_digits
 
 _ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
@@ -22,7 +22,7 @@ _TABLE = 2**24  # numbers a table of all tokens' predictions may have: 64 MB
 
 
 @dataclass(frozen=True, eq=False)
-class TextPredictor:
+class TextPredictor(RowMajor):
     """Tokens by rank: `features` [vocabulary, h] float16; prediction [f(t), f(t − 1)] @ `mix` [2h, k] @ `rows` [k, width].
 
     `finder` [columns, n] float32 brings columns from `first` of a vector to where `places` [h, n] puts features.
@@ -34,19 +34,6 @@ class TextPredictor:
     first: Tensor  # int32, one number
     finder: Tensor
     places: Tensor
-
-    def __post_init__(self) -> None:
-        """Row by row, as it is saved: in another order the same numbers multiply to other last bits."""
-        for field in fields(self):
-            object.__setattr__(self, field.name, getattr(self, field.name).contiguous())
-
-    def tensors(self) -> Iterable[Tensor]:
-        """All that is held."""
-        return (getattr(self, field.name) for field in fields(self))
-
-    def to(self, device: str | torch.device) -> "TextPredictor":
-        """The same where the cache is."""
-        return TextPredictor(*(t.to(device) for t in self.tensors()))
 
     def find(self, x: Tensor) -> Tensor:
         """Ranks int64 [batch, seq] of the tokens of vectors [batch, seq, width] less their mean."""

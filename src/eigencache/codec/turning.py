@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eigencache.kernels.reference import BLOCK
-from eigencache.spectral.rope import Angles, Rotation, rotate
+from eigencache.spectral.rope import Angles, Rotation, pairs, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Turning:
         """
         frequencies, m1, m2, table, used = self._prepared
         turns = 2 * len(self.rotation.frequencies)
-        q1, q2 = (part[..., used] for part in _pairs(queries.float()[..., :turns], self.rotation.pairing == "interleaved"))
+        q1, q2 = (part[..., used] for part in pairs(queries.float()[..., :turns], self.rotation.pairing == "interleaved"))
         even, odd = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2  # factors of cos(nθ) and sin(nθ)
         first = starts.to(frequencies)[:, None, None, :, None] * frequencies
         cos, sin = first.cos().float(), first.sin().float()
@@ -57,14 +57,9 @@ class Turning:
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of the pairs that have a mean: frequencies, both means [heads, 1, pairs], cos and sin in a block, and which."""
         turns = 2 * len(self.rotation.frequencies)
-        first, second = _pairs(self.mean[:, :turns] * self.rotation.scale, self.rotation.pairing != "half")
+        first, second = pairs(self.mean[:, :turns] * self.rotation.scale, self.rotation.pairing != "half")
         used = (first.abs() + second.abs()).amax(0).nonzero().flatten()
         frequencies = self.rotation.frequencies[used]
         within = torch.arange(BLOCK, device=frequencies.device, dtype=frequencies.dtype) * frequencies[:, None]
         table = torch.cat([within.cos(), within.sin()]).float()
         return frequencies, first[:, None, used], second[:, None, used], table, used
-
-
-def _pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
-    """What turns together: neighbours, or the two halves."""
-    return (x[..., ::2], x[..., 1::2]) if neighbours else (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import check_positions
+from eigencache.models.cache import plain_cache
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.load import LoadedModel
-from eigencache.models.stored import cached_of, new_cache
+from eigencache.models.stored import cached_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ def generate_text(
     if not ids.numel():
         raise CorpusError("the prompt has no tokens: give some text to go on from")
     check_positions(loaded, ids.shape[1] + max_new_tokens)
-    cache = new_cache(loaded.model) if codec is None else CompressedCache(loaded.model, codec)
+    cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec)
     stream = _Stream(loaded.tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

@@ -233,7 +233,7 @@ def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if wanted is None and positions is None:
         raise ModelError(f"{loaded.name}: the configuration names no longest text: give max_length=…")
-    if wanted is not None and (wanted < 2 or (positions and wanted > positions and loaded.geometry.rope is None)):
+    if wanted is not None and not 2 <= wanted <= (loaded.learned_positions or wanted):
         raise ModelError(f"max_length={wanted}: {loaded.name} reads from 2 to {positions} tokens")
     return int(wanted or positions)  # type: ignore[arg-type]
 

@@ -93,6 +93,6 @@ def require_finite(logits: Tensor, codec: str = "a codec") -> None:
 
 def check_positions(loaded: LoadedModel, tokens: int) -> None:
     """Raises `ModelError` when a model with learned positions has fewer than `tokens` of them."""
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if positions and tokens > positions and loaded.geometry.rope is None:
+    positions = loaded.learned_positions
+    if positions and tokens > positions:
         raise ModelError(f"{loaded.name} has {positions} positions, {tokens} tokens are to be read: use shorter contexts")

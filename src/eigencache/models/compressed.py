@@ -3,6 +3,7 @@
 `CompressedCache` goes where a `DynamicCache` goes; `compressed` makes it the model's own for a whole program.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class CompressedCache(DynamicCache):
             raise CodecError(f"layers {other}: the model caches none there, this codec was fitted on another model")
         for layer_idx, layer in found.items():
             self.layers[layer_idx] = layer
+        for layer in [layer for layer in found.values() if layer.turns][1:]:
+            layer.watches_positions = False  # they are those of the first
         use_compressed_attention(model)
 
     @property
@@ -94,11 +97,30 @@ def live_codec(codec: Any) -> LiveCodec:
     return found
 
 
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments by name, those of `**kwargs` among them."""
+    return bound.arguments | bound.arguments.get("kwargs", {})
+
+
+def _require_no_other(model: PreTrainedModel, named: Mapping[str, Any]) -> None:
+    """Raises `CodecError` where arguments of `generate` or a generation configuration ask for another cache."""
+    found = named.get("cache_implementation")
+    if "cache_implementation" not in named:
+        configs = named.get("generation_config"), model.generation_config
+        found = next((own for one in configs if (own := getattr(one, "cache_implementation", None)) is not None), None)
+    if found not in (None, "hybrid"):  # which transformers itself takes for none
+        raise CodecError(
+            f"cache_implementation={found!r} is another cache than the compressed one, which grows by packed blocks: "
+            "leave it out, or generate outside of `with eigencache.compressed(...)`"
+        )
+
+
 @contextmanager
 def compressed(model: PreTrainedModel, codec: Any) -> Iterator[PreTrainedModel]:
     """Inside, `model.generate(...)` and `model(..., use_cache=True)` without a cache of one's own make compressed ones.
 
     Afterwards the model is as it was, whatever happened. Raises what `CompressedCache` raises, before anything else.
+    `generate` raises `CodecError` where `cache_implementation` asks for another cache: static, offloaded, quantized, paged.
     """
     own = vars(model).get("generate")
     before, generate = model.config._attn_implementation, model.generate
@@ -113,15 +135,20 @@ def compressed(model: PreTrainedModel, codec: Any) -> Iterator[PreTrainedModel]:
 
     def with_cache(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound = signature.bind_partial(*args, **given)
-        named = bound.arguments | bound.arguments.get("kwargs", {})
-        if wanted(named):
+        if wanted(_named(bound)):
             bound.arguments["past_key_values"] = CompressedCache(model, codec)
             return bound.args, bound.kwargs
         return args, given
 
+    @functools.wraps(generate)  # type: ignore[arg-type]
     def generate_with_cache(*args: Any, **given: Any) -> Any:
-        if wanted(given):
+        named = _named(inspect.signature(generate).bind_partial(*args, **given))  # type: ignore[arg-type]
+        makes = wanted(named)
+        if makes or isinstance(named.get("past_key_values"), CompressedCache):
+            _require_no_other(model, named)
+        if makes:
             given["past_key_values"] = CompressedCache(model, codec)
+            given |= {"use_cache": True} if "use_cache" in given else {}  # with None transformers reads all again each step
         return generate(*args, **given)  # type: ignore[operator]
 
     CompressedCache(model, codec)

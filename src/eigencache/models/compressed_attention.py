@@ -282,7 +282,10 @@ def block_attention(layer: CompressedLayer, q: Tensor) -> Partial | None:
     if backend.attention is None or len(keys.widths) != len(values.widths):
         return None
     chunks = [[chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1)]
-    extra = None if keys.turning is None else _turning(layer, rows).unflatten(1, (len(keys.widths), -1)).flatten(2, 3)
+    extra = None
+    if keys.turning is not None:
+        turned = keys.turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device))
+        extra = turned.unflatten(1, (len(keys.widths), -1)).flatten(2, 3)
     widths = keys.widths, values.widths
     top, total, sums = backend.attention(chunks[0], chunks[1], widths, keys.queries(rows, backend), extra)
     top, total = (x.view(*rows.shape[:3], 1) for x in (top, total))
@@ -299,7 +302,7 @@ def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
     logits = logits.add_(_constant(heads, rows))
     if heads.turning is not None:
-        logits = logits.add_(_turning(layer, rows))
+        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device)))
     return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
@@ -323,13 +326,6 @@ def _rows(heads: PackedHeads, x: Tensor) -> tuple[Tensor, PackedBackend]:
 def _constant(heads: PackedHeads, rows: Tensor) -> Tensor:
     """What every token's logit has in common [batch, KV heads, rows, 1]."""
     return (rows * heads.offset[:, None]).sum(-1, keepdim=True)
-
-
-def _turning(layer: CompressedLayer, rows: Tensor) -> Tensor:
-    """What the turned means add to logits [batch, KV heads, rows, tokens]."""
-    turning = layer.heads[0].turning
-    assert turning is not None
-    return turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device))
 
 
 def _products(q: Tensor, keys: Tensor) -> Tensor:

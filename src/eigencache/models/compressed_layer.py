@@ -16,6 +16,7 @@ from eigencache.codec.base import sixteen_bit, storage_bytes
 from eigencache.codec.packed import PackedHeads
 from eigencache.errors import CodecError, NonFiniteError
 from eigencache.kernels.reference import BLOCK
+from eigencache.models.compressed_rows import Rows, unpadded
 
 _GROWTH = 8  # a new storage has room for an eighth of the blocks there are, so that at most that much is empty
 _MOST = 64  # blocks of room in a new storage
@@ -34,6 +35,12 @@ class Chunk:
         """What is filled of keys (0) or values (1)."""
         return (self.keys, self.values)[slot][:, : self.filled]
 
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Put blocks behind those there are."""
+        stop = self.filled + keys.shape[1]
+        self.keys[:, self.filled : stop], self.values[:, self.filled : stop] = keys, values
+        self.filled = stop
+
 
 class CompressedLayer(DynamicLayer):
     """One layer: sinks, chunks of blocks, and the window, which `keys` and `values` are, in 16 bits."""
@@ -46,12 +53,13 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
         self.layer_idx, self.heads, self.wanted_sinks, self.least_window = layer_idx, heads, sinks, window
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self.turns = self.watches_positions = any(one.turning for one in heads)
         self._clear()
 
     def _clear(self) -> None:
         self.chunks: list[Chunk] = []
         self.sinks: tuple[Tensor, Tensor] | None = None
-        self.first: Tensor | None = None  # slot of every row's first token that is no padding [batch]
+        self.rows: Rows | None = None  # where they begin
         self.dropped = 0  # first tokens that no token will attend to any more
         self.entered = 0  # tokens of the window that entered last
 
@@ -78,18 +86,19 @@ class CompressedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The model's dtype and device, an empty window, and the codec where the states are."""
-        super().lazy_initialization(key_states, value_states)
         for x, heads in zip((key_states, value_states), self.heads, strict=True):
-            if x.shape[1] != len(heads.mean) or x.shape[3] != heads.mean.shape[1]:
-                raise CodecError(
-                    f"layer {self.layer_idx} stores {x.shape[1]} heads of {x.shape[3]}, the codec has {len(heads.mean)} of "
-                    f"{heads.mean.shape[1]}: it was fitted on another model"
-                )
+            heads.require(x, self.layer_idx)
         self.heads = tuple(heads.to(key_states.device) for heads in self.heads)  # type: ignore[assignment]
-        self.keys, self.values = (x[:, :, :0].to(sixteen_bit(x.dtype)) for x in (key_states, value_states))
+        empty = [x[:, :, :0].to(sixteen_bit(x.dtype)) for x in (key_states, value_states)]
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = empty
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add to the window, which comes back with the new tokens as exact as they came. Attention knows of the rest."""
+        """Add to the window, which comes back with the new tokens as exact as they came. Attention knows of the rest.
+
+        Raises `CodecError` for another batch and where attention did not read the cache, `NonFiniteError` for numbers that
+        16 bits do not hold. Nothing is added then, nor when memory runs out.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != len(self.window[0]):
@@ -104,24 +113,59 @@ class CompressedLayer(DynamicLayer):
             )
         new = key_states, value_states
         whole = [torch.cat([held.to(x.dtype), x], 2) for held, x in zip(self.window, new, strict=True)]
-        self.keys, self.values = (
-            torch.cat([held, x.detach().to(held.dtype)], 2) for held, x in zip(self.window, new, strict=True)
-        )
+        rounded = [self._rounded(slot, x.detach()) for slot, x in enumerate(new)]
+        self.keys, self.values = (torch.cat(pair, 2) for pair in zip(self.window, rounded, strict=True))
         self.entered = key_states.shape[2]
         updated.set(self)
         return whole[0], whole[1]
 
+    def _rounded(self, slot: int, x: Tensor) -> Tensor:
+        """x as the window holds it. Raises `NonFiniteError` where a finite number would become infinite."""
+        dtype = self.window[slot].dtype
+        if x.dtype != dtype and x.numel():
+            largest, ends = float(torch.linalg.vector_norm(x, torch.inf)), torch.finfo(dtype).max
+            if ends < largest < torch.inf and torch.tensor(largest, dtype=dtype).isinf():
+                raise NonFiniteError(
+                    f"layer {self.layer_idx} stores {('keys', 'values')[slot]} up to {largest:.3g}, the window's "
+                    f"{str(dtype).removeprefix('torch.')} ends at {ends:g}: load the model in bfloat16"
+                )
+        return x.to(dtype)
+
+    def place(self, seen: Tensor | None, positions: Tensor | None) -> None:
+        """Rows may begin with padding and at any position: learned from the tokens that entered last.
+
+        `seen` [batch, new]: which of them are no padding, None for all. `positions` [batch or 1, new] where the model tells
+        its attention; else a row's first token stands at 0. Blocks know where their first token stands, and only keys whose
+        mean turns need that: the first such layer of a cache raises `CodecError` where positions do not follow on.
+        """
+        batch, new = len(self.window[0]), self.entered
+        past, rows = self.get_seq_length() - new, self.rows or unpadded(batch)
+        begins = rows.begin_after(past)
+        if not new or not (begins or self.watches_positions):
+            return
+        seen = torch.ones(batch, new, dtype=torch.bool) if seen is None else seen.cpu().expand(batch, -1)
+        given = None
+        if self.turns and positions is not None and positions.ndim == 2 and positions.shape[1] == new:
+            given = positions.cpu().expand(batch, -1)
+        if begins:
+            self.rows = rows = rows.begun(seen, given, past)
+        if given is not None and self.watches_positions:
+            rows.require_neighbours(seen, given, past)
+
     def compact(self) -> None:
-        """Pack what has left the window. Raises `NonFiniteError` naming the layer; nothing is lost then."""
+        """Pack what has left the window. Raises `NonFiniteError` naming the layer; nothing is lost then.
+
+        Neither is anything when memory runs out: what is new is made before what is old is let go.
+        """
         self.entered = 0
-        first = 0 if self.first is None else int(self.first.max())
+        first = 0 if self.rows is None else int(self.rows.first.max())
         lacking = min(self.window_count, (self.wanted_sinks + first if self.wanted_sinks else 0) - self.sink_count)
         if lacking > 0 and not self.blocks and not self.dropped:
             taken = [x[:, :, :lacking].clone() for x in self.window]
             if self.sinks is not None:
                 taken = [torch.cat(pair, 2) for pair in zip(self.sinks, taken, strict=True)]
-            self.sinks = taken[0], taken[1]
-            self._shorten(lacking)
+            left = self._without(lacking)
+            self.sinks, (self.keys, self.values) = (taken[0], taken[1]), left
         count = max(0, self.window_count - self.least_window) // BLOCK
         if not count:
             return
@@ -131,38 +175,37 @@ class CompressedLayer(DynamicLayer):
                 raise NonFiniteError(f"layer {self.layer_idx} stores NaN or infinite {what}: try --dtype float32")
         positions = self._positions(self.blocks, count)
         packed = [heads.encode(x, positions) for heads, x in zip(self.heads, stored, strict=True)]
+        left = self._without(count * BLOCK)
         self._append(packed[0], packed[1])
-        self._shorten(count * BLOCK)
+        self.keys, self.values = left
         self._drop()
 
     def starts(self, block: int, count: int) -> Tensor:
         """Position of the first token of `count` blocks from `block` on, row by row [batch, count]."""
         slots = self.dropped + self.sink_count + BLOCK * (block + torch.arange(count))
-        rows = torch.zeros(len(self.window[0]), dtype=torch.int64) if self.first is None else self.first
-        return slots[None] - rows[:, None]
+        rows = self.rows or unpadded(len(self.window[0]))
+        return slots[None] + rows.origin[:, None]
 
     def _positions(self, block: int, count: int) -> Tensor:
         """Of every token of those blocks [batch, tokens]."""
         return (self.starts(block, count)[..., None] + torch.arange(BLOCK)).flatten(1)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        at, count = 0, keys.shape[1]
-        while at < count:
-            last = self.chunks[-1] if self.chunks else None
-            if last is None or last.filled == last.keys.shape[1]:
-                room = max(count - at, min(_MOST, max(1, self.blocks // _GROWTH)))
-                fresh = [x.new_empty(x.shape[0], room, x.shape[2]) for x in (keys, values)]
-                last = Chunk(fresh[0], fresh[1], 0)
-                self.chunks.append(last)
-            fits = min(last.keys.shape[1] - last.filled, count - at)
-            last.keys[:, last.filled : last.filled + fits] = keys[:, at : at + fits]
-            last.values[:, last.filled : last.filled + fits] = values[:, at : at + fits]
-            last.filled += fits
-            at += fits
+        """Put blocks into the room there is, the rest into a new chunk, which is made first."""
+        count, last = keys.shape[1], self.chunks[-1] if self.chunks else None
+        fits = 0 if last is None else min(last.keys.shape[1] - last.filled, count)
+        if fits < count:
+            room = max(count - fits, min(_MOST, max(1, (self.blocks + fits) // _GROWTH)))
+            fresh = [x.new_empty(x.shape[0], room, x.shape[2]) for x in (keys, values)]
+            self.chunks.append(Chunk(fresh[0], fresh[1], 0))
+        if last is not None:
+            last.fill(keys[:, :fits], values[:, :fits])
+        if fits < count:
+            self.chunks[-1].fill(keys[:, fits:], values[:, fits:])
 
-    def _shorten(self, count: int) -> None:
+    def _without(self, count: int) -> list[Tensor]:
         """The window without its first tokens, in storages of its own."""
-        self.keys, self.values = (x[:, :, count:].clone() for x in self.window)
+        return [x[:, :, count:].clone() for x in self.window]
 
     def _drop(self) -> None:
         """Forget sinks and chunks that a sliding window has left behind by more than a block: a crop may come back."""
@@ -182,6 +225,8 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         self._clear()
 
@@ -199,10 +244,10 @@ class CompressedLayer(DynamicLayer):
             return
         from_sinks = max(0, count - self.window_count)
         left = self.window_count - (count - from_sinks)
-        self.keys, self.values = (x[:, :, :left].clone() for x in self.window)
-        if from_sinks and self.sinks is not None:
-            keys, values = (x[:, :, : x.shape[2] - from_sinks].clone() for x in self.sinks)
-            self.sinks = keys, values
+        window, sinks = [x[:, :, :left].clone() for x in self.window], self.sinks
+        if from_sinks and sinks is not None:
+            sinks = sinks[0][:, :, :-from_sinks].clone(), sinks[1][:, :, :-from_sinks].clone()
+        (self.keys, self.values), self.sinks = window, sinks
 
     def _unpack_last(self, count: int) -> None:
         last = self.chunks[-1]
@@ -219,10 +264,11 @@ class CompressedLayer(DynamicLayer):
         if not self.is_initialized:
             return
         at = rows.to(self.window[0].device)
-        self.keys, self.values = (x[at] for x in self.window)
-        self.chunks = [Chunk(chunk.keys[at], chunk.values[at], chunk.filled) for chunk in self.chunks]
-        self.sinks = self.sinks and (self.sinks[0][at], self.sinks[1][at])
-        self.first = None if self.first is None else self.first[rows.cpu()]
+        window = [x[at] for x in self.window]
+        chunks = [Chunk(chunk.keys[at], chunk.values[at], chunk.filled) for chunk in self.chunks]
+        sinks = self.sinks and (self.sinks[0][at], self.sinks[1][at])
+        begun = self.rows and self.rows.select(rows)
+        (self.keys, self.values), self.chunks, self.sinks, self.rows = window, chunks, sinks, begun
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""

@@ -46,6 +46,11 @@ class LoadedModel:
         return _embedding(self.model).device
 
     @property
+    def learned_positions(self) -> int | None:
+        """How many positions a model without rotation says it has; None where it rotates keys, or says nothing."""
+        return getattr(self.model.config, "max_position_embeddings", None) or None if self.geometry.rope is None else None
+
+    @property
     def embedded_ids(self) -> int:
         """How many token ids the model knows."""
         return _embedding(self.model).shape[0]

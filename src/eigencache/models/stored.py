@@ -13,11 +13,6 @@ from eigencache.codec.base import Cached
 from eigencache.errors import CodecError
 
 
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An ordinary cache of a model, empty."""
-    return DynamicCache(config=model.config)
-
-
 def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
     """Layer → keys and values [batch, heads, seq, dim] of a transformers cache; layers that hold none are left out.
 

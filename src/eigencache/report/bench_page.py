@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from io import BytesIO
 from pathlib import Path, PurePath
 from urllib.parse import quote
-
-from matplotlib import rc_context
 
 from eigencache.quality import BenchRecord
 from eigencache.records import write_whole
@@ -20,6 +17,7 @@ from eigencache.report.bench import (
     points_table,
 )
 from eigencache.report.bench_plot import plot_bench
+from eigencache.report.plots import svg_of
 from eigencache.report.table import Table
 
 OURS = "eigen"
@@ -27,7 +25,7 @@ OURS = "eigen"
 
 def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> list[Path]:
     """`README.md`, `bench.html`, and `MODEL.svg` with `MODEL.json` of every model. Raises `OutputError`."""
-    plots = {record.model.name: _svg(record) for record in records}
+    plots = {record.model.name: svg_of(plot_bench(record), record.model.name) for record in records}
     files = {folder / f"{file_name(r.model.name)}.json": r.model_dump_json(indent=1).encode() for r in records}
     files |= {folder / f"{file_name(name)}.svg": svg.encode() for name, svg in plots.items()}
     files |= {
@@ -89,12 +87,3 @@ def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
 def _warnings(record: BenchRecord) -> str:
     items = "".join(f"<li>{escape(warning)}</li>" for warning in record.warnings)
     return f'<section class="warnings" role="note"><ul>{items}</ul></section>' if items else ""
-
-
-def _svg(record: BenchRecord) -> str:
-    """The plot as an element that stands in a page; the same record gives the same bytes."""
-    data = BytesIO()
-    with rc_context({"svg.hashsalt": record.model.name}):
-        plot_bench(record).savefig(data, format="svg", metadata={"Date": None})
-    text = data.getvalue().decode()
-    return text[text.index("<svg") :]

@@ -45,6 +45,15 @@ def _heading(record: ProbeRecord, scope: str = "centred, heads of a layer joined
     return f"{short_names([record])[0]} on {record.corpus.name}, {record.corpus.tokens:,} tokens; {scope}{loud}"
 
 
+def svg_of(figure: Figure, salt: str) -> str:
+    """A figure as an element that stands in a page; the same figure and salt give the same text."""
+    data = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(data, format="svg", metadata={"Date": None})
+    text = data.getvalue().decode()
+    return text[text.index("<svg") :]
+
+
 def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure of so many inches, with a heading."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")

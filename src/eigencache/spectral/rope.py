@@ -53,31 +53,33 @@ def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
     return Angles(cos.unsqueeze(1), sin.unsqueeze(1))
 
 
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)  # type: ignore[return-value]
+def pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
+    """What turns together, the first of every pair and the second: neighbours, or the two halves."""
+    return (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
-def _joined(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
-    return torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+def joined(first: Tensor, second: Tensor, neighbours: bool) -> Tensor:
+    """The inverse of `pairs`."""
+    return torch.stack((first, second), -1).flatten(-2) if neighbours else torch.cat((first, second), -1)
 
 
 def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
     """R_n x for x [batch, heads, seq, d]: what a model does to its keys and queries."""
     head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
-    first, second = _pairs(head, pairing != "half")
+    first, second = pairs(head, pairing != "half")
     turned = first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin
-    return torch.cat((_joined(*turned, pairing == "interleaved"), tail), -1).to(x.dtype)
+    return torch.cat((joined(*turned, pairing == "interleaved"), tail), -1).to(x.dtype)
 
 
 def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
     """The inverse of `rotate`, in float32 at least: cos² + sin² of a 16-bit table is not 1."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
-    first, second = _pairs(head, pairing == "interleaved")
+    first, second = pairs(head, pairing == "interleaved")
     cos, sin = angles.cos.to(dtype), angles.sin.to(dtype)
     scale = cos.square() + sin.square()
     turned = (first * cos + second * sin) / scale, (second * cos - first * sin) / scale
-    return torch.cat((_joined(*turned, pairing != "half"), tail), -1).to(x.dtype)
+    return torch.cat((joined(*turned, pairing != "half"), tail), -1).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

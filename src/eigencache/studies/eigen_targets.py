@@ -15,6 +15,7 @@ from eigencache.studies.gather import Progress, silent
 from eigencache.studies.scoring import score_codecs
 
 CONTEXT = 2048  # tokens at which a size is meant
+DEFAULT_MAX_NLL = 0.01  # nats
 _CLOSE = 0.005  # of the bits that were asked for
 _ROUNDS = 20
 _OCTAVES = 9  # of steps that are looked at for a loss

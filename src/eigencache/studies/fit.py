@@ -12,14 +12,12 @@ from eigencache.errors import BudgetError
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
-from eigencache.studies.eigen_targets import CONTEXT, fit_target
+from eigencache.studies.eigen_targets import CONTEXT, DEFAULT_MAX_NLL, fit_target
 from eigencache.studies.fitting import Fitting, eigen_fitting_of
 from eigencache.studies.gather import MEMORY, Progress, silent
 from eigencache.studies.live_fit import LiveSettings, check_bits, fit_live
 from eigencache.studies.live_targets import FittedLive, fit_live_target
 from eigencache.studies.source import Source
-
-DEFAULT_MAX_NLL = 0.01  # nats
 
 
 @dataclass(frozen=True)

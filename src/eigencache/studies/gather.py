@@ -78,8 +78,8 @@ def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
         raise TokenizerMismatchError(
             f"{loaded.name}: the tokenizer gave id {largest_id}, the model embeds only {rows}: they do not belong together"
         )
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if positions and max_length > positions and loaded.geometry.rope is None:
+    positions = loaded.learned_positions
+    if positions and max_length > positions:
         raise ModelError(
             f"{loaded.name} has {positions} positions, sequences have {max_length}: use --max-length {positions}"
         )

@@ -1,7 +1,9 @@
 """Fitting the codec of the live cache: basis, steps and widths of every bundle of heads, widths for a budget of bits.
 
-Keys are taken as attention reads them, after rotation, without the mean before rotation where it is large. Widths come
-from one price of a bit for all layers, keys and values (reverse water-filling with measured distortions, THEORY 6).
+Keys are taken as attention reads them, after rotation, without the mean before rotation where it is large: rotated to
+positions from all over the model's reach, wherever they were captured, and their metric with them. Steps fitted to the
+angles of short texts would cut off what long ones hold. Widths come from one price of a bit for all layers, keys and
+values (reverse water-filling with measured distortions, THEORY 6).
 """
 
 import math
@@ -16,18 +18,20 @@ from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.kernels.reference import GROUP, Widths
-from eigencache.spectral.rope import Rotation, unrotate
+from eigencache.spectral.rope import Rotation, joined, pairs, rotate, unrotate
 from eigencache.spectral.spectrum import eigenbasis_of
 from eigencache.studies.eigen_basis import scaled_metrics
 from eigencache.studies.eigen_fit import outstanding
 from eigencache.studies.source import Source
 
 VECTORS = 16_384  # that bases and steps are fitted on
-_BITS = (0, 2, 4, 8)
-_GAUSSIAN = {2: 0.996, 4: 0.335, 8: 0.031}  # steps in standard deviations that suit a normal distribution
-_STEPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0)  # times that
+SAFE = 7  # bits per value
+REACH = 4096  # positions, of a model that does not say how many it has
+_GAUSSIAN = {2: 0.996, 4: 0.335, 6: 0.104, 8: 0.031}  # steps in standard deviations that suit a normal distribution
+_STEPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # times that
 _TURNING = 8.0  # a pair's mean is taken out where its square is so many times the variance
 _ROUNDS = 50
+_TURNS = 256  # positions over which a metric is averaged
 _SINKS = 4  # found by themselves; learned positions make more of the first ones stand out, which 8 bits hold
 
 
@@ -35,13 +39,15 @@ _SINKS = 4  # found by themselves; learned positions make more of the first ones
 class LiveSettings:
     """What of a live codec is chosen. Heads share a basis while they have at most `shared` numbers together.
 
-    More numbers take fewer bytes and more time per step. `sinks` None: as many first positions as stand out.
+    More numbers take fewer bytes and more time per step. `sinks` None: as many first positions as stand out. `reach`: at
+    how many positions keys are meant to stand; None: at as many as the model has.
     """
 
-    alpha: float = 0.75
+    alpha: float = 1.0
     shared: int = 128
     sinks: int | None = None
     window: int = 0
+    reach: int | None = None
 
     def describe(self) -> str:
         """One line for tables."""
@@ -65,21 +71,45 @@ class FittedSlot:
     steps: dict[int, Tensor]  # bits → [bundles, coefficients]
     costs: dict[int, Tensor]  # bits → mean squared error in the metric
 
-    def groups(self, bits: int) -> Tensor:
-        """Cost of 8 coefficients at a time [bundles, groups]."""
-        return self.costs[bits].unflatten(-1, (-1, GROUP)).sum(-1)
+    def widths(self, price: float) -> Tensor:
+        """Bits of every coefficient [bundles, coefficients] int64 when a bit costs so much: what costs least in the end.
+
+        Digits come in groups of 8, and what has the most to gain gets one first: one of 8 bits, of 4, of 2. A coefficient
+        with the last two has 6 bits.
+        """
+        spent = {bits: cost + price * bits for bits, cost in self.costs.items()}
+        eight = _worth(torch.stack([spent[b] for b in (0, 2, 4, 6)]).amin(0) - spent[8])
+        gain = torch.minimum(spent[0], spent[2]) - torch.minimum(spent[4], spent[6])
+        four = _worth(gain.masked_fill(eight, -torch.inf))
+        gain = torch.where(four, spent[4] - spent[6], spent[0] - spent[2])
+        two = _worth(gain.masked_fill(eight, -torch.inf))
+        return 8 * eight + 4 * four + 2 * two
 
     def at(self, bits: Tensor) -> PackedHeads:
-        """With so many bits for the coefficients of every group [bundles, groups]."""
-        widths = tuple(Widths(*(GROUP * int((own == b).sum()) for b in (8, 4, 2))) for own in bits)
+        """With so many bits for every coefficient [bundles, coefficients], as `widths` gives them."""
+        counts = [{b: int((own == b).sum()) for b in (8, 6, 4, 2)} for own in bits]
+        widths = tuple(Widths(n[8], n[4] + n[6], n[2] + n[6]) for n in counts)
         most = max(w.coefficients for w in widths)
         encoder, decoder = (torch.zeros(len(widths), most, self.decoder.shape[2]) for _ in range(2))
-        for i, own in enumerate(bits.repeat_interleave(GROUP, 1)):
-            order = own.argsort(descending=True, stable=True)[: widths[i].coefficients]
-            steps = torch.stack([self.steps[int(own[c])][i, c] for c in order]) if len(order) else torch.empty(0)
-            encoder[i, : len(order)] = self.encoder[i, order] / steps[:, None]
-            decoder[i, : len(order)] = self.decoder[i, order] * steps[:, None]
-        return PackedHeads(widths, encoder, decoder, self.mean, self.turning)
+        for i, own in enumerate(bits):
+            digits = [(b, at) for b in (8, 4, 6, 6, 2) for at in [(own == b).nonzero().flatten()]]
+            scales = (1.0, 1.0, 4.0, 1.0, 1.0)  # of 6 bits first come the higher 4, then the lower 2
+            row = 0
+            for (b, at), scale in zip(digits, scales, strict=True):
+                if len(at):
+                    steps = self.steps[b][i, at, None]
+                    encoder[i, row : row + len(at)] = self.encoder[i, at] / steps
+                    decoder[i, row : row + len(at)] = self.decoder[i, at] * steps * scale
+                row += len(at)
+        return PackedHeads(widths, encoder, decoder, self.mean, self.turning, tuple(n[6] for n in counts))
+
+
+def _worth(gain: Tensor) -> Tensor:
+    """Which of every row [bundles, n] get a digit: so many times 8, those with the most gain, as makes its sum largest."""
+    ordered, places = gain.sort(-1, descending=True)
+    sums = torch.nn.functional.pad(ordered.double().cumsum(-1), (1, 0))[:, ::GROUP]
+    count = GROUP * sums.argmax(-1)
+    return torch.zeros_like(gain, dtype=torch.bool).scatter(-1, places, torch.arange(gain.shape[-1]) < count[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +134,16 @@ class LiveFit:
         return self._codec(found, name or f"{self.settings.describe()} · {bits:g} bits")
 
     def safe(self) -> LiveCodec:
-        """8 bits for every coefficient of keys (and of MLA's latent), 4 for every one of values (and of its rotary key)."""
-        every = lambda at: torch.full_like(self.slots[at].groups(0), (8, 4)[at[1]], dtype=torch.int64)  # noqa: E731
-        return self._codec({at: every(at) for at in self.slots}, "live · safe")
+        """7 bits per value, as `at_bits` deals them out; 8 for every key and 4 for every value would lose more."""
+        return self.at_bits(SAFE, "live · safe")
 
     def _widths(self, price: float) -> dict[tuple[int, int], Tensor]:
-        """Bits of every group of every slot [bundles, groups] when a bit costs so much."""
-        found = {}
-        for at, slot in self.slots.items():
-            costs = torch.stack([slot.groups(b) + price * b * GROUP for b in _BITS])
-            found[at] = torch.tensor(_BITS)[costs.argmin(0)]
-        return found
+        """Bits of every coefficient of every slot when a bit costs so much."""
+        return {at: slot.widths(price) for at, slot in self.slots.items()}
 
     def _rate(self, widths: Mapping[tuple[int, int], Tensor]) -> float:
         """Bits per value of these widths."""
-        bits = sum(GROUP * int(own.sum()) for own in widths.values())
+        bits = sum(int(own.sum()) for own in widths.values())
         return bits / sum(slot.mean.numel() for slot in self.slots.values())
 
     def _codec(self, widths: Mapping[tuple[int, int], Tensor], name: str) -> LiveCodec:
@@ -132,14 +157,15 @@ class LiveFit:
 def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     """Fit on what `source` gathers of a model. Raises what gathering raises."""
     settings = settings or LiveSettings()
-    metrics = source.stored_metric()
+    reach = settings.reach or getattr(source.loaded.model.config, "max_position_embeddings", None) or REACH
+    metrics = _stored_metric(source, reach)
     sinks = settings.sinks
     if sinks is None:
         roots = scaled_metrics(source.metric("fisher"), settings.alpha)[1]
         sinks = min(_SINKS, outstanding(source.samples.less_mean(source.samples.mean), roots))
     elif sinks >= max(source.samples.lengths):
         raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
-    vectors, positions = _stored(source, sinks)
+    vectors, positions = _stored(source, sinks, reach)
     ats = sorted(vectors)
     _, roots, inverses = scaled_metrics([metrics[at] for at in ats], settings.alpha)
     slots = {}
@@ -151,17 +177,34 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     return LiveFit(settings, slots, sinks, source.loaded.model.dtype)
 
 
-def _stored(source: Source, sinks: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
-    """What every slot stores of some tokens [heads, n, dim], keys rotated, and the tokens' positions [n]."""
+def _stored_metric(source: Source, reach: int) -> dict[tuple[int, int], Tensor]:
+    """Layer and slot → the Fisher metric of what is stored [heads, dim, dim]; of keys E R_n M R_nᵀ over positions n."""
+    layout = source.samples.layout
+    found = {(part.layer_idx, part.slot): m for part, m in zip(layout.parts, source.metric("fisher"), strict=True)}
+    positions = torch.linspace(0, reach - 1, _TURNS).long()
+    for layer_idx, (slot, rotation) in layout.rotations.items():
+        metric = found[layer_idx, slot]
+        axes = torch.eye(metric.shape[-1])[None, :, None].expand(-1, -1, len(positions), -1)
+        turns = rotate(axes, replace(rotation, scale=1.0).angles(positions), rotation.pairing)[0].to(metric)  # R_n e_i
+        found[layer_idx, slot] = torch.einsum("inx,hij,jny->hxy", turns, metric, turns) / len(positions)
+    return found
+
+
+def _stored(source: Source, sinks: int, reach: int) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
+    """What every slot stores of some tokens [heads, n, dim], keys rotated to positions within reach; the positions [n]."""
     samples = source.samples
     chosen = (samples.positions >= sinks).nonzero().flatten()
     chosen = chosen[:: max(1, len(chosen) // VECTORS)]
     marked = torch.zeros(len(samples.vectors), dtype=torch.bool).index_fill_(0, chosen, True)
+    generator, positions = torch.Generator().manual_seed(0), samples.positions.clone()
+    lengths = list(samples.lengths)
     found: dict[tuple[int, int], list[Tensor]] = {}
-    for rows, keep in zip(samples.vectors.split(list(samples.lengths)), marked.split(list(samples.lengths)), strict=True):
-        for at, x in samples.layout.slots(rows[None], 0).items():
+    for rows, keep, own in zip(*(x.split(lengths) for x in (samples.vectors, marked, positions)), strict=True):
+        start = int(torch.randint(max(1, reach - len(rows) + 1), (), generator=generator)) if samples.layout.rotations else 0
+        own += start
+        for at, x in samples.layout.slots(rows[None], start).items():
             found.setdefault(at, []).append(x[0][:, keep])
-    return {at: torch.cat(parts, 1) for at, parts in found.items()}, samples.positions[chosen]
+    return {at: torch.cat(parts, 1) for at, parts in found.items()}, positions[chosen]
 
 
 def _fit_slot(
@@ -209,17 +252,13 @@ def fitted_steps(y: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
 def large_mean(x: Tensor, positions: Tensor, rotation: Rotation) -> Turning | None:
     """The mean before rotation of keys [heads, n, dim] at `positions`, in the pairs where it outweighs the variance."""
     before = unrotate(x[None], rotation.angles(positions), rotation.pairing)[0]
-    turns, halves = 2 * len(rotation.frequencies), rotation.pairing == "half"
-
-    def pairs(t: Tensor) -> Tensor:
-        """What turns together [heads, pairs, 2]."""
-        return t[:, :turns].unflatten(-1, (2, -1)).mT if halves else t[:, :turns].unflatten(-1, (-1, 2))
-
-    mean, variance = before.mean(1), before.var(1)
-    large = pairs(mean).square().sum(-1) > _TURNING * pairs(variance).mean(-1)
+    turns, neighbours = 2 * len(rotation.frequencies), rotation.pairing != "half"
+    mean = before.mean(1)
+    first, second = pairs(mean[:, :turns], neighbours)
+    variances = pairs(before.var(1)[:, :turns], neighbours)
+    large = first.square() + second.square() > _TURNING * (variances[0] + variances[1]) / 2
     if not large.any():
         return None
-    both = large[..., None].expand(*large.shape, 2)
     kept = torch.zeros_like(mean)
-    kept[:, :turns] = mean[:, :turns] * (both.mT if halves else both).flatten(1)
+    kept[:, :turns] = joined(first * large, second * large, neighbours)
     return Turning(kept, replace(rotation, frequencies=rotation.frequencies.cpu()))

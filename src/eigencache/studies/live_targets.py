@@ -9,12 +9,11 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.load import LoadedModel
-from eigencache.studies.eigen_targets import CONTEXT, expected_of, scored_apart
+from eigencache.studies.eigen_targets import CONTEXT, DEFAULT_MAX_NLL, expected_of, scored_apart
 from eigencache.studies.gather import Progress, silent
 from eigencache.studies.live_fit import LiveFit
 
 TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # bits per value, for a loss
-DEFAULT_MAX_NLL = 0.01  # nats
 
 
 class FittedLive(NamedTuple):

@@ -23,8 +23,7 @@ METRIC_TOKENS = 32_768
 
 def calibration_length(loaded: LoadedModel) -> int:
     """Tokens of a sequence to fit on: 512, or every position that a model has learned; it stores them with the rest."""
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    return positions if positions and loaded.geometry.rope is None else default_length(loaded)
+    return loaded.learned_positions or default_length(loaded)
 
 
 @dataclass(eq=False)
@@ -87,15 +86,6 @@ class Source:
             pairs = zip(blocks, self.metric("fisher"), strict=True)
             blocks = [b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in pairs]
         return blocks
-
-    def stored_metric(self) -> dict[tuple[int, int], Tensor]:
-        """Layer and slot → the Fisher metric of what is stored [heads, dim, dim], keys after rotation."""
-        found = {}
-        for part in self.samples.layout.parts:
-            kind = (("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values"))[part.slot]
-            rotated = self.samples.layout.rotations.get(part.layer_idx, (None,))[0] == part.slot
-            found[part.layer_idx, part.slot] = self._fisher[f"{kind}_post_rope" if rotated else kind][part.layer_idx]
-        return found
 
     @cached_property
     def _fisher(self) -> Metrics:

@@ -1,0 +1,155 @@
+"""Models of well-known attention geometries with random weights and few layers, and caches full of noise: for speed alone.
+
+How long a step takes does not depend on what numbers say, so neither weights nor text of the models are needed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import get_args
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DeepseekV2Config,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from eigencache.codec.live import LiveCodec
+from eigencache.codec.packed import PackedHeads
+from eigencache.errors import CodecError, ModelError
+from eigencache.kernels.reference import GROUP, Widths
+from eigencache.models.compressed import CompressedCache
+from eigencache.models.compressed_layer import CompressedLayer, updated
+from eigencache.models.quantized_cache import Backend, Quantized, refusal
+
+_VOCABULARY = 1024  # a head for the whole vocabulary would say nothing of the cache
+_PIECE = 4096  # tokens that enter a cache at a time
+_SHARED = 128  # numbers of heads that share a basis, as in a fit
+_SHARES = {2.5: (1 / 16, 5 / 16, 6 / 16), 3.125: (1 / 16, 7 / 16, 7 / 16), 4.0: (2 / 16, 10 / 16, 4 / 16), 8.0: (1, 0, 0)}
+Shapes = list[tuple[tuple[int, int], tuple[int, int]]]  # heads and dim of both slots of every layer
+
+
+def _llama(layers: int, positions: int) -> PreTrainedConfig:
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=layers,
+        vocab_size=_VOCABULARY, max_position_embeddings=positions, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+def _qwen(layers: int, positions: int) -> PreTrainedConfig:
+    return Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=layers,
+        vocab_size=_VOCABULARY, max_position_embeddings=positions, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+def _deepseek(layers: int, positions: int) -> PreTrainedConfig:
+    return DeepseekV2Config(
+        hidden_size=2048, intermediate_size=10944, num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=layers,
+        kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, head_dim=64,
+        first_k_dense_replace=layers, vocab_size=_VOCABULARY, max_position_embeddings=positions,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+_CONFIGS: dict[str, Callable[[int, int], PreTrainedConfig]] = {
+    "llama-3-8b": _llama,
+    "qwen2.5-7b": _qwen,
+    "deepseek-v2-lite": _deepseek,
+}
+GEOMETRIES = tuple(_CONFIGS)
+RATES = tuple(_SHARES)
+
+
+def random_model(name: str, layers: int, positions: int, *, device: str = "cpu", dtype: torch.dtype) -> PreTrainedModel:
+    """A model of that attention geometry, hidden size and feed-forward network. Raises `ModelError` for another name."""
+    if name not in _CONFIGS:
+        raise ModelError(f"{name}: no geometry of that name: there are {', '.join(GEOMETRIES)}")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(_CONFIGS[name](layers, positions), attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def stored_shapes(model: PreTrainedModel) -> Shapes:
+    """What every layer stores, seen in a short pass."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    return [tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[union-attr, misc]
+
+
+def noise_codec(shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = 0, seed: int = 0) -> LiveCodec:
+    """Random bases and widths as a fit deals them out at so many bits per value, for noise of variance 1.
+
+    Raises `ModelError` for other bits than 2.5, 3.125, 4 and 8.
+    """
+    if bits not in _SHARES:
+        raise ModelError(f"{bits:g} bits: widths are known for {', '.join(f'{b:g}' for b in RATES)}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def heads_of(heads: int, dim: int) -> PackedHeads:
+        share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= _SHARED))
+        numbers, bundles = share * dim, heads // share
+        widths = Widths(*(GROUP * round(part * numbers / GROUP) for part in _SHARES[bits]))
+        basis = torch.linalg.qr(torch.randn(bundles, numbers, numbers, generator=generator)).Q[:, : widths.coefficients]
+        steps = 6 / 2.0 ** widths.per_coefficient()[:, None]
+        return PackedHeads((widths,) * bundles, basis / steps, basis * steps, torch.zeros(heads, dim))
+
+    layers = {i: (heads_of(*keys), heads_of(*values)) for i, (keys, values) in enumerate(shapes)}
+    return LiveCodec(f"noise · {bits:g} bits", layers, sinks, 0, dtype)
+
+
+def filled_caches(
+    model: PreTrainedModel, tokens: int, batch: int, rates: Sequence[float], *, quantized: bool = True
+) -> Iterator[tuple[str, Cache | str]]:
+    """By name, one after the other: transformers' own caches and live ones that hold so much noise, or why there is none.
+
+    Of MLA also a live cache that keeps everything in 16 bits: what attending to the latent itself brings.
+    """
+    shapes = stored_shapes(model)
+    yield "DynamicCache", _filled(DynamicCache(config=model.config), shapes, tokens, batch, model)
+    for backend in get_args(Backend) if quantized else ():
+        name, why = f"QuantizedCache, {backend}, 4 bits", refusal(backend, model)
+        yield name, why or _quantized(backend, model, shapes, tokens, batch)
+    if hasattr(model.config, "kv_lora_rank"):
+        held = noise_codec(shapes, rates[0], model.dtype, sinks=tokens)
+        yield "live, 16 bits", _filled(CompressedCache(model, held), shapes, tokens, batch, model)
+    for bits in rates:
+        cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype))
+        yield f"live, {bits:g} bits", _filled(cache, shapes, tokens, batch, model)
+
+
+def _filled(cache: Cache, shapes: Shapes, tokens: int, batch: int, model: PreTrainedModel) -> Cache:
+    for layer_idx, both in enumerate(shapes):
+        for at in range(0, tokens, _PIECE):
+            keys, values = _noise(both, min(_PIECE, tokens - at), batch, model)
+            cache.update(keys, values, layer_idx)
+            layer = cache.layers[layer_idx]
+            if isinstance(layer, CompressedLayer):
+                updated.set(None)
+                layer.compact()
+    return cache
+
+
+def _quantized(backend: Backend, model: PreTrainedModel, shapes: Shapes, tokens: int, batch: int) -> Cache | str:
+    """All at once, as a prefill gives it."""
+    stored = {i: _noise(both, tokens, batch, model) for i, both in enumerate(shapes)}
+    try:
+        return Quantized(backend, 4).cache_of(SimpleNamespace(loaded=SimpleNamespace(model=model), stored=stored))
+    except CodecError as error:
+        return str(error)
+
+
+def _noise(both: tuple[tuple[int, int], tuple[int, int]], tokens: int, batch: int, model: PreTrainedModel) -> list[Tensor]:
+    return [torch.randn(batch, heads, tokens, dim, dtype=model.dtype, device=model.device) for heads, dim in both]
