@@ -249,6 +249,10 @@ def test_safe_is_seven_bits_where_they_are_of_most_use(name: str) -> None:
     assert codec.name == "live · safe" and 6 < codec.bits_per_value <= SAFE == 7
 
 
+def test_the_power_of_the_metric_is_that_of_models_with_their_kind_of_positions() -> None:
+    assert [fitted(name).settings.alpha for name in NAMES] == [0.75, 0.75, 1.0, 0.75, 0.75]
+
+
 def test_names_and_what_is_kept_are_as_settings_say() -> None:
     fit = fitted("llama", LiveSettings(alpha=0.5, sinks=3, window=7))
     codec = fit.at_bits(2.5)
@@ -403,7 +407,7 @@ def test_several_goals_are_refused(goal: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_bits_and_safety_are_scored_once_and_taken_whatever_they_lose(monkeypatch: pytest.MonkeyPatch) -> None:
-    for goal, name, bits in (({"bits": 2.5}, "live · fisher^1 · 2.5 bits", 2.5), ({"safe": True}, "live · safe", 7.0)):
+    for goal, name, bits in (({"bits": 2.5}, "live · fisher^0.75 · 2.5 bits", 2.5), ({"safe": True}, "live · safe", 7.0)):
         (codec, expected), scored = reached(monkeypatch, lambda _: 9.0, **goal)
         assert codec.name == name and codec.bits_per_value == pytest.approx(bits, abs=0.34)
         assert list(scored.codecs.values()) == [codec] and expected.delta_nll == 9

@@ -33,15 +33,16 @@ def run_speed(
     """Time, print, write. Raises `ModelError` for a geometry or dtype that there is not, `CorpusError` for no tokens."""
     if dtype not in (None, *_DTYPES):
         raise ModelError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}")
-    lengths, rows = length_numbers(contexts), positive_numbers("--batches", batches)
-    if min(lengths) < 1:
-        raise CorpusError(f"--contexts {contexts}: every length must be 1 or more")
+    lengths, rows = length_numbers(contexts, "--contexts"), length_numbers(batches, "--batches")
+    for option, numbers in (("--contexts", lengths), ("--batches", rows)):
+        if min(numbers) < 1:
+            raise CorpusError(f"{option} {min(numbers)}: must be 1 or more")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     settings = SpeedSettings(
         geometries=unique(geometries or GEOMETRIES),
         contexts=lengths,
-        batches=tuple(int(n) for n in rows),
+        batches=rows,
         rates=positive_numbers("--live-bits", rates),
         prefill=prefill,
         layers=layers,

@@ -54,12 +54,12 @@ def rank_numbers(ranks: str | None) -> tuple[int | None, ...] | None:
     return numbers
 
 
-def length_numbers(lengths: str) -> tuple[int, ...]:
-    """`256,1024` → (256, 1024). Raises `CorpusError`."""
+def length_numbers(lengths: str, option: str = "--lengths") -> tuple[int, ...]:
+    """`256,1024` → (256, 1024). Raises `CorpusError` naming the option."""
     try:
         return tuple(int(part) for part in lengths.split(","))
     except ValueError as error:
-        raise CorpusError(f"--lengths {lengths}: give numbers with commas between them, such as 256,1024") from error
+        raise CorpusError(f"{option} {lengths}: give numbers with commas between them, such as 256,1024") from error
 
 
 def positive_numbers(option: str, numbers: str) -> tuple[float, ...]:

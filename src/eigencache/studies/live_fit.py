@@ -40,10 +40,11 @@ class LiveSettings:
     """What of a live codec is chosen. Heads share a basis while they have at most `shared` numbers together.
 
     More numbers take fewer bytes and more time per step. `sinks` None: as many first positions as stand out. `reach`: at
-    how many positions keys are meant to stand; None: at as many as the model has.
+    how many positions keys are meant to stand; None: at as many as the model has. `alpha`, the power of the metric:
+    None is 0.75, and 1 where nothing is rotated: learned positions make the first tokens rare and far off.
     """
 
-    alpha: float = 1.0
+    alpha: float | None = None
     shared: int = 128
     sinks: int | None = None
     window: int = 0
@@ -51,7 +52,7 @@ class LiveSettings:
 
     def describe(self) -> str:
         """One line for tables."""
-        return f"live · fisher^{self.alpha:g}"
+        return "live" if self.alpha is None else f"live · fisher^{self.alpha:g}"
 
 
 def check_bits(bits: float) -> None:
@@ -157,17 +158,21 @@ class LiveFit:
 def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     """Fit on what `source` gathers of a model. Raises what gathering raises."""
     settings = settings or LiveSettings()
+    if settings.alpha is None:
+        settings = replace(settings, alpha=0.75 if source.samples.layout.rotations else 1.0)
+    alpha = settings.alpha
+    assert alpha is not None
     reach = settings.reach or getattr(source.loaded.model.config, "max_position_embeddings", None) or REACH
     metrics = _stored_metric(source, reach)
     sinks = settings.sinks
     if sinks is None:
-        roots = scaled_metrics(source.metric("fisher"), settings.alpha)[1]
+        roots = scaled_metrics(source.metric("fisher"), alpha)[1]
         sinks = min(_SINKS, outstanding(source.samples.less_mean(source.samples.mean), roots))
     elif sinks >= max(source.samples.lengths):
         raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
     vectors, positions = _stored(source, sinks, reach)
     ats = sorted(vectors)
-    _, roots, inverses = scaled_metrics([metrics[at] for at in ats], settings.alpha)
+    _, roots, inverses = scaled_metrics([metrics[at] for at in ats], alpha)
     slots = {}
     for at, root, inverse in zip(ats, roots, inverses, strict=True):
         layer_idx, slot = at
