@@ -97,8 +97,9 @@ def fit_codec(
     if live is None:
         return FittedCodec(codec, expected, fitting)
     goal_of = {"bits": live.bits, "max_nll": live.max_nll, "safe": live.safe}
+    own = fit_live(source, live.settings)
     found = fit_live_target(
-        fit_live(source, live.settings),
+        own,
         loaded,
         source.apart,
         context=context,
@@ -106,5 +107,5 @@ def fit_codec(
         on_progress=on_progress,
         **goal_of,  # type: ignore[arg-type]
     )
-    about = LiveCardSettings(**asdict(live.settings))
+    about = LiveCardSettings(**asdict(own.settings))
     return FittedCodec(codec, expected, fitting, found, fitting._replace(settings=about, expected=found.expected))

@@ -84,7 +84,7 @@ def _turboquant(layers: int) -> Callable[[Workbench], Codecs]:
 
 def _live(bench: Workbench) -> Codecs:
     fit = bench.once("live", lambda: fit_live(bench.source))
-    codecs: dict[str, Compressor] = {f"{bits:g}": fit.at_bits(bits) for bits in (2.0, 2.5, 3.0, 4.0)}
+    codecs: dict[str, Compressor] = {f"{bits:g}": fit.at_bits(bits) for bits in (2, 2.5, 2.75, 3.125, 3.5, 4)}
     return codecs | {"safe": fit.safe()}
 
 
