@@ -17,10 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'eige
 from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
 from eigencache.kernels import packed_triton, reference
-from eigencache.kernels.packed_triton import Turned
 from eigencache.kernels.packed_triton_encode import TurnedMean, encode
 from eigencache.kernels.packed_triton_plan import pieces_of, splits_for
-from eigencache.kernels.reference import BLOCK, Widths, most_coefficients, pack, unpack
+from eigencache.kernels.reference import BLOCK, Turned, Widths, most_coefficients, pack, unpack
 from eigencache.spectral.rope import Angles, Rotation, rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,17 +218,6 @@ def test_constants_and_soft_caps_are_of_logits(run: Run, rows: int) -> None:
             check(run(packed_triton.attend, keys, values, MIXED, OTHER, queries, **options), capped, v)
 
 
-def turned_of(turning: Turning, queries: Tensor, starts: Tensor, bundles: int) -> Turned:
-    """As `Turned` says, from what `Turning.logits` works with; queries [batch, heads, rows, dim]."""
-    frequencies, m1, m2, table, used = turning._prepared
-    half = queries.shape[-1] // 2
-    q1, q2 = queries[..., :half][..., used], queries[..., half:][..., used]
-    even, odd = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
-    first = starts.double()[..., None] * frequencies
-    rows = [x.unflatten(1, (bundles, -1)).flatten(2, 3) for x in (even, odd)]
-    return Turned(rows[0], rows[1], first.cos().float(), first.sin().float(), table)
-
-
 def a_turning(heads: int, dim: int, size: float) -> Turning:
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     mean = size * drawn(heads, dim, seed=1)
@@ -251,7 +239,7 @@ def test_a_mean_that_turns_with_positions_comes_back_into_logits(run: Run, rows:
     logits = raw.double() @ rotate(means, Angles(angles.cos(), angles.sin()), "half").mT
     assert logits.abs().amax() > 200
     logits = logits.unflatten(1, (2, 2)).flatten(2, 3) + queries.double() @ unpacked(keys, widths, 2)
-    turned = turned_of(turning, raw, starts, 2)
+    turned = turning.turned(raw, starts).bundled(2)
     found = run(packed_triton.attend, keys, values, widths, widths, queries, turned=turned, splits=2, paired=paired)
     check(found, logits, unpacked(values, widths, 2))
     plain = raw @ turning.at(positions).mT  # in float32
@@ -273,7 +261,7 @@ def test_encoded_keys_and_values_are_attended_to_as_if_they_were_decoded(run: Ru
     by_head = [packer.decoder.unflatten(-1, (-1, dim)) for packer in (keys, values)]
     queries = torch.einsum("bgsrd,gmsd->bgsrm", q.unflatten(1, (2, -1)), by_head[0]).flatten(2, 3)
     constant = (q * keys.offset[:, None]).sum(-1).unflatten(1, (2, -1)).flatten(2, 3)
-    turned = turned_of(turning, q, starts, 2)
+    turned = turning.turned(q, starts).bundled(2)
     options = {"constant": constant, "turned": turned, "exact": True}
     means, lse = run(packed_triton.attend, [stored_keys], [stored_values], keys.widths, values.widths, queries, **options)
     found = torch.einsum("bgsrm,gmsd->bgsrd", means.unflatten(2, (-1, group)), by_head[1]).flatten(1, 2)
@@ -508,3 +496,44 @@ def compiled(kernel: Any, kinds: dict[str, str | None], constants: dict[str, Any
     source = ASTSource(kernel, signature, constexprs=places, attrs=aligned)
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def found_backend() -> tuple[str, Tensor, Tensor]:
+    """Its name, and log-sum-exp and means of what it attends to; the look at what a device computes has been taken."""
+    from eigencache.kernels.packed import triton_backend
+
+    backend, widths = triton_backend(DEVICE), (Widths(8, 16, 8),)
+    keys, values = ([x.to(DEVICE) for x in stored(widths, 2, (2, 1), seed)] for seed in (1, 2))
+    q = scaled(drawn(2, 1, 3, 32, seed=3), widths).to(DEVICE)
+    assert backend.attention is not None
+    top, total, sums = backend.attention(keys, values, (widths, widths), q, None, True)
+    return backend.name, top + total.log(), sums / total[..., None]
+
+
+def test_the_live_cache_has_it_for_a_backend_that_was_looked_at_first(run: Run) -> None:
+    widths = (Widths(8, 16, 8),)
+    name, lse, means = run(found_backend)
+    keys, values = (stored(widths, 2, (2, 1), seed) for seed in (1, 2))
+    logits = scaled(drawn(2, 1, 3, 32, seed=3), widths).double() @ unpacked(keys, widths, 1)
+    assert name == "triton"
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(means.double(), logits.softmax(-1) @ unpacked(values, widths, 1).mT, rtol=1e-4, atol=1e-3)
+
+
+def refused() -> str:
+    from eigencache.errors import CodecError
+    from eigencache.kernels.packed import triton_backend
+
+    wrong, triton_backend_ = packed_triton.sums, triton_backend.__wrapped__
+    packed_triton.sums = lambda *given: 1.01 * wrong(*given)  # type: ignore[assignment]
+    try:
+        triton_backend_(DEVICE)
+    except CodecError as error:
+        return str(error)
+    finally:
+        packed_triton.sums = wrong
+    return "nothing"
+
+
+def test_a_device_that_computes_something_else_is_refused(run: Run) -> None:
+    assert "compute something else on" in run(refused)

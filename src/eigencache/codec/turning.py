@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eigencache.kernels.reference import BLOCK
+from eigencache.kernels.reference import BLOCK, Turned
 from eigencache.spectral.rope import Angles, Rotation, pairs, rotate
 
 
@@ -39,19 +39,17 @@ class Turning:
         means = self.mean[None, :, None].expand(len(positions), -1, positions.shape[1], -1)
         return rotate(means, angles, self.rotation.pairing)
 
-    def logits(self, queries: Tensor, starts: Tensor) -> Tensor:
-        """q · R_n μ [batch, heads, rows, 64 · blocks] of queries [batch, heads, rows, dim].
-
-        Blocks begin at positions `starts` [batch, blocks].
-        """
+    def turned(self, queries: Tensor, starts: Tensor) -> Turned:
+        """q · R_n μ of queries [batch, heads, rows, dim], in factors; blocks begin at positions `starts` [batch, blocks]."""
         frequencies, m1, m2, table, used = self._prepared
         turns = 2 * len(self.rotation.frequencies)
         q1, q2 = (part[..., used] for part in pairs(queries.float()[..., :turns], self.rotation.pairing == "interleaved"))
-        even, odd = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2  # factors of cos(nθ) and sin(nθ)
-        first = starts.to(frequencies)[:, None, None, :, None] * frequencies
-        cos, sin = first.cos().float(), first.sin().float()
-        even, odd = even[..., None, :], odd[..., None, :]
-        return (torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1) @ table).flatten(-2)
+        first = starts.to(frequencies)[..., None] * frequencies
+        return Turned(q1 * m1 + q2 * m2, q2 * m1 - q1 * m2, first.cos().float(), first.sin().float(), table)
+
+    def logits(self, queries: Tensor, starts: Tensor) -> Tensor:
+        """The same as numbers [batch, heads, rows, 64 · blocks]."""
+        return self.turned(queries, starts).logits()
 
     @cached_property
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

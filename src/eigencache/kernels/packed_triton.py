@@ -38,26 +38,11 @@ from eigencache.kernels.packed_triton_plan import (
 )
 from eigencache.kernels.packed_triton_queries import prepared
 from eigencache.kernels.packed_triton_tiles import padded, places, words_of
-from eigencache.kernels.reference import Widths, most_coefficients
+from eigencache.kernels.reference import Turned, Widths, most_coefficients
 
-__all__ = ["PAIRED_TILES", "TILES", "Tiles", "Turned", "attend", "attend_latents", "logits", "merged", "sums"]
+__all__ = ["PAIRED_TILES", "TILES", "Tiles", "attend", "attend_latents", "logits", "merged", "sums"]
 _TUNED = 2**25  # bytes that a launch reads, from which on tiles are measured
 _INTERPRETED = environ.get("TRITON_INTERPRET") == "1"
-
-
-@dataclass(frozen=True, eq=False)
-class Turned:
-    """Keys' mean that turns with their position: logits Σ_p even_p cos(nθ_p) + odd_p sin(nθ_p), natural, float32.
-
-    `even`, `odd` [batch, bundles, rows, pairs]; `cos`, `sin` [batch, blocks, pairs] of the first token of every block;
-    `table` [2 · pairs, 64] cos, then sin, of the tokens of a block counted from its first.
-    """
-
-    even: Tensor
-    odd: Tensor
-    cos: Tensor
-    sin: Tensor
-    table: Tensor
 
 
 def attend(

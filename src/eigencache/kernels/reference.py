@@ -9,7 +9,7 @@ is multiplied per token but the integers themselves, and what stands for zero is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -47,6 +47,32 @@ class Widths:
     def per_coefficient(self) -> Tensor:
         """Bits of every coefficient [coefficients] int32."""
         return torch.tensor([8] * self.eight + [4] * self.four + [2] * self.two, dtype=torch.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Keys' mean that turns with their position, as logits Σ_p even_p cos(nθ_p) + odd_p sin(nθ_p), float32.
+
+    `even`, `odd` [batch, bundles, rows, pairs]; `cos`, `sin` [batch, blocks, pairs] of the first token of every block;
+    `table` [2 · pairs, 64] cos, then sin, of the tokens of a block counted from its first.
+    """
+
+    even: Tensor
+    odd: Tensor
+    cos: Tensor
+    sin: Tensor
+    table: Tensor
+
+    def bundled(self, bundles: int) -> "Turned":
+        """The same with the rows of a bundle's heads one after the other."""
+        even, odd = (x.unflatten(1, (bundles, -1)).flatten(2, 3) for x in (self.even, self.odd))
+        return replace(self, even=even, odd=odd)
+
+    def logits(self) -> Tensor:
+        """[batch, bundles, rows, 64 · blocks], by the sum of two angles."""
+        even, odd = self.even[..., None, :], self.odd[..., None, :]
+        cos, sin = self.cos[:, None, None], self.sin[:, None, None]
+        return (torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1) @ self.table).flatten(-2)
 
 
 def most_coefficients(widths: Sequence[Widths]) -> int:

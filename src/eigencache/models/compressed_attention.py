@@ -214,16 +214,17 @@ class Latent:
 
     def __init__(self, module: nn.Module) -> None:
         self.nope = module.qk_nope_head_dim
-        weight = module.kv_b_proj.weight.unflatten(0, (-1, self.nope + module.v_head_dim)).float()  # type: ignore[union-attr, operator]
+        weight = module.kv_b_proj.weight.unflatten(0, (-1, self.nope + module.v_head_dim))  # type: ignore[union-attr, operator]
         self.up_keys, self.up_values = weight.split([self.nope, module.v_head_dim], 1)  # type: ignore[list-item]
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latent and of the rotary key."""
-        return torch.einsum("bhsd,hdr->bhsr", q[..., : self.nope], self.up_keys), q[..., self.nope :]
+        nope = q[..., : self.nope].to(self.up_keys.dtype)
+        return torch.einsum("bhsd,hdr->bhsr", nope, self.up_keys).float(), q[..., self.nope :]
 
     def expanded(self, latents: Tensor) -> Tensor:
         """Values [batch, heads, seq, dim] of sums of latents."""
-        return torch.einsum("bhsr,hvr->bhsv", latents, self.up_values)
+        return torch.einsum("bhsr,hvr->bhsv", latents.to(self.up_values.dtype), self.up_values).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,12 +283,10 @@ def block_attention(layer: CompressedLayer, q: Tensor) -> Partial | None:
     if backend.attention is None or len(keys.widths) != len(values.widths):
         return None
     chunks = [[chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1)]
-    extra = None
-    if keys.turning is not None:
-        turned = keys.turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device))
-        extra = turned.unflatten(1, (len(keys.widths), -1)).flatten(2, 3)
-    widths = keys.widths, values.widths
-    top, total, sums = backend.attention(chunks[0], chunks[1], widths, keys.queries(rows, backend), extra)
+    starts = layer.starts(0, layer.blocks).to(rows.device)
+    turned = keys.turning and keys.turning.turned(rows, starts).bundled(len(keys.widths))
+    widths, exact = (keys.widths, values.widths), layer.dtype == torch.float32
+    top, total, sums = backend.attention(chunks[0], chunks[1], widths, keys.queries(rows, backend), turned, exact)
     top, total = (x.view(*rows.shape[:3], 1) for x in (top, total))
     found = values.expanded(sums, backend) + values.offset[:, None] * total
     return Partial(*(x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in (top + _constant(keys, rows), total, found)))
