@@ -131,3 +131,30 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and "fitting" not in err
     assert "ref-gpt2 has 2048 positions, 2056 tokens are to be read: use shorter contexts" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("ref-llama",), "ref-llama: no geometry of that name: there are llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
+        (("llama-3-8b", "--live-bits", "3"), "3 bits: widths are known for 2.5, 3.125, 4, 8"),
+        (("llama-3-8b", "--live-bits", "-1"), "--live-bits -1: every number must be above 0"),
+        (("llama-3-8b", "--contexts", "1024,0"), "--contexts 0: must be 1 or more"),
+        (("llama-3-8b", "--batches", "1.5"), "--batches 1.5: give numbers with commas between them"),
+        (("llama-3-8b", "--dtype", "int8"), "--dtype int8: choose one of float32, bfloat16, float16"),
+        (("llama-3-8b", "--device", "tape"), "--device tape: no such kind of device"),
+    ],
+)
+def test_mistakes_of_speed_are_found_before_anything_is_timed(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in mistake(capsys, "bench", "--speed", *arguments)
+
+
+def test_speed_is_printed_and_written(tmp_path: Path) -> None:
+    options = ("--contexts", "128", "--prefill", "64", "--repeats", "1", "--live-bits", "3.125", "-o", "speed")
+    result = run("bench", "--speed", "deepseek-v2-lite", *options, folder=tmp_path)
+    out = shown(result)
+    assert "deepseek-v2-lite: a whole decode step" in out and "live, 3.125 bits" in out and "live, 16 bits" in out
+    assert "deepseek-v2-lite: prefill" in out and "written: speed/README.md" in out and "written: speed/speed.json" in out
+    assert "speed: deepseek-v2-lite" in result.stderr  # what it is at

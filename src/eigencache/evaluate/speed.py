@@ -20,7 +20,7 @@ from eigencache.kernels.packed import packed_backend
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_attention import attend
 from eigencache.models.quantized_cache import tensors_of
-from eigencache.models.random_model import filled_caches, noise_codec, random_model, stored_shapes
+from eigencache.models.random_model import filled_caches, noise_codec, random_model, require_known, stored_shapes
 from eigencache.provenance import Stopwatch
 from eigencache.records import Record, Run, StoredRecord
 
@@ -101,7 +101,8 @@ class SpeedSettings:
 
 @torch.no_grad()
 def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_progress: Progress) -> SpeedRecord:
-    """Attention of one layer, decode steps and prefills of every geometry. Raises what `random_model` raises."""
+    """Attention of one layer, decode steps and prefills of every geometry. Raises what `require_known` raises."""
+    require_known(settings.geometries, settings.rates)
     watch, timings = Stopwatch(), []
     most = max((*settings.contexts, settings.prefill)) + 512
     read, operations = limits(torch.device(device), dtype)

@@ -67,10 +67,19 @@ GEOMETRIES = tuple(_CONFIGS)
 RATES = tuple(_SHARES)
 
 
+def require_known(names: Sequence[str], rates: Sequence[float]) -> None:
+    """Raises `ModelError` for a geometry that there is not, and for bits that no widths are known for."""
+    for name in names:
+        if name not in _CONFIGS:
+            raise ModelError(f"{name}: no geometry of that name: there are {', '.join(_CONFIGS)}")
+    for bits in rates:
+        if bits not in _SHARES:
+            raise ModelError(f"{bits:g} bits: widths are known for {', '.join(f'{b:g}' for b in RATES)}")
+
+
 def random_model(name: str, layers: int, positions: int, *, device: str = "cpu", dtype: torch.dtype) -> PreTrainedModel:
     """A model of that attention geometry, hidden size and feed-forward network. Raises `ModelError` for another name."""
-    if name not in _CONFIGS:
-        raise ModelError(f"{name}: no geometry of that name: there are {', '.join(GEOMETRIES)}")
+    require_known([name], ())
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -94,8 +103,7 @@ def noise_codec(shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int =
 
     Raises `ModelError` for other bits than 2.5, 3.125, 4 and 8.
     """
-    if bits not in _SHARES:
-        raise ModelError(f"{bits:g} bits: widths are known for {', '.join(f'{b:g}' for b in RATES)}")
+    require_known((), [bits])
     generator = torch.Generator().manual_seed(seed)
 
     def heads_of(heads: int, dim: int) -> PackedHeads:

@@ -106,7 +106,7 @@ def plot_roofline(record: SpeedRecord) -> Figure | None:
         axes.scatter(
             [t.operations / t.nbytes for t in own],  # type: ignore[operator]
             [t.operations / t.seconds / 1e9 for t in own],  # type: ignore[operator]
-            s=[6 + 6 * np.log2(t.context / 512) for t in own],
+            s=[4 * np.log2(1 + t.context) for t in own],
             color=colour,
             alpha=0.8,
             label="live cache, packed" if live else f"{record.dtype}, plain",
