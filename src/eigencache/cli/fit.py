@@ -49,7 +49,7 @@ def run(
     live_bits: Annotated[
         float | None, typer.Option("--live-bits", help="Its bits per packed value; default: the fewest within --max-nll.")
     ] = None,
-    safe: Annotated[bool, typer.Option("--safe", help="A live cache of 8-bit keys and 4-bit values.")] = False,
+    safe: Annotated[bool, typer.Option("--safe", help="A live cache of 6.9 bits per value: hardly any loss.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
