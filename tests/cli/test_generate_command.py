@@ -103,7 +103,8 @@ def test_text_goes_to_stdout_with_its_cost_and_the_plain_cache_beside_it(fitted:
     ):
         assert (name, shown_nbytes, tokens) == (what, f"{nbytes:,}", f"{held:,}")
         assert float(ratio) == pytest.approx(2 * VALUES * held / nbytes, abs=0.006)
-        assert re.fullmatch(r", [\d.]+ tokens per second", speed)
+        assert re.fullmatch(r", [\d.]+ tokens per second(; blocks read by (vnni|cpu))?", speed)
+        assert ("blocks read" in speed) == (name == "compressed cache")
     assert float(compressed[3]) > 1.5
     assert re.search(
         r"^(all 20 tokens are the same|the same for \d+ tokens, then they part:\n  compressed: .+\n  plain:      .+)$",

@@ -84,10 +84,16 @@ def test_other_bits_and_geometries_are_refused() -> None:
         random_model.random_model("gpt-5", 1, 64, dtype=torch.float32)
 
 
-def test_all_run_in_turn_another_first_and_the_first_round_does_not_count() -> None:
+def test_all_run_once_in_every_repeat_in_orders_that_change() -> None:
     said: list[str] = []
-    found = in_turn({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 3, CPU)
-    assert said == ["a", "b", "b", "a"] * 2 and found.keys() == {"a", "b"} and min(found.values()) > 0
+    found = in_turn({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 7, CPU)
+    turns = [tuple(said[at : at + 2]) for at in range(0, len(said), 2)]
+    assert (
+        len(turns) == 1 + 7
+        and set(turns) == {("a", "b"), ("b", "a")}
+        and found.keys() == {"a", "b"}
+        and min(found.values()) > 0
+    )
     assert min(limits(CPU, torch.float32, 1)) > 0
 
 

@@ -1,5 +1,6 @@
 """Under a generated text stand bytes, tokens, ratio and speed, and beside a plain cache the place where the two part."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,10 @@ def test_a_cost_is_bytes_tokens_ratio_and_times() -> None:
         "compressed cache: 1,234,567 bytes for 1,030 tokens, 4.00 x smaller than 16 bits; prompt 0.26 s, "
         "15.0 tokens per second"
     )
+
+
+def test_a_cost_names_what_read_the_packed_blocks() -> None:
+    assert cost_line(replace(generated([5] * 31), backend="vnni"), "x").endswith("tokens per second; blocks read by vnni")
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [([5], 0.0), ([5], 2.0), ([5, 6], 0.0)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import check_positions
+from eigencache.kernels.packed import packed_backend
 from eigencache.models.cache import plain_cache
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.load import LoadedModel
@@ -27,6 +28,7 @@ class Generated:
     sixteen_bit_nbytes: int
     prompt_seconds: float
     seconds: float  # of the tokens after the first
+    backend: str | None = None  # what read packed blocks
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -105,6 +107,7 @@ def generate_text(
         sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * held,
         prompt_seconds=stream.times[1] - stream.times[0],
         seconds=stream.times[-1] - stream.times[1],
+        backend=packed_backend(torch.empty(0, device=loaded.device), 1).name if isinstance(cache, CompressedCache) else None,
     )
 
 

@@ -7,6 +7,7 @@ Reading noise takes as long as reading text, so geometries of large models are t
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from statistics import median
 from typing import Any, Literal
 
@@ -60,14 +61,14 @@ class SpeedRecord(StoredRecord):
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of every work, by name; in every repeat all run once, another one first, after one that does not count.
+    """Median seconds of every work, by name; in every repeat all run once, after one that does not count.
 
-    What runs before leaves caches as it needs them.
+    Each time in another order: what runs before leaves the processor's caches as it needs them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    order = list(works.items())
+    order, drawn = list(works.items()), Random(0)
     for turn in range(repeats + 1):
-        for name, work in order[turn % len(order) :] + order[: turn % len(order)]:
+        for name, work in drawn.sample(order, len(order)):
             _wait(device)
             start = time.perf_counter()
             work()

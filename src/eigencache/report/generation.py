@@ -13,6 +13,7 @@ def cost_line(found: Generated, what: str) -> str:
         f"{what}: {found.nbytes:,} bytes for {found.prompt_tokens + len(found.tokens) - 1:,} tokens, "
         f"{found.sixteen_bit_nbytes / found.nbytes:.2f} x smaller than 16 bits; prompt {found.prompt_seconds:.2f} s"
         + (f", {speed:.1f} tokens per second" if speed else "")
+        + (f"; blocks read by {found.backend}" if found.backend else "")
     )
 
 

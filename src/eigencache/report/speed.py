@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from eigencache.evaluate.speed import SpeedRecord, Timing
 from eigencache.records import write_whole
@@ -112,8 +113,9 @@ def plot_roofline(record: SpeedRecord) -> Figure | None:
             label="live cache, packed" if live else f"{record.dtype}, plain",
         )
     dress(axes, "larger marks: longer contexts", "operations per byte of the cache", "thousand million operations a second")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log", base=2)
+        axis.set_major_formatter(ScalarFormatter())
     axes.legend(frameon=False, fontsize=8)
     return figure
 
