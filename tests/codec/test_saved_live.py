@@ -307,12 +307,14 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_codec_and_a_packed_cache_of_an_earlier_day_are_read() -> None:
+@pytest.mark.parametrize("name", ["live", "live-six"])  # from before there were coefficients of 6 bits, and with some
+def test_a_codec_and_a_packed_cache_of_an_earlier_day_are_read(name: str) -> None:
     """Frozen files, never written again: what they decode to is part of the format."""
     folder = Path(__file__).parent / "saved_codecs"
-    codec = load_codec(folder / "live").codec
+    codec = load_codec(folder / name).codec
     assert isinstance(codec, LiveCodec)
-    held, expected = (load_file(folder / f"live-{what}.safetensors") for what in ("cache", "decoded"))
+    assert (codec.layers[0][1].six == (8,)) == (name == "live-six")
+    held, expected = (load_file(folder / f"{name}-{what}.safetensors") for what in ("cache", "decoded"))
     decoded = codec.decode(Encoded(held, 0, 75))
     assert {f"{i}.{slot}" for i, both in decoded.items() for slot in range(len(both))} == expected.keys()
     for i, both in decoded.items():

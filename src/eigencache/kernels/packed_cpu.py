@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.kernels.reference import BLOCK, Widths, most_coefficients
+from eigencache.kernels.reference import BLOCK, Widths, bundles_of, most_coefficients
 
 _PLANES = 8  # of 64 tokens, in one pass
 _TILE = 8  # blocks whose planes are held at a time
@@ -28,7 +28,7 @@ def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tenso
     """As `reference.logits`, of queries in `planes`."""
     q = queries.float().contiguous()
     found = torch.empty(*q.shape[:3], packed.shape[1] * BLOCK)
-    arrays = [x.numpy() for x in (packed.contiguous(), _counts(widths), q.flatten(0, 1), found.flatten(0, 1))]
+    arrays = [x.numpy() for x in (packed.contiguous(), bundles_of(widths), q.flatten(0, 1), found.flatten(0, 1))]
     _shared(partial(_logits, *arrays), len(arrays[2]))
     return found
 
@@ -37,19 +37,9 @@ def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
     """As `reference.sums`, in `planes`."""
     w = weights.float().contiguous()
     found = torch.zeros(*w.shape[:3], most_coefficients(widths))
-    arrays = [x.numpy() for x in (packed.contiguous(), _counts(widths), w.flatten(0, 1), found.flatten(0, 1))]
+    arrays = [x.numpy() for x in (packed.contiguous(), bundles_of(widths), w.flatten(0, 1), found.flatten(0, 1))]
     _shared(partial(_sums, *arrays), len(arrays[2]))
     return found
-
-
-@cache
-def _counts(widths: tuple[Widths, ...]) -> Tensor:
-    """Per bundle [bundles, 4] int64: its first byte in a block, coefficients of 8, of 8 or 4, and of any bits."""
-    found, at = [], 0
-    for w in widths:
-        found.append((at, w.eight, w.eight + w.four, w.coefficients))
-        at += w.nbytes
-    return torch.tensor(found)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 
-from eigencache.kernels.reference import BLOCK, Widths, most_coefficients
+from eigencache.kernels.reference import BLOCK, Widths, bundles_of, most_coefficients
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma")
@@ -95,7 +95,7 @@ class _Codes(ctypes.Structure):
 def _described(packed: Tensor, widths: tuple[Widths, ...]) -> _Codes:
     if packed.stride(2) != 1:
         raise ValueError("bytes of a block that do not lie side by side")
-    return _Codes(packed.data_ptr(), *packed.stride()[:2], _bundles(widths).data_ptr(), most_coefficients(widths))
+    return _Codes(packed.data_ptr(), *packed.stride()[:2], bundles_of(widths).data_ptr(), most_coefficients(widths))
 
 
 def _of_items(name: str, packed: Tensor, widths: tuple[Widths, ...], given: Tensor, found: Tensor) -> None:
@@ -111,16 +111,6 @@ def _call(name: str, *given: Tensor | _Codes | int) -> None:
     numbers = (x.data_ptr() if isinstance(x, Tensor) else x for x in given)
     if library[name](*(ctypes.byref(x) if isinstance(x, _Codes) else ctypes.c_int64(x) for x in numbers)):
         raise MemoryError(f"{name}: no memory for a thread's working space")
-
-
-@cache
-def _bundles(widths: tuple[Widths, ...]) -> Tensor:
-    """Per bundle [bundles, 4] int64: its first byte in a block, coefficients of 8, of 8 or 4, and of any bits."""
-    found, at = [], 0
-    for w in widths:
-        found.append((at, w.eight, w.eight + w.four, w.coefficients))
-        at += w.nbytes
-    return torch.tensor(found)
 
 
 @cache

@@ -87,6 +87,16 @@ def largest_integers(widths: tuple[Widths, ...]) -> Tensor:
     return torch.stack([F.pad(2.0 ** w.per_coefficient() - 1, (0, most - w.coefficients)) for w in widths])
 
 
+@cache
+def bundles_of(widths: tuple[Widths, ...]) -> Tensor:
+    """Per bundle [bundles, 4] int64: its first byte in a block, coefficients of 8, of 8 or 4, and of any bits."""
+    found, at = [], 0
+    for w in widths:
+        found.append((at, w.eight, w.eight + w.four, w.coefficients))
+        at += w.nbytes
+    return torch.tensor(found)
+
+
 def pack(codes: Tensor, widths: Sequence[Widths]) -> Tensor:
     """Bytes uint8 [batch, blocks, bytes] of integers uint8 [batch, bundles, most, 64 · blocks]."""
     rows = []
