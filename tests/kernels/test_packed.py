@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from eigencache.kernels import packed as packed_module
 from eigencache.kernels import packed_vnni
 from eigencache.kernels.packed import CPU, REFERENCE, VNNI, PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Widths, largest_integers, most_coefficients, pack, unpack
@@ -224,12 +225,23 @@ def test_the_number_of_threads_changes_no_bit(batch: int, backend: PackedBackend
         ("cpu", 64, COMPILED[-1]),
         ("cpu", 65, REFERENCE),
         ("cpu", 9999, REFERENCE),
-        ("cuda:1", 1, REFERENCE),
+        ("mps", 1, REFERENCE),
     ],
 )
 def test_few_queries_on_a_cpu_go_to_compiled_code_and_others_to_a_matrix_product(device, rows, expected) -> None:
     x = SimpleNamespace(device=torch.device(device), requires_grad=False)
     assert packed_backend(x, rows) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_gpu_is_read_by_triton_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "triton_backend", lambda device: f"triton on {device}")
+    monkeypatch.setattr(packed_module, "find_spec", lambda name: name if installed and name == "triton" else None)
+    x = SimpleNamespace(device=torch.device("cuda:1"), requires_grad=False)
+    for rows in (1, 9999):
+        assert packed_backend(x, rows) == ("triton on cuda:1" if installed else REFERENCE)  # type: ignore[arg-type]
+    x.requires_grad = True
+    assert packed_backend(x, 1) is REFERENCE  # type: ignore[arg-type]
 
 
 def test_gradients_go_through_plain_pytorch() -> None:
