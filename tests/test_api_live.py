@@ -21,6 +21,7 @@ from eigencache.errors import CodecError, OutputError
 from eigencache.models.load import LoadedModel, load
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.fit import LiveGoal
+from eigencache.studies.live_fit import LiveSettings
 from known import tiny_loaded
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -275,7 +276,7 @@ def test_the_live_codec_loses_no_more_than_was_allowed_or_is_what_its_goal_says(
         "fit_eigen": lambda *_, **__: None,
         "fit_target": lambda *_, **__: (stored, None),
         "eigen_fitting_of": lambda *_: SimpleNamespace(_replace=lambda **_: None),
-        "fit_live": lambda *_: None,
+        "fit_live": lambda *_: SimpleNamespace(settings=LiveSettings(alpha=1.0)),
         "fit_live_target": fit_live_target,
     }.items():
         monkeypatch.setattr(eigencache.studies.fit, name, stand_in)

@@ -1,5 +1,6 @@
 """`fit` from text to a folder in a process of its own, and `evaluate` from that folder; mistakes are one line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,8 @@ def test_evaluate_reads_what_fit_wrote(fitted: tuple[Path, str, str], monkeypatc
     assert "likelihood through the cache" in out and "bytes of one sequence" in out
 
 
-def test_what_was_written_before_is_replaced_and_nothing_is_left_beside_it(fitted, monkeypatch, capsys) -> None:
-    folder = fitted[0]
+def test_what_was_written_before_is_replaced_and_nothing_is_left_beside_it(fitted, tmp_path, monkeypatch, capsys) -> None:
+    folder = Path(shutil.copytree(fitted[0], tmp_path / "own"))  # others look at what was written before
     monkeypatch.chdir(folder)
     before = (folder / "deep" / "codec" / TENSORS).read_bytes()
     with pytest.raises(SystemExit) as exit_:
