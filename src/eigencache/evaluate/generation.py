@@ -107,8 +107,14 @@ def generate_text(
         sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * held,
         prompt_seconds=stream.times[1] - stream.times[0],
         seconds=stream.times[-1] - stream.times[1],
-        backend=packed_backend(torch.empty(0, device=loaded.device), 1).name if isinstance(cache, CompressedCache) else None,
+        backend=_backend_of(cache, loaded.device),
     )
+
+
+def _backend_of(cache: Any, device: torch.device) -> str | None:
+    """What reads the packed blocks of a cache; None where there are none."""
+    packed = isinstance(cache, CompressedCache) and any(layer.blocks for layer in cache.compressed_layers)
+    return packed_backend(torch.empty(0, device=device), 1).name if packed else None
 
 
 def parted_at(one: Generated, other: Generated) -> int | None:
