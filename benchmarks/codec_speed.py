@@ -10,11 +10,9 @@ Medians; in every repeat all that is compared runs in turn. `--parts`: where the
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from rich.console import Console
 from eigencache.codec.base import Cached
 from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.layout import by_layer
+from eigencache.evaluate.speed import in_turn
 from eigencache.models.load import BUNDLED, load
 from eigencache.report.table import Table
 from eigencache.studies.eigen_fit import EigenFit, EigenSettings
@@ -45,6 +44,8 @@ STEPS = (
     "to slots",
 )
 
+_CPU = torch.device("cpu")
+
 
 def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
     """A cache of so many tokens, put together again from all coefficients of sequences kept apart."""
@@ -54,18 +55,6 @@ def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
     if fit.positions is not None:
         x = x + fit.positions.at(torch.arange(fit.sinks, fit.sinks + len(x)))
     return by_layer(fit.layout.slots(x[None], fit.sinks), dtype)
-
-
-def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; the first turn is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: median(times) for name, times in seconds.items()}
 
 
 def integers(codec: EigenCodec, cached: Cached, start: int) -> list[np.ndarray]:
@@ -93,6 +82,7 @@ def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: in
             "zstd decode": lambda: [zstd.decode(*pair) for pair in zipped_pairs],
         },
         repeats,
+        _CPU,
     )
 
 
@@ -114,7 +104,7 @@ def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[s
     if text is not None:
         ranks = text.find(x)
         works |= {"find tokens": lambda: text.find(x), "predict": lambda: text.predict(ranks, codec.block)}
-    return in_turn(works, repeats)
+    return in_turn(works, repeats, _CPU)
 
 
 def main() -> None:

@@ -142,7 +142,8 @@ def _case(model: Any, name: str, context: int, batch: int, settings: SpeedSettin
         (refused if isinstance(cache, str) else caches)[way] = cache
     if not hasattr(model.config, "kv_lora_rank"):
         works, nbytes = _attention(model, caches)
-        count = 4 * batch * context * model.config.num_attention_heads * stored_shapes(model)[0][0][1]
+        dim = caches["DynamicCache"].layers[0].keys.shape[3]
+        count = 4 * batch * context * model.config.num_attention_heads * dim
         for way, seconds in in_turn(works, settings.repeats, model.device).items():
             yield timed("attention", way, seconds=seconds, nbytes=nbytes[way], operations=count)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)

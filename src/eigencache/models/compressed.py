@@ -18,6 +18,7 @@ from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.models.compressed_attention import use_compressed_attention
 from eigencache.models.compressed_layer import CompressedLayer
+from eigencache.models.quantized_cache import tensors_of
 
 
 class CompressedCache(DynamicCache):
@@ -77,16 +78,7 @@ class CompressedCache(DynamicCache):
     def _tensors(self) -> list[tuple[str, Tensor]]:
         found = [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
-        return found + [("states", t) for layer in others for held in vars(layer).values() for t in _tensors_in(held)]
-
-
-def _tensors_in(held: Any) -> Iterator[Tensor]:
-    """Tensors in what a layer of transformers holds: one, several in a list or by name, or none."""
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, dict | list | tuple):
-        for one in held.values() if isinstance(held, dict) else held:
-            yield from _tensors_in(one)
+        return found + [("states", t) for layer in others for held in vars(layer).values() for t in tensors_of(held)]
 
 
 def live_codec(codec: Any) -> LiveCodec:
