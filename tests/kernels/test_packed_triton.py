@@ -17,9 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'eige
 from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
 from eigencache.kernels import packed_triton, reference
-from eigencache.kernels.packed_triton_encode import TurnedMean, encode
+from eigencache.kernels.packed_triton_encode import encode
 from eigencache.kernels.packed_triton_plan import pieces_of, splits_for
-from eigencache.kernels.reference import BLOCK, Turned, Widths, most_coefficients, pack, unpack
+from eigencache.kernels.reference import BLOCK, Asked, Held, Turned, TurnedMean, Widths, most_coefficients, pack, unpack
 from eigencache.spectral.rope import Angles, Rotation, rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -255,7 +255,7 @@ def test_encoded_keys_and_values_are_attended_to_as_if_they_were_decoded(run: Ru
     starts = torch.tensor([[70]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
     x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + turning.at(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
-    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, turned_mean(turning, starts))
+    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), turning.mean_at(starts))
     stored_values = run(encode, y, values.mean, values.encoder, values.widths)
     q = drawn(1, heads, group, dim, seed=7) * dim**-0.5
     by_head = [packer.decoder.unflatten(-1, (-1, dim)) for packer in (keys, values)]
@@ -286,19 +286,6 @@ def test_keys_and_values_whose_heads_share_bases_differently_are_attended_to_by_
     assert found[0].shape[:3] == found[1].shape == (2, value_bundles, heads // value_bundles * group)
     found = tuple(x.unflatten(2, (-1, group)).flatten(1, 2) for x in found)
     check(found, by_head.double() @ unpacked(keys, widths, heads), unpacked(values, other, heads))
-
-
-def test_parts_merge_to_attention_to_all_tokens() -> None:
-    logits, values, sinks = 9 * drawn(2, 3, 5, 40, seed=1).double(), drawn(2, 3, 40, 7, seed=2).double(), drawn(3, 1, seed=3)
-    logits[0, 0, 1, :10] = logits[1, 2, 3] = -torch.inf
-    parts = [expected(x, v.mT) for x, v in zip(logits.split((10, 25, 5), -1), values.split((10, 25, 5), 2), strict=True)]
-    found = packed_triton.merged([mean for mean, _ in parts], [lse for _, lse in parts])
-    torch.testing.assert_close(found, expected(logits, values.mT)[0])
-    assert not found[1, 2, 3].any()
-    found = packed_triton.merged([mean for mean, _ in parts], [lse for _, lse in parts], sinks.double())
-    with_sinks = torch.cat([logits, sinks.double()[None, :, :, None].expand(2, -1, 5, -1)], -1)
-    right = with_sinks.softmax(-1)[..., :-1] @ values
-    torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(4, torch.bfloat16), (33, torch.bfloat16), (16, torch.float32)])
@@ -348,50 +335,53 @@ def test_no_block_gives_no_logit_and_sums_of_zero(run: Run) -> None:
     assert torch.equal(run(packed_triton.sums, packed, MIXED, torch.empty(2, 3, 4, 0)), torch.zeros(2, 3, 4, 32))
 
 
-def some_heads(widths: tuple[Widths, ...], heads: int, dim: int, turning: Turning | None = None) -> PackedHeads:
+def some_heads(
+    widths: tuple[Widths, ...], heads: int, dim: int, turning: Turning | None = None, six: tuple[int, ...] = ()
+) -> PackedHeads:
     """Steps such that some numbers lie beyond the widest integer."""
     size = heads // len(widths) * dim
-    steps = reference.largest_integers(widths)[..., None] / 5 / size**0.5
+    steps = reference.digits_of(widths, six)[0][..., None] / 5 / size**0.5
     encoder = drawn(len(widths), most_coefficients(widths), size, seed=1) * steps
-    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), turning)
+    for rows, w, count in zip(encoder, widths, six, strict=False):
+        rows[w.eight + w.four :][:count] = rows[: w.eight + w.four][w.eight + w.four - count :]
+    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), turning, six)
 
 
-def differing(found: Tensor, right: Tensor, widths: tuple[Widths, ...]) -> float:
+def integers(packed: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...]) -> Tensor:
+    """Those of bytes, of 6 bits where the higher digit stands."""
+    found = unpack(packed, widths).int()
+    for i, (w, count) in enumerate(zip(widths, six, strict=False)):
+        low = found[:, i, w.eight + w.four :][:, :count]
+        found[:, i, w.eight + w.four - count : w.eight + w.four] *= 4
+        found[:, i, w.eight + w.four - count : w.eight + w.four] += low
+        low.zero_()
+    return found
+
+
+def differing(found: Tensor, right: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...] = ()) -> float:
     """The share of integers that differ, none of them by more than one."""
-    apart = (unpack(found, widths).int() - unpack(right, widths).int()).abs()
+    apart = (integers(found, widths, six) - integers(right, widths, six)).abs()
     assert apart.amax() <= 1
     return float(apart.float().mean())
 
 
 @pytest.mark.parametrize(
-    ("widths", "heads", "dim", "dtype"),
+    ("widths", "six", "heads", "dim", "dtype"),
     [
-        (MIXED, 6, 12, torch.bfloat16),
-        (MIXED, 3, 80, torch.float16),
-        ((Widths(40, 80, 8), Widths(0, 0, 0)), 2, 128, torch.float32),
-        ((Widths(0, 256, 0),), 1, 256, torch.bfloat16),
+        (MIXED, (), 6, 12, torch.bfloat16),
+        (MIXED, (8, 0, 0), 3, 80, torch.float16),
+        ((Widths(40, 80, 8), Widths(0, 0, 0)), (8, 0), 2, 128, torch.float32),
+        ((Widths(8, 96, 96), Widths(0, 88, 80)), (64, 80), 2, 128, torch.bfloat16),
+        ((Widths(0, 256, 0),), (), 1, 256, torch.bfloat16),
     ],
 )
 def test_encoded_bytes_are_those_of_the_reference_but_for_halves(
-    run: Run, widths: tuple[Widths, ...], heads: int, dim: int, dtype: torch.dtype
+    run: Run, widths: tuple[Widths, ...], six: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype
 ) -> None:
     x = drawn(2, 2 * BLOCK + 3, heads, dim, seed=3).to(dtype).transpose(1, 2)[:, :, 3:]
-    packer = some_heads(widths, heads, dim)
-    found = run(encode, x, packer.mean, packer.encoder, widths)
-    assert differing(found, packer.encode(x, torch.arange(2 * BLOCK).expand(2, -1)), widths) < 1e-3
-
-
-def test_encoded_bytes_go_where_they_are_wanted_and_nowhere_else(run: Run) -> None:
-    packer, x = some_heads(MIXED, 3, 16), drawn(2, 3, 2 * BLOCK, 16, seed=3)
-    storage = torch.full((2, 5, sum(w.nbytes for w in MIXED)), 77, dtype=torch.uint8)
-    found = run(encoded_into, storage, x, packer.mean, packer.encoder)
-    assert torch.equal(found[:, 1:3], run(encode, x, packer.mean, packer.encoder, MIXED))
-    assert (found[:, :1] == 77).all() and (found[:, 3:] == 77).all()
-
-
-def encoded_into(storage: Tensor, x: Tensor, mean: Tensor, encoder: Tensor) -> Tensor:
-    encode(x, mean, encoder, MIXED, out=storage[:, 1:3])
-    return storage
+    packer = some_heads(widths, heads, dim, six=six)
+    found = run(encode, x, packer.mean, packer.encoder, widths, six)
+    assert differing(found, packer.encode(x, torch.arange(2 * BLOCK).expand(2, -1)), widths, six) < 1e-3
 
 
 def test_what_turns_with_positions_is_taken_out_before_encoding(run: Run) -> None:
@@ -400,19 +390,8 @@ def test_what_turns_with_positions_is_taken_out_before_encoding(run: Run) -> Non
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
     x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + turning.at(positions)
-    found = run(encode, x, packer.mean, packer.encoder, MIXED, turned_mean(turning, starts))
+    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), turning.mean_at(starts))
     assert differing(found, packer.encode(x, positions), MIXED) < 1e-2
-
-
-def turned_mean(turning: Turning, starts: Tensor) -> TurnedMean:
-    """As `TurnedMean` says."""
-    mean, pairs = turning.mean[None, :, None], len(turning.rotation.frequencies)
-    one, zero = torch.ones(1, 1, 1, pairs), torch.zeros(1, 1, 1, pairs)
-    still, quarter = (rotate(mean, Angles(*parts), "half")[0, :, 0] for parts in ((one, zero), (zero, one)))
-    every = turning.rotation.frequencies.repeat(2)
-    first, within = starts.double()[..., None] * every, every[:, None] * torch.arange(BLOCK)
-    angles = [torch.stack([x.cos(), x.sin()]).float() for x in (first, within)]
-    return TurnedMean(torch.stack([still, quarter]), angles[0], angles[1])
 
 
 def test_pieces_of_splits_are_all_blocks_once_and_in_their_order() -> None:
@@ -475,7 +454,7 @@ def test_encoding_compiles_without_a_gpu_to_products_of_tf32(monkeypatch: pytest
     from eigencache.kernels.packed_triton_encode import _encode
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = dict.fromkeys(("turned", "starts", "table")) | dict.fromkeys(("mean", "encoder"), "*fp32")
+    kinds = dict.fromkeys(("still", "quarter", "starts", "table")) | dict.fromkeys(("mean", "encoder"), "*fp32")
     kinds |= {"x": "*bf16", "counts": "*i32", "out": "*u8"}
     kernel = compiled(_encode, kinds, {"K": 64, "R": 32, "dim_stride": 1}, 80, 4)
     assert "tf32" in kernel.asm["ptx"] and kernel.metadata.shared < 2**16
@@ -506,7 +485,7 @@ def found_backend() -> tuple[str, Tensor, Tensor]:
     keys, values = ([x.to(DEVICE) for x in stored(widths, 2, (2, 1), seed)] for seed in (1, 2))
     q = scaled(drawn(2, 1, 3, 32, seed=3), widths).to(DEVICE)
     assert backend.attention is not None
-    top, total, sums = backend.attention(keys, values, (widths, widths), q, None, True)
+    top, total, sums = backend.attention(Held(keys, values, (widths, widths)), Asked(q))
     return backend.name, top + total.log(), sums / total[..., None]
 
 

@@ -296,31 +296,29 @@ def heads_of_first(fit: LiveFit) -> int:
     return len(next(iter(fit.slots.values())).mean)
 
 
-def flattened(name: str) -> tuple[Cached, Tensor]:
-    """All that everything was fitted on as one row, and the positions; the last block is filled with zeros."""
+def in_blocks(name: str) -> tuple[Cached, Tensor]:
+    """All that everything was fitted on, a block for each sequence, which ends in zeros; and the positions."""
     sequences = source(name).fitted_on
     found = stored(source(name).loaded, torch.from_numpy(np.stack(sequences.ids)))
-    count = sum(map(len, sequences.ids))
-    padded = -count % BLOCK
 
-    def row(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x.transpose(0, 1).flatten(1, 2)[None], (0, 0, 0, padded))
+    def filled(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, BLOCK - x.shape[2]))
 
-    positions = torch.nn.functional.pad(torch.arange(40).repeat(len(sequences.ids)), (0, padded))
-    return {i: (row(k), row(v)) for i, (k, v) in found.items()}, positions[None]
+    positions = torch.arange(BLOCK).expand(len(sequences.ids), -1)
+    return {i: (filled(k), filled(v)) for i, (k, v) in found.items()}, positions
 
 
 def weighed_errors(name: str, codec: LiveCodec, alpha: float) -> dict[tuple[int, int], float]:
     """Mean squared error in the metric of every slot, of everything that was fitted on."""
     metrics = _stored_metric(source(name), 40)
     roots = dict(zip(sorted(metrics), scaled_metrics([metrics[at] for at in sorted(metrics)], alpha)[1], strict=True))
-    cached, positions = flattened(name)
+    cached, positions = in_blocks(name)
     errors = {}
     for i, both in cached.items():
         for slot, x in enumerate(both):
             heads = codec.layers[i][slot]
             back = heads.decode(heads.encode(x, positions), positions)
-            lost = ((back - x)[0, :, : 40 * 21] @ roots[i, slot]).double()
+            lost = ((back - x)[:, :, :40].transpose(0, 1).flatten(1, 2) @ roots[i, slot]).double()
             errors[i, slot] = float(lost.square().sum(-1).mean(-1).sum())
     return errors
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from eigencache.codec.turning import Turning
 from eigencache.errors import CodecError
-from eigencache.kernels.packed import PackedBackend
-from eigencache.kernels.reference import Widths, largest_integers, pack, unpack
+from eigencache.kernels.packed import PackedBackend, packed_backend
+from eigencache.kernels.reference import BLOCK, Widths, largest_integers, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,65 +62,51 @@ class PackedHeads:
     def encode(self, x: Tensor, positions: Tensor) -> Tensor:
         """Bytes uint8 [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim] at positions [batch, tokens].
 
-        What lies beyond the widest integer becomes that: the steps are chosen for what it costs.
+        Positions follow on within a block. What lies beyond the widest integer becomes that: the steps are chosen for what
+        it costs.
         """
-        y = self.encoder @ self._bundled(x.float() - self._taken_out(positions)).mT
-        most, shifts, masks = (t.to(y.device)[:, :, None] for t in self._digits)
-        codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most).to(torch.uint8)
-        return pack((codes >> shifts) & masks if any(self.six) else codes, self.widths)
+        turned = self.turning and self.turning.mean_at(positions[:, ::BLOCK])
+        encode = packed_backend(x, x.shape[2]).encode
+        return encode(x, self.mean, self.encoder, self.widths, self.six, turned)
 
     def decode(self, packed: Tensor, positions: Tensor) -> Tensor:
         """x̂ [batch, heads, tokens, dim] float32."""
         u = unpack(packed, self.widths).float()
         x = (u - largest_integers(self.widths).to(u)[:, :, None] / 2).mT @ self.decoder
-        return self._unbundled(x, len(self.mean)) + self._taken_out(positions)
+        means = self.mean[:, None] + (0 if self.turning is None else self.turning.at(positions))
+        return self._unbundled(x, len(self.mean)) + means
 
     @cached_property
     def offset(self) -> Tensor:
         """What integers of zero stand for, less the turning [heads, dim]: μ − Dᵀ c."""
         with torch.inference_mode(False), torch.no_grad():
             centres = largest_integers(self.widths).to(self.decoder) / 2
-            return self.mean - torch.einsum("gm,gmsd->gsd", centres, self._decoders(None)).flatten(0, 1)
-
-    @cached_property
-    def _digits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every row [bundles, most]: the largest integer float32; the shift and mask uint8 that make a digit of it."""
-        largest = largest_integers(self.widths)
-        most, shifts = largest.clone(), torch.zeros_like(largest, dtype=torch.uint8)
-        for i, (w, count) in enumerate(zip(self.widths, self.six or (0,) * len(self.widths), strict=True)):
-            high = slice(w.eight + w.four - count, w.eight + w.four)
-            most[i, high.start : high.stop + count] = 63
-            shifts[i, high] = 2
-        return most, shifts, largest.to(torch.uint8)
+            return self.mean - (centres[:, None, None] @ self._decoders(None)).flatten(0, 2)
 
     def queries(self, q: Tensor, backend: PackedBackend) -> Tensor:
         """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim], for a backend."""
-        rows = q.unflatten(1, (len(self.widths), -1))
-        return torch.einsum("bgsrd,gmsd->bgsrm", rows, self._decoders(backend)).flatten(2, 3)
+        batch, heads, rows, dim = q.shape
+        bundled = q.reshape(batch, len(self.widths), -1, rows, dim) @ self._decoders(backend).mT
+        return bundled.view(batch, len(self.widths), heads // len(self.widths) * rows, -1)
 
     def expanded(self, sums: Tensor, backend: PackedBackend) -> Tensor:
         """Dᵀ s [batch, heads, rows, dim] of a backend's sums [batch, bundles, rows of all its heads, most]."""
         decoders = self._decoders(backend)
-        rows = sums.unflatten(2, (decoders.shape[2], -1))
-        return torch.einsum("bgsrm,gmsd->bgsrd", rows, decoders).flatten(1, 2)
+        batch, bundles, rows, most = sums.shape
+        heads = decoders.shape[1]
+        found = sums.reshape(batch, bundles, heads, rows // heads, most) @ decoders
+        return found.view(batch, bundles * heads, rows // heads, -1)
 
     def _decoders(self, backend: PackedBackend | None) -> Tensor:
-        """D [bundles, most, heads of a bundle, dim], of planes where a backend reads those."""
+        """D [bundles, heads of a bundle, most, dim], of planes where a backend reads those."""
         name = "" if backend is None or backend.planes is None else backend.name
         if name not in self._known:
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves passes of any kind
                 planes = backend.planes(self.widths).to(self.decoder.device) if name else None  # type: ignore[union-attr, misc]
                 decoder = self.decoder if planes is None else planes.mT @ self.decoder
-                self._known[name] = decoder.unflatten(-1, (-1, self.mean.shape[1]))
+                self._known[name] = decoder.unflatten(-1, (-1, self.mean.shape[1])).transpose(1, 2)
         return self._known[name]
 
-    def _bundled(self, x: Tensor) -> Tensor:
-        """[batch, heads, tokens, dim] → [batch, bundles, tokens, numbers of a bundle]."""
-        return x.unflatten(1, (len(self.widths), -1)).transpose(2, 3).flatten(3)
-
     def _unbundled(self, x: Tensor, heads: int) -> Tensor:
-        """And back."""
+        """[batch, bundles, tokens, numbers of a bundle] → [batch, heads, tokens, dim]."""
         return x.unflatten(3, (heads // len(self.widths), -1)).transpose(2, 3).flatten(1, 2)
-
-    def _taken_out(self, positions: Tensor) -> Tensor:
-        return self.mean[:, None] + (0 if self.turning is None else self.turning.at(positions))

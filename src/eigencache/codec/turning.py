@@ -11,9 +11,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from eigencache.kernels.reference import BLOCK, Turned
-from eigencache.spectral.rope import Angles, Rotation, pairs, rotate
+from eigencache.kernels.reference import BLOCK, Turned, TurnedMean
+from eigencache.spectral.rope import Angles, Rotation, joined, pairs, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,21 @@ class Turning:
         angles = Angles(*((self.rotation.scale * part).float() for part in (turned.cos(), turned.sin())))
         means = self.mean[None, :, None].expand(len(positions), -1, positions.shape[1], -1)
         return rotate(means, angles, self.rotation.pairing)
+
+    def mean_at(self, starts: Tensor) -> TurnedMean:
+        """R_n μ of blocks that begin at positions `starts` [batch, blocks], in factors."""
+        rotation, dim = self.rotation, self.mean.shape[1]
+        theta, interleaved = rotation.frequencies, rotation.pairing == "interleaved"
+        every = F.pad(joined(theta, theta, interleaved), (0, dim - 2 * len(theta)))  # what does not turn has no mean
+        scale, none = torch.full_like(theta, rotation.scale).float(), torch.zeros_like(theta).float()
+        still, quarter = (
+            rotate(self.mean[None, :, None], Angles(*(x[None, None, None] for x in parts)), rotation.pairing)[0, :, 0]
+            for parts in ((scale, none), (none, scale))
+        )
+        first = starts.to(every)[..., None] * every
+        within = every[:, None] * torch.arange(BLOCK, device=every.device, dtype=every.dtype)
+        angles = (torch.stack([x.cos(), x.sin()]).float() for x in (first, within))
+        return TurnedMean(still, quarter, *angles)
 
     def turned(self, queries: Tensor, starts: Tensor) -> Turned:
         """q · R_n μ of queries [batch, heads, rows, dim], in factors; blocks begin at positions `starts` [batch, blocks]."""

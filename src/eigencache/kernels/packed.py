@@ -1,7 +1,7 @@
 """Which backend reads packed blocks: compiled code on a CPU for a few queries, Triton on a GPU, plain PyTorch elsewhere."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,50 +10,44 @@ from torch import Tensor
 
 from eigencache.errors import CodecError
 from eigencache.kernels import packed_cpu, packed_vnni, reference
-from eigencache.kernels.reference import Turned, Widths
+from eigencache.kernels.reference import Asked, Held, Widths
 
 _ROWS = 64  # queries of a bundle, above which on a CPU unpacking once and a matrix product are faster
 _CLOSE = 1e-3  # of the largest number: what a GPU's results may differ from plain PyTorch's
 Kernel = Callable[[Tensor, tuple[Widths, ...], Tensor], Tensor]
-Storages = Sequence[Tensor]
-Both = tuple[tuple[Widths, ...], tuple[Widths, ...]]
-Attention = Callable[[Storages, Storages, Both, Tensor, Turned | None, bool], tuple[Tensor, Tensor, Tensor]]
+Attention = Callable[[Held, Asked], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class PackedBackend:
-    """`logits` and `sums` as in `reference.py`, of coefficients or, where `planes` is given, of planes.
+    """What `reference.py` has: of coefficients or, where `planes` is given, of planes.
 
-    `attention` does both at once with the softmax between them: of storages of keys and of values with their widths, and
-    queries [batch, bundles, rows, most], the largest logit, the sum of weights relative to it [batch, bundles, rows], and
-    what they weigh [batch, bundles, rows, most]. Its last argument: whether the model computes in float32.
+    No `attention`: what is between logits and sums is for the caller, as it is where masks are more than stretches.
     """
 
     name: str
     logits: Kernel
     sums: Kernel
+    encode: Callable[..., Tensor] = reference.encode
     planes: Callable[[tuple[Widths, ...]], Tensor] | None = None  # A [bundles, most, most] with integers = A planes
     attention: Attention | None = None
 
 
-def _vnni_attention(
-    keys: Storages, values: Storages, widths: Both, queries: Tensor, turned: Turned | None, _: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return packed_vnni.attention(keys, values, widths, queries, turned and turned.logits())
-
-
-def _triton_attention(
-    keys: Storages, values: Storages, widths: Both, queries: Tensor, turned: Turned | None, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_attention(held: Held, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     from eigencache.kernels import packed_triton  # Triton is optional
 
-    means, lse = packed_triton.attend(keys, values, *widths, queries, turned=turned, exact=exact)
+    given = {"constant": asked.constant, "visible": asked.visible, "softcap": asked.softcap, "exact": asked.exact}
+    stored = held.keys, held.values, *held.widths, asked.queries
+    if asked.others is None:
+        means, lse = packed_triton.attend(*stored, turned=asked.turned, **given)
+    else:
+        means, lse = packed_triton.attend_latents(*stored, asked.others, **given)
     return lse, torch.ones_like(lse).masked_fill_(lse == -torch.inf, 0), means
 
 
 REFERENCE = PackedBackend("reference", reference.logits, reference.sums)
-CPU = PackedBackend("cpu", packed_cpu.logits, packed_cpu.sums, packed_cpu.planes)
-VNNI = PackedBackend("vnni", packed_vnni.logits, packed_vnni.sums, attention=_vnni_attention)
+CPU = PackedBackend("cpu", packed_cpu.logits, packed_cpu.sums, planes=packed_cpu.planes)
+VNNI = PackedBackend("vnni", packed_vnni.logits, packed_vnni.sums, attention=packed_vnni.attention)
 
 
 def packed_backend(x: Tensor, rows: int) -> PackedBackend:
@@ -68,20 +62,17 @@ def packed_backend(x: Tensor, rows: int) -> PackedBackend:
 @cache
 def triton_backend(device: torch.device) -> PackedBackend:
     """Triton on a device, after a look at whether it computes there what plain PyTorch does. Raises `CodecError` if not."""
-    from eigencache.kernels import packed_triton
+    from eigencache.kernels import packed_triton, packed_triton_encode
 
-    backend = PackedBackend("triton", packed_triton.logits, packed_triton.sums, attention=_triton_attention)
+    backend = PackedBackend(
+        "triton", packed_triton.logits, packed_triton.sums, packed_triton_encode.encode, attention=_triton_attention
+    )
+    whole = replace(REFERENCE, attention=reference.attention)
     generator, widths = torch.Generator().manual_seed(0), (Widths(8, 16, 8),)
     packed = torch.randint(256, (1, 5, widths[0].nbytes), generator=generator, dtype=torch.uint8).to(device)
-    q = torch.randn(1, 1, 4, widths[0].coefficients, generator=generator).to(device) / 64
-    weights = REFERENCE.logits(packed, widths, q).softmax(-1)
-    right = (
-        REFERENCE.logits(packed, widths, q),
-        REFERENCE.sums(packed, widths, weights),
-        REFERENCE.sums(packed, widths, weights),
-    )
-    total, means = _triton_attention([packed], [packed], (widths, widths), q, None, True)[1:]
-    found = backend.logits(packed, widths, q), backend.sums(packed, widths, weights), means / total[..., None]
+    x, q, encoder = (torch.randn(shape, generator=generator).to(device) for shape in ((320, 32), (4, 32), (32, 32)))
+    limits = torch.tensor([[3, 0, 70, 0], [320, 100, 320, 320]], device=device)
+    right, found = (_looked_at(one, packed, widths, x, q / 64, encoder, limits) for one in (whole, backend))
     for one, other in zip(found, right, strict=True):
         if not float((one - other).abs().max()) <= _CLOSE * float(other.abs().max()):
             raise CodecError(
@@ -89,3 +80,20 @@ def triton_backend(device: torch.device) -> PackedBackend:
                 "without the package triton the cache works by PyTorch alone"
             )
     return backend
+
+
+def _looked_at(
+    backend: PackedBackend, packed: Tensor, widths: tuple[Widths, ...], x: Tensor, q: Tensor, encoder: Tensor, limits: Tensor
+) -> list[Tensor]:
+    """What a backend makes of one bundle: logits, sums, attention to values and to latents, and sums of what it encodes."""
+    assert backend.attention is not None
+    q, x, encoder = q[None, None], x[None, None], encoder[None]
+    logits = backend.logits(packed, widths, q)
+    weights = logits.softmax(-1)
+    results = [logits, backend.sums(packed, widths, weights)]
+    for others in (None, q):
+        asked = Asked(q, others=others, visible=(limits[0, None, None], limits[1, None, None]))
+        _, total, sums = backend.attention(Held([packed], [packed], (widths, widths)), asked)
+        results.append(sums / total[..., None])
+    encoded = backend.encode(x, torch.zeros_like(x[0, :, 0]), encoder, widths, (8,))
+    return [*results, reference.sums(encoded, widths, weights)]

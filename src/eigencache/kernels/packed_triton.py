@@ -40,7 +40,7 @@ from eigencache.kernels.packed_triton_queries import prepared
 from eigencache.kernels.packed_triton_tiles import padded, places, words_of
 from eigencache.kernels.reference import Turned, Widths, most_coefficients
 
-__all__ = ["PAIRED_TILES", "TILES", "Tiles", "attend", "attend_latents", "logits", "merged", "sums"]
+__all__ = ["PAIRED_TILES", "TILES", "Tiles", "attend", "attend_latents", "logits", "sums"]
 _TUNED = 2**25  # bytes that a launch reads, from which on tiles are measured
 _INTERPRETED = environ.get("TRITON_INTERPRET") == "1"
 
@@ -129,17 +129,6 @@ def attend_latents(
         tiles,
         False,
     )
-
-
-def merged(means: Sequence[Tensor], lse: Sequence[Tensor], sinks: Tensor | None = None) -> Tensor:
-    """Attention to all tokens from attention to some at a time: means [..., rows, dim] and logarithms [..., rows] of each.
-
-    Of packed blocks, expanded to values, and of a window and first tokens in 16 bits. `sinks` [..., rows]: logits that take
-    weight and give nothing. A row that nothing gave weight to gets zeros.
-    """
-    every = torch.stack([*lse, *([] if sinks is None else [sinks.expand_as(lse[0])])])
-    shares = (every - every.logsumexp(0).nan_to_num(neginf=0.0)).exp()[..., None].unbind()
-    return torch.stack([x * share for x, share in zip(means, shares, strict=False)]).sum(0)
 
 
 @dataclass(frozen=True)

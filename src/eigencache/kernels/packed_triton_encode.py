@@ -8,7 +8,6 @@ a block's first token and a table of its 64.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,23 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.kernels.packed_triton_tiles import padded
-from eigencache.kernels.reference import BLOCK, Widths
+from eigencache.kernels.reference import BLOCK, TurnedMean, Widths
 
 _BLOCK = tl.constexpr(BLOCK)
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken away again: the next integer, of two the even one
-
-
-@dataclass(frozen=True, eq=False)
-class TurnedMean:
-    """R_n μ [heads, dim] = `mean`[0] cos nθ + `mean`[1] sin nθ, where every number of a vector has its pair's angle.
-
-    `mean` [2, heads, dim]: R_0 μ and the same turned by a right angle; `starts` [2, batch, blocks, dim] cos and sin of the
-    first token of every block; `table` [2, dim, 64] of the tokens of a block counted from its first. All float32.
-    """
-
-    mean: Tensor
-    starts: Tensor
-    table: Tensor
 
 
 def encode(
@@ -41,40 +27,36 @@ def encode(
     mean: Tensor,
     encoder: Tensor,
     widths: tuple[Widths, ...],
+    six: tuple[int, ...] = (),
     turned: TurnedMean | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Bytes [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim], as `PackedHeads.encode` makes them.
-
-    u = round(E (x − μ) + c) within what the bits hold: the same integers but where a sum in float32 is next to a half.
-    `mean` [heads, dim], `encoder` [bundles, most, heads of a bundle · dim]. `out`: where to, any strides but the last.
-    """
-    batch, heads, tokens, dim = x.shape
+    """As `reference.encode`: the same integers but where a sum in float32 is next to a half."""
+    batch, _, tokens, dim = x.shape
     blocks, bundles = tokens // BLOCK, len(widths)
-    if out is None:
-        out = torch.empty(batch, blocks, sum(w.nbytes for w in widths), dtype=torch.uint8, device=x.device)
+    out = torch.empty(batch, blocks, sum(w.nbytes for w in widths), dtype=torch.uint8, device=x.device)
     if not out.numel():
         return out
     inner = encoder.shape[2]
     tensors = [t.float().contiguous() for t in (mean, encoder)]
-    turns = (None,) * 3 if turned is None else tuple(t.contiguous() for t in (turned.mean, turned.starts, turned.table))
-    strides = (*x.stride(), *out.stride()[:2])
-    sizes = blocks, bundles, inner, dim, heads * dim, batch * blocks * dim, encoder.shape[1]
+    parts = (None,) * 4 if turned is None else (turned.still, turned.quarter, turned.starts, turned.table)
+    turns = [None if t is None else t.contiguous() for t in parts]
+    sizes = blocks, bundles, inner, dim, batch * blocks * dim, encoder.shape[1]
     wide = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)  # instructions of four warps
     constants = {"K": min(64, padded(inner)), "R": 64 if wide else 32, "num_warps": 4, "num_stages": 1}
+    counts = _counts(widths, six, x.device)
     with torch.cuda.device_of(x):
         _encode[(batch * bundles * blocks,)](
-            x, *tensors, _counts(widths, x.device), *turns, out, *strides, *sizes, **constants
+            x, *tensors, counts, *turns, out, *x.stride(), *out.stride()[:2], *sizes, **constants
         )
     return out
 
 
 @lru_cache(maxsize=1024)
-def _counts(widths: tuple[Widths, ...], device: torch.device) -> Tensor:
-    """Per bundle [bundles, 4] int32: its first byte in a block, coefficients of 8, of 4 and of 2 bits."""
+def _counts(widths: tuple[Widths, ...], six: tuple[int, ...], device: torch.device) -> Tensor:
+    """Per bundle [bundles, 5] int32: its first byte in a block, coefficients of 8, of 4, of 2 and of 6 bits."""
     found, at = [], 0
-    for w in widths:
-        found.append((at, w.eight, w.four, w.two))
+    for w, both in zip(widths, six or (0,) * len(widths), strict=True):
+        found.append((at, w.eight, w.four, w.two, both))
         at += w.nbytes
     return torch.tensor(found, dtype=torch.int32, device=device)
 
@@ -87,11 +69,11 @@ def _high(x):
 
 @triton.jit
 def _integers(
-    x, mean, encoder, turned, starts, table, row, rows, bits,
-    token_stride, head_stride, dim_stride, inner, dim, turned_size, starts_size,
+    x, mean, encoder, still, quarter, starts, table, row, rows, bits, six, six_stop,
+    token_stride, head_stride, dim_stride, inner, dim, starts_size,
     K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Integers [R, 64] of rows of the encoder, of one block."""
+    """Integers [R, 64] of rows of the encoder, of one block; rows from `six` to `six_stop` are digits of 6 bits."""
     t = tl.arange(0, _BLOCK)
     y = tl.zeros((R, _BLOCK), tl.float32)
     for first in range(0, inner, K):
@@ -103,9 +85,9 @@ def _integers(
             other=0.0,
         ).to(tl.float32)
         z -= tl.load(mean + k, mask=k < inner, other=0.0)[:, None]
-        if turned is not None:
-            a = tl.load(turned + k, mask=k < inner, other=0.0)
-            b = tl.load(turned + turned_size + k, mask=k < inner, other=0.0)
+        if still is not None:
+            a = tl.load(still + k, mask=k < inner, other=0.0)
+            b = tl.load(quarter + k, mask=k < inner, other=0.0)
             cos = tl.load(starts + number, mask=k < inner, other=0.0)
             sin = tl.load(starts + starts_size + number, mask=k < inner, other=0.0)
             at = (number * _BLOCK)[:, None] + t[None, :]
@@ -118,16 +100,19 @@ def _integers(
         y = tl.dot(e - e_high, z_high, y, input_precision="tf32")
         y = tl.dot(e_high, z - z_high, y, input_precision="tf32")
         y = tl.dot(e_high, z_high, y, input_precision="tf32")
-    most = ((1 << bits) - 1).to(tl.float32)
+    largest = (1 << bits) - 1
+    digit = ((row >= six) & (row < six_stop))[:, None]
+    most = tl.where(digit, 63.0, largest.to(tl.float32))
     y = tl.minimum(tl.maximum(y + most * 0.5, 0.0), most)
-    return ((y + _ROUND) - _ROUND).to(tl.int32)
+    u = ((y + _ROUND) - _ROUND).to(tl.int32)
+    return tl.where(digit & (bits == 4), u >> 2, u) & largest
 
 
 @triton.jit
 def _encode(
-    x, mean, encoder, counts, turned, starts, table, out,
+    x, mean, encoder, counts, still, quarter, starts, table, out,
     batch_stride, head_stride, token_stride, dim_stride, out_batch_stride, out_block_stride,
-    blocks, bundles, inner, dim, turned_size, starts_size, most,
+    blocks, bundles, inner, dim, starts_size, most,
     K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """One block of one bundle: bytes of 8, of 4 and of 2 bits, each in turn."""
@@ -138,15 +123,18 @@ def _encode(
     x += block.to(tl.int64) * _BLOCK * token_stride
     mean += bundle * inner
     encoder += bundle * most * inner
-    if turned is not None:
-        turned += bundle * inner
+    if still is not None:
+        still += bundle * inner
+        quarter += bundle * inner
         starts += (batch * blocks + block) * dim
-    out += batch * out_batch_stride + block * out_block_stride.to(tl.int64) + tl.load(counts + 4 * bundle)
+    out += batch * out_batch_stride + block * out_block_stride.to(tl.int64) + tl.load(counts + 5 * bundle)
+    both = tl.load(counts + 5 * bundle + 4)
+    six = tl.load(counts + 5 * bundle + 1) + tl.load(counts + 5 * bundle + 2) - both
     coefficient = 0
     t = tl.arange(0, _BLOCK)
     for width in tl.static_range(3):
         bits = 8 >> width
-        count = tl.load(counts + 4 * bundle + 1 + width)
+        count = tl.load(counts + 5 * bundle + 1 + width)
         rows = count // (1 << width)
         for first in range(0, rows, R):
             row = first + tl.arange(0, R)
@@ -154,8 +142,8 @@ def _encode(
             for part in tl.static_range(1 << width):
                 begin = coefficient + part * rows
                 u = _integers(
-                    x, mean, encoder, turned, starts, table, begin + row, begin + rows, bits,
-                    token_stride, head_stride, dim_stride, inner, dim, turned_size, starts_size, K, R,
+                    x, mean, encoder, still, quarter, starts, table, begin + row, begin + rows, bits, six, six + 2 * both,
+                    token_stride, head_stride, dim_stride, inner, dim, starts_size, K, R,
                 )  # fmt: skip
                 packed |= u << (part * bits)
             tl.store(out + row[:, None] * _BLOCK + t[None, :], packed.to(tl.uint8), mask=(row < rows)[:, None])

@@ -75,6 +75,56 @@ class Turned:
         return (torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1) @ self.table).flatten(-2)
 
 
+@dataclass(frozen=True, eq=False)
+class TurnedMean:
+    """R_n μ = `still` cos nθ + `quarter` sin nθ [heads, dim], where every number of a vector has its pair's angle.
+
+    `still` is R_0 μ, `quarter` the same turned by a right angle; `starts` [2, batch, blocks, dim] cos and sin of the first
+    token of every block; `table` [2, dim, 64] of the tokens of a block counted from its first. All float32.
+    """
+
+    still: Tensor
+    quarter: Tensor
+    starts: Tensor
+    table: Tensor
+
+    def of_tokens(self) -> Tensor:
+        """R_n μ [batch, heads, 64 · blocks, dim], by the sum of two angles."""
+        (first_cos, first_sin), (cos, sin) = self.starts[:, :, :, None], self.table.mT
+        n_cos, n_sin = (
+            x.flatten(1, 2)[:, None] for x in (first_cos * cos - first_sin * sin, first_sin * cos + first_cos * sin)
+        )
+        return self.still[:, None] * n_cos + self.quarter[:, None] * n_sin
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a layer holds packed: storages of keys and of values [batch, blocks, bytes], one after the other, and widths."""
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    widths: tuple[tuple[Widths, ...], tuple[Widths, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of it: `queries` [batch, bundles, rows, most] as `PackedHeads.queries` makes them, in the model's scale.
+
+    A logit is Σ_i q_i u_i + `constant` [batch, bundles, rows] + what `turned` gives. `others`: queries of what lies in the
+    slot of values, as rotary keys of MLA do: then logits add up, and what is weighed is the slot of keys. `visible`: the
+    first packed token that a row sees and the one after the last, broadcast to [batch, bundles, rows]; none: all. `exact`:
+    as exact as float32, else as a model in 16 bits is.
+    """
+
+    queries: Tensor
+    constant: Tensor | None = None
+    others: Tensor | None = None
+    turned: Turned | None = None
+    visible: tuple[Tensor, Tensor] | None = None
+    softcap: float | None = None
+    exact: bool = True
+
+
 def most_coefficients(widths: Sequence[Widths]) -> int:
     """Of any bundle: what tensors of all are padded to."""
     return max(w.coefficients for w in widths)
@@ -95,6 +145,42 @@ def bundles_of(widths: tuple[Widths, ...]) -> Tensor:
         found.append((at, w.eight, w.eight + w.four, w.coefficients))
         at += w.nbytes
     return torch.tensor(found)
+
+
+@cache
+def digits_of(widths: tuple[Widths, ...], six: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row [bundles, most]: the largest integer float32; the shift and mask uint8 that make a digit of it.
+
+    `six` of every bundle: so many of its coefficients have 6 bits and two rows each: the higher 4 bits are the last rows of
+    4 bits, the lower 2 the first rows of 2 bits. Empty: none.
+    """
+    largest = largest_integers(widths)
+    most, shifts = largest.clone(), torch.zeros_like(largest, dtype=torch.uint8)
+    for i, (w, count) in enumerate(zip(widths, six or (0,) * len(widths), strict=True)):
+        high = slice(w.eight + w.four - count, w.eight + w.four)
+        most[i, high.start : high.stop + count] = 63
+        shifts[i, high] = 2
+    return most, shifts, largest.to(torch.uint8)
+
+
+def encode(
+    x: Tensor,
+    mean: Tensor,
+    encoder: Tensor,
+    widths: tuple[Widths, ...],
+    six: tuple[int, ...] = (),
+    turned: TurnedMean | None = None,
+) -> Tensor:
+    """Bytes uint8 [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim]: integers round(E (x − μ) + c).
+
+    What lies beyond the widest integer becomes that. `mean` [heads, dim], `encoder` [bundles, most, numbers of a bundle],
+    `six` as in `digits_of`.
+    """
+    left = x.float() - mean[:, None] - (0 if turned is None else turned.of_tokens())
+    y = encoder @ left.unflatten(1, (len(widths), -1)).transpose(2, 3).flatten(3).mT
+    most, shifts, masks = (t.to(y.device)[:, :, None] for t in digits_of(widths, six))
+    codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most).to(torch.uint8)
+    return pack((codes >> shifts) & masks if any(six) else codes, widths)
 
 
 def pack(codes: Tensor, widths: Sequence[Widths]) -> Tensor:
@@ -134,3 +220,25 @@ def sums(packed: Tensor, widths: Sequence[Widths], weights: Tensor) -> Tensor:
     """Σ_t a_t u_t [batch, bundles, rows, most] float32 of weights [batch, bundles, rows, tokens]."""
     tiles = zip(packed.split(_TILE, 1), weights.split(_TILE * BLOCK, -1), strict=True)
     return sum(a @ unpack(tile, widths).to(a).mT for tile, a in tiles)  # type: ignore[return-value]
+
+
+def attention(held: Held, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over all that is held: the largest logit, the sum of weights relative to it [batch, bundles, rows], and what
+    they weigh [batch, bundles, rows, most], integers that is. A row that sees nothing has −∞, zero and zeros."""
+    of_keys, of_values = held.widths
+    x = torch.cat([logits(storage, of_keys, asked.queries) for storage in held.keys], -1)
+    if asked.others is not None:
+        x = x + torch.cat([logits(storage, of_values, asked.others) for storage in held.values], -1)
+    x = x + (0 if asked.constant is None else asked.constant[..., None])
+    x = x + (0 if asked.turned is None else asked.turned.logits())
+    if asked.softcap is not None:
+        x = asked.softcap * (x / asked.softcap).tanh()
+    if asked.visible is not None:
+        at, (first, stop) = torch.arange(x.shape[-1], device=x.device), (limit[..., None] for limit in asked.visible)
+        x = x.masked_fill((at < first) | (at >= stop), -torch.inf)
+    top = x.amax(-1)
+    weights = (x - top.clamp_min(torch.finfo(x.dtype).min)[..., None]).exp()
+    slot, widths = (held.values, of_values) if asked.others is None else (held.keys, of_keys)
+    parts = weights.split([BLOCK * storage.shape[1] for storage in slot], -1)
+    found = [sums(storage, widths, part) for storage, part in zip(slot, parts, strict=True)]
+    return top, weights.sum(-1), sum(found[1:], found[0])

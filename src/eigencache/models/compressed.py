@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from eigencache.codec.base import storage_bytes
 from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
+from eigencache.kernels.packed import packed_backend
 from eigencache.models.compressed_attention import use_compressed_attention
 from eigencache.models.compressed_layer import CompressedLayer
 from eigencache.models.quantized_cache import tensors_of
@@ -50,6 +52,7 @@ class CompressedCache(DynamicCache):
             self.layers[layer_idx] = layer
         for layer in [layer for layer in found.values() if layer.turns][1:]:
             layer.watches_positions = False  # they are those of the first
+        packed_backend(torch.empty(0, device=model.device), 1)  # compiled or looked at now, not in the middle of a text
         use_compressed_attention(model)
 
     @property

@@ -7,7 +7,7 @@ that the past is never expanded (THEORY 8, 9).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -112,11 +112,14 @@ def _merged(partials: Sequence[Partial], s_aux: Tensor | None) -> Tensor:
 
     `s_aux` [heads]: logits that take weight and give nothing.
     """
-    extra = None if s_aux is None else s_aux.float().view(1, -1, 1, 1)
-    most = reduce(torch.maximum, [one.top for one in partials] + ([] if extra is None else [extra.detach()]))
+    tops = [one.top for one in partials]
+    if s_aux is not None:
+        tops.append(s_aux.detach().float().view(1, -1, 1, 1))
+    most = reduce(torch.maximum, tops)
     shares = [(one.top - most).exp_() for one in partials]
     total = sum(one.total * share for one, share in zip(partials, shares, strict=True))
-    total = total + (0 if extra is None else (extra - most).exp())
+    if s_aux is not None:
+        total = total + (s_aux.float().view(1, -1, 1, 1) - most).exp()
     sums = sum(one.sums * share for one, share in zip(partials, shares, strict=True))
     return sums / total.clamp_min(torch.finfo(torch.float32).tiny)  # type: ignore[union-attr]
 
@@ -190,10 +193,18 @@ class Blocks(Stretch):
         return block_sums(self.layer, 1, weights)
 
     def attention(self, q: Tensor, mask: Tensor | None, softcap: float | None) -> Partial:
-        """As `Stretch`; where all is seen as it is, by one kernel that makes nothing of the past's length."""
-        plainly = softcap is None and (mask is None or bool((mask if mask.dtype == torch.bool else mask == 0).all()))
-        found = block_attention(self.layer, q) if plainly else None
-        return super().attention(q, mask, softcap) if found is None else found
+        """As `Stretch`; where all see a stretch, by one kernel that makes nothing of the past's length."""
+        visible = None if mask is None else _limits(mask, q)
+        found = block_attention(self.layer, self.queries(q), visible, softcap) if mask is None or visible else None
+        return super().attention(q, mask, softcap) if found is None else replace(found, sums=self.expanded(found.sums))
+
+    def queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Of what is in the slot of keys, and perhaps of values."""
+        return (q,)
+
+    def expanded(self, sums: Tensor) -> Tensor:
+        """Values [batch, query heads, seq, dim] from what a slot's weighed sums are."""
+        return sums
 
 
 class Latent:
@@ -235,7 +246,14 @@ class LatentBlocks(Blocks):
     """Latents and rotary keys of a layer's blocks, by coefficients."""
 
     latent: Latent
-    attention = Stretch.attention  # two slots make the logits
+
+    def queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        """As `Blocks`."""
+        return self.latent.queries(q)
+
+    def expanded(self, sums: Tensor) -> Tensor:
+        """As `Blocks`."""
+        return self.latent.expanded(sums)
 
     def logits(self, q: Tensor) -> Tensor:
         """As `Stretch`."""
@@ -263,13 +281,24 @@ def _masked(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
 
 
+def _limits(mask: Tensor, q: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The first token that a query sees and the one after the last [batch, query heads, seq]; None: not all in between."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    count, first = seen.sum(-1), seen.byte().argmax(-1)
+    last = seen.shape[-1] - seen.byte().flip(-1).argmax(-1)
+    plainly = (count == 0) | (last - first == count)
+    if mask.dtype != torch.bool:
+        plainly = plainly & (seen | (mask <= torch.finfo(mask.dtype).min)).all(-1)
+    return (first.expand(q.shape[:3]), (first + count).expand(q.shape[:3])) if bool(plainly.all()) else None
+
+
 def _products(q: Tensor, keys: Tensor) -> Tensor:
     """q · k [batch, query heads, seq, tokens] float32 of fewer KV heads."""
-    rows = q.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    return (rows @ keys.float().mT).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    rows = q.reshape(len(q), keys.shape[1], -1, q.shape[3])
+    return (rows @ keys.float().mT).view(*q.shape[:3], -1)
 
 
 def _sums(weights: Tensor, values: Tensor) -> Tensor:
     """Σ a v [batch, query heads, seq, dim] float32."""
-    rows = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
-    return (rows @ values.float()).unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
+    rows = weights.reshape(len(weights), values.shape[1], -1, weights.shape[3])
+    return (rows @ values.float()).view(*weights.shape[:3], -1)

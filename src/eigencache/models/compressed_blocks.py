@@ -1,5 +1,6 @@
 """Attention to the packed blocks of a layer: at once where a kernel does that, or logits and weighed sums apart."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from eigencache.codec.packed import PackedHeads
 from eigencache.kernels.packed import PackedBackend, packed_backend
-from eigencache.kernels.reference import BLOCK
+from eigencache.kernels.reference import BLOCK, Asked, Held
 from eigencache.models.compressed_layer import CompressedLayer
 
 
@@ -23,21 +24,34 @@ class Partial:
     sums: Tensor
 
 
-def block_attention(layer: CompressedLayer, q: Tensor) -> Partial | None:
-    """Of queries [batch, query heads, seq, dim] that see all blocks; None where no kernel does it at once."""
-    keys, values = layer.heads
-    rows, backend = _rows(keys, q)
-    if backend.attention is None or len(keys.widths) != len(values.widths):
+def block_attention(
+    layer: CompressedLayer, queries: Sequence[Tensor], visible: tuple[Tensor, Tensor] | None, softcap: float | None
+) -> Partial | None:
+    """Of queries [batch, query heads, seq, dim] of keys, or of latents and rotary keys; None: no kernel does it.
+
+    `visible`: the first packed token that a query sees and the one after the last, [batch, query heads, seq]; None: all.
+    """
+    heads, (batch, _, seq, _) = layer.heads, queries[0].shape
+    rows, backend = _rows(heads[0], queries[0])
+    bundles = len(heads[0].widths)
+    if backend.attention is None or bundles != len(heads[1].widths):
         return None
-    chunks = [[chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1)]
-    turned = None
-    if keys.turning is not None:
-        turned = keys.turning.turned(rows, layer.starts(0, layer.blocks).to(rows.device)).bundled(len(keys.widths))
-    widths, exact = (keys.widths, values.widths), layer.dtype == torch.float32
-    top, total, sums = backend.attention(chunks[0], chunks[1], widths, keys.queries(rows, backend), turned, exact)
-    top, total = (x.view(*rows.shape[:3], 1) for x in (top, total))
-    found = values.expanded(sums, backend) + values.offset[:, None] * total
-    return Partial(*(x.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for x in (top + _constant(keys, rows), total, found)))
+    projected, constant = heads[0].queries(rows, backend), _constant(heads[0], rows)
+    others, turned, summed = None, None, heads[1]
+    if len(queries) > 1:
+        rotary, summed = _rows(heads[1], queries[1])[0], heads[0]
+        others, constant = heads[1].queries(rotary, backend), constant + _constant(heads[1], rotary)
+    if heads[0].turning is not None:
+        turned = heads[0].turning.turned(rows, layer.starts(0, layer.blocks).to(rows.device)).bundled(bundles)
+    seen = None if visible is None else (visible[0].reshape(batch, bundles, -1), visible[1].reshape(batch, bundles, -1))
+    constant, exact = constant.view(batch, bundles, -1), layer.dtype == torch.float32
+    keys, values = ([chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1))
+    top, total, sums = backend.attention(
+        Held(keys, values, (heads[0].widths, heads[1].widths)),
+        Asked(projected, constant, others, turned, seen, softcap, exact),
+    )
+    found = torch.addcmul(summed.expanded(sums, backend), summed.offset[:, None], total.view(batch, -1, rows.shape[2], 1))
+    return Partial(*(x.reshape(batch, -1, seq, x.shape[-1]) for x in (top[..., None], total[..., None], found)))
 
 
 def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
@@ -46,30 +60,30 @@ def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     rows, backend = _rows(heads, q)
     projected = heads.queries(rows, backend)
     found = [backend.logits(chunk.slot(slot), heads.widths, projected) for chunk in layer.chunks]
-    logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
+    logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).view(*rows.shape[:3], -1)
     logits = logits.add_(_constant(heads, rows))
     if heads.turning is not None:
         logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device)))
-    return logits.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return logits.view(*q.shape[:3], -1)
 
 
 def block_sums(layer: CompressedLayer, slot: int, weights: Tensor) -> Tensor:
     """Σ a x̂ [batch, query heads, seq, dim] of what is packed in a slot, of values or latents."""
     heads = layer.heads[slot]
     rows, backend = _rows(heads, weights)
-    bundled = rows.unflatten(1, (len(heads.widths), -1)).flatten(2, 3)
+    bundled = rows.reshape(len(rows), len(heads.widths), -1, rows.shape[3])
     parts = bundled.split([BLOCK * chunk.filled for chunk in layer.chunks], -1)
     sums = [backend.sums(chunk.slot(slot), heads.widths, part) for chunk, part in zip(layer.chunks, parts, strict=True)]
     found = heads.expanded(sum(sums[1:], sums[0]), backend) + heads.offset[:, None] * rows.sum(-1, keepdim=True)
-    return found.unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
+    return found.view(*weights.shape[:3], -1)
 
 
 def _rows(heads: PackedHeads, x: Tensor) -> tuple[Tensor, PackedBackend]:
     """x [batch, query heads, seq, n] with what belongs to a KV head side by side, and what reads blocks for so many rows."""
-    rows = x.unflatten(1, (len(heads.mean), -1)).flatten(2, 3)
+    rows = x.reshape(len(x), len(heads.mean), -1, x.shape[3])
     return rows, packed_backend(x, rows.shape[2] * len(heads.mean) // len(heads.widths))
 
 
 def _constant(heads: PackedHeads, rows: Tensor) -> Tensor:
     """What every token's logit has in common [batch, KV heads, rows, 1]."""
-    return (rows * heads.offset[:, None]).sum(-1, keepdim=True)
+    return rows @ heads.offset[..., None]

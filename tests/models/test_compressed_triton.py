@@ -1,0 +1,72 @@
+"""A live cache on a GPU, or in Triton's interpreter, gives the logits that plain PyTorch gives over the same cache."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'eigencache[triton]'")
+
+from eigencache.kernels.packed import REFERENCE, PackedBackend, triton_backend
+from eigencache.models.compressed import CompressedCache
+from live_codecs import fine_codec, long_ids, long_model, turning_codec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PADS, PIECES = (0, 70), (150, 10, 1)
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Any]]:
+    """Calls a function where the kernels run: here on a GPU, else in a process in which Triton interprets."""
+    if DEVICE.type == "cuda":
+        yield lambda function, *args: function(*args)
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TRITON_INTERPRET", "1")
+            pool.submit(abs, 0).result()  # the process begins here
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@torch.no_grad()
+def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
+    """Of a text read in pieces through a live cache, and how often attention was called."""
+    model, ids = long_model(name).to(DEVICE), long_ids(batch=2, length=sum(PIECES)).to(DEVICE)
+    codec = turning_codec(model) if name == "qwen2" else fine_codec(model, sinks=2)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(PADS):
+        mask[row, :count] = 0
+    cache, found, start, calls = CompressedCache(model, codec), [], 0, []
+    attention = backend.attention
+    counted = attention and replace(backend, attention=lambda *given: calls.append(1) or attention(*given))
+    with (
+        patch("eigencache.models.compressed_blocks.packed_backend", lambda x, rows: counted or backend),
+        patch("eigencache.codec.packed.packed_backend", lambda x, rows: backend),
+    ):
+        for length in PIECES:
+            stop = start + length
+            positions = (mask[:, :stop].cumsum(-1) - 1).clamp_min(0)[:, start:]
+            given = {"attention_mask": mask[:, :stop], "position_ids": positions, "past_key_values": cache}
+            found.append(model(input_ids=ids[:, start:stop], use_cache=True, **given).logits)
+            start = stop
+    return (torch.cat(found, 1) * mask[..., None]).cpu(), len(calls)
+
+
+def both(name: str) -> tuple[float, int]:
+    """How far the two are apart, relative to the logits' size, and calls of attention by Triton."""
+    found, calls = logits_by(name, triton_backend(DEVICE))
+    right, _ = logits_by(name, REFERENCE)
+    return float((found - right).square().mean().sqrt() / right.std()), calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v2", "qwen2"])
+def test_the_kernels_serve_prompts_padding_windows_caps_means_and_latents(run, name: str) -> None:
+    apart, calls = run(both, name)
+    assert apart < 3e-3  # a number that is rounded the other way
+    assert calls
