@@ -59,6 +59,17 @@ def fine_codec(model: PreTrainedModel, *, sinks: int = 0, window: int = 0, bundl
     return LiveCodec("fine", layers, sinks, window, model.dtype)
 
 
+def with_means(model: PreTrainedModel) -> LiveCodec:
+    """`fine_codec` with a random mean that turns in the second layer, of keys, or of the rotary key beside a latent."""
+    codec = fine_codec(model)
+    rotation = rotations_of(LoadedModel("own", model, None, geometry_from_config(model.config)))[1]  # type: ignore[arg-type]
+    both = list(codec.layers[1])
+    slot = 1 if hasattr(model.config, "kv_lora_rank") else 0
+    mean = torch.randn(both[slot].mean.shape, generator=torch.Generator().manual_seed(0))
+    both[slot] = replace(both[slot], turning=Turning(mean, rotation))
+    return replace(codec, layers=codec.layers | {1: (both[0], both[1])})
+
+
 def turning_codec(model: PreTrainedModel) -> LiveCodec:
     """Of a model with biases of keys, which are taken out before rotation; 8 bits over the range of every number."""
     rotations = rotations_of(LoadedModel("own", model, None, geometry_from_config(model.config)))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from eigencache.api import CacheCodec
 from eigencache.codec.folder import LIVE
 from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, OutputError
+from eigencache.models.compressed import _WATCHED
 from eigencache.models.load import LoadedModel, load
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.fit import LiveGoal
@@ -55,6 +56,8 @@ def model(own: LoadedModel) -> Iterator[Any]:
     yield own.model
     own.model.__dict__.pop("generate", None)
     own.model.set_attn_implementation(before)
+    for handle in _WATCHED.pop(own.model, ()):
+        handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def packed(cache: CompressedCache) -> list[torch.Tensor]:
 
 def is_as_before(model: Any, ids: torch.Tensor, attention: str, logits: torch.Tensor) -> None:
     assert model.config._attn_implementation == attention != "eigencache"
-    assert "generate" not in vars(model) and not model._forward_pre_hooks
+    assert "generate" not in vars(model) and not model._forward_pre_hooks and not model.base_model._forward_hooks
     assert type(generate(model, ids).past_key_values) is DynamicCache
     out = forward(model, ids, use_cache=True)
     assert type(out.past_key_values) is DynamicCache and torch.equal(out.logits, logits)

@@ -1,21 +1,15 @@
 """The live cache is read like an ordinary one in every architecture and every way of decoding, and holds what it says."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 from eigencache.codec.live import LiveCodec
-from eigencache.codec.turning import Turning
 from eigencache.errors import CodecError, NonFiniteError, UnsupportedArchitectureError
-from eigencache.geometry import geometry_from_config
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_attention import use_compressed_attention
-from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import rotations_of
-from live_codecs import fine_codec, long_ids, long_model, unpacked_cache
+from live_codecs import fine_codec, long_ids, long_model, unpacked_cache, with_means
 from tiny_models import NO_CACHE_NAMES, NO_RETURNED_CACHE_NAMES, available
 
 NAMES = [name for name in available() if name not in NO_CACHE_NAMES + NO_RETURNED_CACHE_NAMES]
@@ -78,14 +72,10 @@ def test_sinks_windows_and_shared_bases_are_read_too(name: str, sinks: int, wind
         assert layer.sink_count == (0 if layer.dropped else sinks) and window <= layer.window_count < window + BLOCK
 
 
-def test_keys_with_a_large_mean_are_read_too() -> None:
-    model = long_model("qwen2")
-    codec = fine_codec(model)
-    rotation = rotations_of(LoadedModel("qwen2", model, None, geometry_from_config(model.config)))[1]  # type: ignore[arg-type]
-    keys, values = codec.layers[1]
-    mean = torch.randn(keys.mean.shape, generator=torch.Generator().manual_seed(0))
-    turned = replace(codec, layers=codec.layers | {1: (replace(keys, turning=Turning(mean, rotation)), values)})
-    agree("qwen2", turned, long_ids())
+@pytest.mark.parametrize("name", ["qwen2", "deepseek_v2"])
+def test_keys_with_a_large_mean_are_read_too(name: str) -> None:
+    """Keys, or the rotary key beside a latent."""
+    agree(name, with_means(long_model(name)), long_ids())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "deepseek_v2"])

@@ -415,3 +415,38 @@ def test_a_cache_of_another_batch_is_refused_and_goes_on_with_its_own() -> None:
                 read(model, cache, long_ids(batch=3)[:, :30])
         logits.append(read(model, cache, ids[:, 100:110]))
     assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["window", "blocks", "model", "head"])
+def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_again(error, where: str, monkeypatch) -> None:
+    """In the second layer, as it takes tokens or packs them, in the layer behind it, or after all of them."""
+    model, ids = long_model("llama"), long_ids(batch=2)
+    owner, name, layer_idx = {
+        "window": (CompressedLayer, "update", 1),
+        "blocks": (CompressedLayer, "_append", 1),
+        "model": (type(model.model.layers[1].mlp), "forward", None),
+        "head": (type(model.lm_head), "forward", None),
+    }[where]
+    caches = [CompressedCache(model, fine_codec(model, sinks=3)) for _ in range(2)]
+    for cache in caches:
+        read(model, cache, ids[:, :120])
+    lengths = [layer.get_seq_length() for layer in caches[0].compressed_layers]
+    function, broken = getattr(owner, name), []
+
+    def breaks(self: Any, *args: Any, **given: Any) -> Any:
+        right = {"window": self, "blocks": self, "model": model.model.layers[1].mlp, "head": model.lm_head}[where]
+        if self is right and not broken and layer_idx in (None, getattr(self, "layer_idx", None)):
+            broken.append(1)
+            raise error("out of memory")
+        return function(self, *args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, breaks)
+        with pytest.raises(error):
+            read(model, caches[0], ids[:, 120:])
+        if error is not KeyboardInterrupt:  # which the next pass undoes
+            assert [layer.get_seq_length() for layer in caches[0].compressed_layers] == lengths
+        again = read(model, caches[0], ids[:, 120:])
+    assert broken and distance(again, read(model, caches[1], ids[:, 120:])) < 0.02  # what was packed may have been unpacked
+    assert [layer.get_seq_length() for layer in caches[0].compressed_layers] == [len(ids[0])] * len(lengths)

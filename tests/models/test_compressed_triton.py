@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'eige
 
 from eigencache.kernels.packed import REFERENCE, PackedBackend, triton_backend
 from eigencache.models.compressed import CompressedCache
-from live_codecs import fine_codec, long_ids, long_model, turning_codec
+from live_codecs import fine_codec, long_ids, long_model, with_means
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PADS, PIECES = (0, 70), (150, 10, 1)
@@ -38,7 +38,7 @@ def run() -> Iterator[Callable[..., Any]]:
 def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
     """Of a text read in pieces through a live cache, and how often attention was called."""
     model, ids = long_model(name).to(DEVICE), long_ids(batch=2, length=sum(PIECES)).to(DEVICE)
-    codec = turning_codec(model) if name == "qwen2" else fine_codec(model, sinks=2)
+    codec = with_means(model) if name in ("qwen2", "deepseek_v2") else fine_codec(model, sinks=2)
     mask = torch.ones_like(ids)
     for row, count in enumerate(PADS):
         mask[row, :count] = 0

@@ -197,7 +197,7 @@ def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing
             input_ids=ids, past_key_values=CompressedCache(model, codec), use_cache=True
         ),
     }
-    for way, seconds in in_turn(works, min(3, settings.repeats), model.device).items():
+    for way, seconds in in_turn(works, min(5, settings.repeats), model.device).items():
         yield Timing(part="prefill", geometry=name, context=settings.prefill, batch=1, way=way, seconds=seconds, nbytes=None)
 
 

@@ -36,10 +36,10 @@ class PackedBackend:
 def _triton_attention(held: Held, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     from eigencache.kernels import packed_triton  # Triton is optional
 
-    given = {"constant": asked.constant, "visible": asked.visible, "softcap": asked.softcap, "exact": asked.exact}
+    given = {name: getattr(asked, name) for name in ("constant", "turned", "visible", "softcap", "exact")}
     stored = held.keys, held.values, *held.widths, asked.queries
     if asked.others is None:
-        means, lse = packed_triton.attend(*stored, turned=asked.turned, **given)
+        means, lse = packed_triton.attend(*stored, **given)
     else:
         means, lse = packed_triton.attend_latents(*stored, asked.others, **given)
     return lse, torch.ones_like(lse).masked_fill_(lse == -torch.inf, 0), means

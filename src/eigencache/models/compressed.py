@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,15 +20,18 @@ from eigencache.codec.base import storage_bytes
 from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.kernels.packed import packed_backend
-from eigencache.models.compressed_attention import use_compressed_attention
+from eigencache.models.compressed_attention import NAME, use_compressed_attention
 from eigencache.models.compressed_layer import CompressedLayer
 from eigencache.models.quantized_cache import tensors_of
+
+_WATCHED: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # models and their hooks
 
 
 class CompressedCache(DynamicCache):
     """`model.generate(**inputs, past_key_values=CompressedCache(model, codec))`: the past bit-packed, for any decoding.
 
-    The model's attention goes through this package from then on; other caches are served as before. Raises
+    The model's attention goes through this package from then on; other caches are served as before. A pass that breaks off,
+    for memory or for NaN, leaves a cache that holds what it held before: packed tokens may come back as unpacked. Raises
     `UnsupportedArchitectureError` for a model whose keys and values are held in another way, or its attention called, and
     `CodecError` for the codec of another model. `codec`: a `LiveCodec`, or what `eigencache.fit(..., live=True)` gives.
     """
@@ -54,6 +59,8 @@ class CompressedCache(DynamicCache):
             layer.watches_positions = False  # they are those of the first
         packed_backend(torch.empty(0, device=model.device), 1)  # compiled or looked at now, not in the middle of a text
         use_compressed_attention(model)
+        self._pass: tuple[nn.Module, list[int]] | None = None  # whose it is, and tokens of compressed layers before it
+        _watch(model)
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -78,10 +85,47 @@ class CompressedCache(DynamicCache):
                     found["empty"] += empty
         return found
 
+    def begin_pass(self, module: nn.Module) -> None:
+        """A pass through `module` begins, or through a part of it. One before that was interrupted is undone."""
+        if self._pass is None or self._pass[0] is module:
+            self.end_pass(module, failed=True)
+            self._pass = module, [layer.get_seq_length() for layer in self.compressed_layers]
+
+    def end_pass(self, module: nn.Module, failed: bool) -> None:
+        """It ends; where it failed, layers forget what they have taken from it."""
+        if self._pass is None or self._pass[0] is not module:
+            return
+        for layer, length in zip(self.compressed_layers, self._pass[1], strict=True) if failed else ():
+            layer.crop(min(0, length - layer.get_seq_length()))
+        self._pass = None
+
     def _tensors(self) -> list[tuple[str, Tensor]]:
         found = [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return found + [("states", t) for layer in others for held in vars(layer).values() for t in tensors_of(held)]
+
+
+def _watch(model: PreTrainedModel) -> None:
+    """Let caches know where passes through a model begin and end."""
+    if model not in _WATCHED:
+        modules = {model, model.base_model}
+        begins = [module.register_forward_pre_hook(_before, with_kwargs=True) for module in modules]
+        ends = [module.register_forward_hook(_after, with_kwargs=True, always_call=True) for module in modules]
+        _WATCHED[model] = begins + ends
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    if cache := _cache_in(args, given):
+        cache.begin_pass(module)
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+    if cache := _cache_in(args, given):
+        cache.end_pass(module, failed=output is None)
+
+
+def _cache_in(args: tuple[Any, ...], given: Mapping[str, Any]) -> CompressedCache | None:
+    return next((x for x in (*args, *given.values()) if isinstance(x, CompressedCache)), None)
 
 
 def live_codec(codec: Any) -> LiveCodec:
@@ -158,3 +202,5 @@ def compressed(model: PreTrainedModel, codec: Any) -> Iterator[PreTrainedModel]:
         else:
             model.generate = own  # type: ignore[method-assign]
         model.set_attn_implementation(before or "eager")
+        for handle in () if before == NAME else _WATCHED.pop(model, ()):
+            handle.remove()

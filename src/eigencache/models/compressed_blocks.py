@@ -36,20 +36,22 @@ def block_attention(
     bundles = len(heads[0].widths)
     if backend.attention is None or bundles != len(heads[1].widths):
         return None
-    projected, constant = heads[0].queries(rows, backend), _constant(heads[0], rows)
-    others, turned, summed = None, None, heads[1]
-    if len(queries) > 1:
-        rotary, summed = _rows(heads[1], queries[1])[0], heads[0]
-        others, constant = heads[1].queries(rotary, backend), constant + _constant(heads[1], rotary)
-    if heads[0].turning is not None:
-        turned = heads[0].turning.turned(rows, layer.starts(0, layer.blocks).to(rows.device)).bundled(bundles)
+    asking = [(one, _rows(one, q)[0]) for one, q in zip(heads, queries, strict=False)]
+    projected = [one.queries(x, backend) for one, x in asking]
+    constant, turned = _constant(*asking[0]), None
+    for one, x in asking[1:]:
+        constant = constant + _constant(one, x)
+    for one, x in asking:
+        if one.turning is not None:  # one of them at most: what is rotated
+            turned = one.turning.turned(x, layer.starts(0, layer.blocks).to(x.device)).bundled(bundles)
     seen = None if visible is None else (visible[0].reshape(batch, bundles, -1), visible[1].reshape(batch, bundles, -1))
     constant, exact = constant.view(batch, bundles, -1), layer.dtype == torch.float32
     keys, values = ([chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1))
     top, total, sums = backend.attention(
         Held(keys, values, (heads[0].widths, heads[1].widths)),
-        Asked(projected, constant, others, turned, seen, softcap, exact),
+        Asked(projected[0], constant, projected[1] if projected[1:] else None, turned, seen, softcap, exact),
     )
+    summed = heads[0 if projected[1:] else 1]
     found = torch.addcmul(summed.expanded(sums, backend), summed.offset[:, None], total.view(batch, -1, rows.shape[2], 1))
     return Partial(*(x.reshape(batch, -1, seq, x.shape[-1]) for x in (top[..., None], total[..., None], found)))
 
