@@ -77,6 +77,15 @@ def test_widths_of_noise_take_the_bits_they_are_named_after(bits: float) -> None
     assert float(lost) < {2.5: 0.5, 3.125: 0.25, 4.0: 0.1, 8.0: 1e-3}[bits]  # noise is held as well as bits allow
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_a_generation_goes_on_with_what_a_cache_holds(name: str) -> None:
+    model, found = caches(name)
+    for cache in found.values():
+        for length in (205, 210):
+            speed._go_on(model, cache, 2, 5)
+            assert cache.get_seq_length() == length  # the last token is not read
+
+
 def test_other_bits_and_geometries_are_refused() -> None:
     with pytest.raises(ModelError, match=r"3 bits: widths are known for 2\.5, 3\.125, 4, 8"):
         noise_codec([((1, 64), (1, 64))], 3.0, torch.float32)
@@ -112,7 +121,9 @@ def test_all_ways_to_attend_give_the_same_over_the_same_cache() -> None:
 
 @pytest.fixture
 def record() -> SpeedRecord:
-    settings = SpeedSettings(("llama", "deepseek"), (64, 130), (1, 2), (3.125,), prefill=96, layers=1, repeats=1)
+    settings = SpeedSettings(
+        ("llama", "deepseek"), (64, 130), (1, 2), (3.125,), generated=3, prefill=96, layers=1, repeats=1
+    )
     seen: list[tuple[str, int, int]] = []
     found = measure_speed(settings, "cpu", torch.bfloat16, lambda *given: seen.append(given))
     assert seen[0] == ("llama", 0, 4) and seen[-1] == ("deepseek", 4, 4)
@@ -126,8 +137,9 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     assert ("prefill", "llama", 96, 1) in cases and not any(part == "attention" and g == "deepseek" for part, g, *_ in cases)
     tables = {table.title: table for table in speed_tables(record)}
     assert list(tables) == [
-        "llama: attention of a decode step", "llama: a whole decode step", "llama: prefill",
-        "deepseek: a whole decode step", "deepseek: prefill",
+        "llama: attention of a decode step", "llama: a whole decode step",
+        "llama: generation, a token of it", "llama: prefill",
+        "deepseek: a whole decode step", "deepseek: generation, a token of it", "deepseek: prefill",
     ]  # fmt: skip
     rows = tables["llama: a whole decode step"].rows
     steps = {t.way: t for t in record.timings if (t.part, t.geometry, t.context, t.batch) == ("decode", "llama", 130, 2)}
@@ -135,6 +147,7 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     assert (
         plain and live and any(r[:3] == ("130", "2", "live, 3.125 bits") and r[-1] == f"{plain / live:.2f} x" for r in rows)
     )
+    assert len(tables["llama: generation, a token of it"].rows) == len(rows)
     assert plot_roofline(record) is not None
     written = write_speed(record, tmp_path / "out", "eigencache bench --speed")
     assert sorted(path.name for path in written) == ["README.md", "roofline.svg", "speed.json"]

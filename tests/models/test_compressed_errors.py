@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 import eigencache
 from eigencache.codec.packed import PackedHeads
-from eigencache.errors import CodecError, NonFiniteError
+from eigencache.errors import CodecError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_attention import attend
 from eigencache.models.compressed_layer import CompressedLayer
@@ -224,6 +224,13 @@ def test_no_way_of_decoding_jumps(options: dict, biased) -> None:
 def test_one_layer_looks_at_positions_for_all(biased) -> None:
     for codec, expected in ((turning_codec(biased), [True, False, False]), (fine_codec(biased), [False] * 3)):
         assert [layer.watches_positions for layer in CompressedCache(biased, codec).compressed_layers] == expected
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_attend_to_what_another_caches_are_refused(name: str) -> None:
+    model = long_model(name)
+    with pytest.raises(UnsupportedArchitectureError, match=rf"{name}: layers \[.*3\] attend to what other layers cache"):
+        CompressedCache(model, fine_codec(model))
 
 
 # Memory that runs out

@@ -54,6 +54,10 @@ def run(
     contexts: Annotated[str, typer.Option("--contexts", help="Of --speed: tokens held.")] = "1024,4096,16384,32768",
     batches: Annotated[str, typer.Option("--batches", help="Of --speed: sequences at a time.")] = "1",
     live_bits: Annotated[str, typer.Option("--live-bits", help="Of --speed: per value; 2.5, 3.125, 4, 8.")] = "3.125,4",
+    generated: Annotated[
+        int,
+        typer.Option("--generated", min=0, help="Of --speed: tokens of a whole generation, up to 16,384 held; 0 for none."),
+    ] = 65,
     prefill: Annotated[int, typer.Option("--prefill", min=0, help="Of --speed: tokens of a prompt; 0 for none.")] = 8192,
     layers: Annotated[int, typer.Option("--layers", min=1, help="Of --speed: layers of the model.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of --speed: medians are of so many.")] = 7,
@@ -71,7 +75,7 @@ def run(
     if speed:
         from eigencache.cli.bench_speed import run_speed
 
-        return run_speed(models, contexts, batches, live_bits, prefill, layers, repeats, output, device, dtype)
+        return run_speed(models, contexts, batches, live_bits, generated, prefill, layers, repeats, output, device, dtype)
     import shlex
     import sys
 

@@ -1,4 +1,4 @@
-"""How long attention, a decode step and a prefill take over a live cache and over its peers, side by side in one run.
+"""How long attention, a step, a generation and a prefill take over a live cache and over its peers, side by side in one run.
 
 All that is compared runs in turn in every repeat, and medians are reported: what slows the machine slows all alike.
 Reading noise takes as long as reading text, so geometries of large models are timed with random weights and few layers.
@@ -7,6 +7,7 @@ Reading noise takes as long as reading text, so geometries of large models are t
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from statistics import median
 from typing import Any, Literal
@@ -25,14 +26,16 @@ from eigencache.models.random_model import filled_caches, noise_codec, random_mo
 from eigencache.provenance import Stopwatch
 from eigencache.records import Record, Run, StoredRecord
 
-Part = Literal["attention", "decode", "prefill"]
+Part = Literal["attention", "decode", "generation", "prefill"]
 Progress = Callable[[str, int, int], None]
 _COPIED = 2**28  # bytes, more than any cache of a processor
 _PRODUCT = 2048
+_ROUNDS = 5  # in which a generation goes on, all caches in turn
+_GENERATION = 16_384  # tokens held, beyond which a whole generation takes minutes and a step says as much
 
 
 class Timing(Record):
-    """One way to do one thing: the median of its seconds, and the bytes of the cache it reads."""
+    """One way to do one thing: the median of its seconds, of a generation the mean per token, and the bytes it reads."""
 
     part: Part
     geometry: str
@@ -61,7 +64,12 @@ class SpeedRecord(StoredRecord):
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of every work, by name; in every repeat all run once, after one that does not count.
+    """Median seconds of every work, by name."""
+    return {name: median(found) for name, found in seconds_in_turn(works, repeats, device).items()}
+
+
+def seconds_in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every work, by name; in every repeat all run once, after one that does not count.
 
     Each time in another order: what runs before leaves the processor's caches as it needs them.
     """
@@ -75,7 +83,7 @@ def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: tor
             _wait(device)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in seconds.items()}
+    return seconds
 
 
 def _wait(device: torch.device) -> None:
@@ -99,6 +107,7 @@ class SpeedSettings:
     contexts: Sequence[int] = (1024, 4096, 16_384, 32_768)
     batches: Sequence[int] = (1,)
     rates: Sequence[float] = (3.125, 4.0)
+    generated: int = 65  # tokens, from contexts up to `_GENERATION`: a block is packed in between; 0 for none
     prefill: int = 8192  # tokens; 0 for none
     layers: int = 1
     repeats: int = 7
@@ -154,6 +163,17 @@ def _case(model: Any, name: str, context: int, batch: int, settings: SpeedSettin
         yield timed("decode", way, seconds=seconds, nbytes=sizes[way])
     for way, why in refused.items():
         yield timed("decode", way, seconds=None, nbytes=None, why=why)
+    if settings.generated and context <= _GENERATION:
+        tokens = -(-settings.generated // _ROUNDS)
+        works = {way: partial(_go_on, model, cache, batch, tokens) for way, cache in caches.items()}
+        for way, seconds in seconds_in_turn(works, _ROUNDS, model.device).items():
+            yield timed("generation", way, seconds=sum(seconds) / (_ROUNDS * tokens), nbytes=sizes[way])
+
+
+def _go_on(model: Any, cache: Any, batch: int, tokens: int) -> None:
+    ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.int64, device=model.device)
+    given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **given)
 
 
 def _attention(model: Any, caches: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:

@@ -39,6 +39,11 @@ class CompressedCache(DynamicCache):
     def __init__(self, model: PreTrainedModel, codec: Any) -> None:
         super().__init__(config=model.config)
         self.codec = codec = live_codec(codec)
+        if shared := [module.layer_idx for module in model.modules() if getattr(module, "is_kv_shared_layer", False)]:
+            raise UnsupportedArchitectureError(
+                f"{model.config.model_type}: layers {shared} attend to what other layers cache: a live cache holds keys and "
+                "values, or MLA latents, for the layer they come from"
+            )
         found = {}
         for layer_idx, layer in enumerate(self.layers):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -17,11 +17,16 @@ _COLOURS = {"live": "#1f5fbf", "other": "#c2541b"}
 
 
 def speed_tables(record: SpeedRecord) -> list[Table]:
-    """Of every geometry attention alone, decode steps and prefills, as far as they were timed."""
+    """Of every geometry attention alone, decode steps, generations and prefills, as far as they were timed."""
     found = []
     for name in dict.fromkeys(t.geometry for t in record.timings):
         own = [t for t in record.timings if t.geometry == name]
-        for make, part in ((_attention_table, "attention"), (_decode_table, "decode"), (_prefill_table, "prefill")):
+        for make, part in (
+            (_attention_table, "attention"),
+            (_decode_table, "decode"),
+            (_generation_table, "generation"),
+            (_prefill_table, "prefill"),
+        ):
             if timings := [t for t in own if t.part == part]:
                 found.append(make(record, name, timings))
     return found
@@ -43,6 +48,17 @@ def _attention_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) 
 
 
 def _decode_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
+    return _tokens_table(f"{name}: a whole decode step", "one token a row", record, timings)
+
+
+def _generation_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
+    title = f"{name}: generation, a token of it"
+    return _tokens_table(
+        title, "by `generate`, greedy, from so many tokens held on, a mean over its tokens", record, timings
+    )
+
+
+def _tokens_table(title: str, what: str, record: SpeedRecord, timings: Sequence[Timing]) -> Table:
     rows, reasons = [], {}
     for case in _cases(timings):
         plain = next(t.seconds for t in case if t.way == "DynamicCache")
@@ -62,9 +78,9 @@ def _decode_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> 
                 )
             )
     columns = ("Context", "Batch", "Cache", "MB held", "ms", "Tokens/s", "DynamicCache over it")
-    layers = f"{record.layers} layer{'s' if record.layers > 1 else ''} of the model, random weights, one token a row."
+    layers = f"{record.layers} layer{'s' if record.layers > 1 else ''} of the model, random weights, {what}."
     notes = (f"{layers} {_where(record)}", *(f"{way}: {why}" for way, why in reasons.items()))
-    return Table(f"{name}: a whole decode step", columns, tuple(rows), notes, words=frozenset({"Cache"}))
+    return Table(title, columns, tuple(rows), notes, words=frozenset({"Cache"}))
 
 
 def _prefill_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
