@@ -30,7 +30,7 @@ Part = Literal["attention", "decode", "generation", "prefill"]
 Progress = Callable[[str, int, int], None]
 _COPIED = 2**28  # bytes, more than any cache of a processor
 _PRODUCT = 2048
-_ROUNDS = 5  # in which a generation goes on, all caches in turn
+ROUNDS = 5  # in which a generation goes on, all caches in turn
 _GENERATION = 16_384  # tokens held, beyond which a whole generation takes minutes and a step says as much
 
 
@@ -164,10 +164,10 @@ def _case(model: Any, name: str, context: int, batch: int, settings: SpeedSettin
     for way, why in refused.items():
         yield timed("decode", way, seconds=None, nbytes=None, why=why)
     if settings.generated and context <= _GENERATION:
-        tokens = -(-settings.generated // _ROUNDS)
+        tokens = -(-settings.generated // ROUNDS)
         works = {way: partial(_go_on, model, cache, batch, tokens) for way, cache in caches.items()}
-        for way, seconds in seconds_in_turn(works, _ROUNDS, model.device).items():
-            yield timed("generation", way, seconds=sum(seconds) / (_ROUNDS * tokens), nbytes=sizes[way])
+        for way, seconds in seconds_in_turn(works, ROUNDS, model.device).items():
+            yield timed("generation", way, seconds=sum(seconds) / (ROUNDS * tokens), nbytes=sizes[way])
 
 
 def _go_on(model: Any, cache: Any, batch: int, tokens: int) -> None:
@@ -206,6 +206,11 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
 
+def prefills(repeats: int) -> int:
+    """How many prefills a median is of, where others are of so many."""
+    return min(5, repeats)
+
+
 def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing]:
     """A prompt in one pass into an empty cache."""
     ids = torch.zeros(1, settings.prefill, dtype=torch.int64, device=model.device)
@@ -217,7 +222,7 @@ def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing
             input_ids=ids, past_key_values=CompressedCache(model, codec), use_cache=True
         ),
     }
-    for way, seconds in in_turn(works, min(5, settings.repeats), model.device).items():
+    for way, seconds in in_turn(works, prefills(settings.repeats), model.device).items():
         yield Timing(part="prefill", geometry=name, context=settings.prefill, batch=1, way=way, seconds=seconds, nbytes=None)
 
 

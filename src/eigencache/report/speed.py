@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from eigencache.evaluate.speed import SpeedRecord, Timing
+from eigencache.evaluate.speed import ROUNDS, SpeedRecord, Timing, prefills
 from eigencache.records import write_whole
 from eigencache.report.plots import dress, new_figure, svg_of
 from eigencache.report.table import Table
@@ -48,17 +48,15 @@ def _attention_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) 
 
 
 def _decode_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
-    return _tokens_table(f"{name}: a whole decode step", "one token a row", record, timings)
+    return _tokens_table(f"{name}: a whole decode step", "one token a row", _where(record), record, timings)
 
 
 def _generation_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
-    title = f"{name}: generation, a token of it"
-    return _tokens_table(
-        title, "by `generate`, greedy, from so many tokens held on, a mean over its tokens", record, timings
-    )
+    title, where = f"{name}: generation, a token of it", _where(record, f"means over {ROUNDS} rounds")
+    return _tokens_table(title, "by `generate`, greedy, from so many tokens held on", where, record, timings)
 
 
-def _tokens_table(title: str, what: str, record: SpeedRecord, timings: Sequence[Timing]) -> Table:
+def _tokens_table(title: str, what: str, where: str, record: SpeedRecord, timings: Sequence[Timing]) -> Table:
     rows, reasons = [], {}
     for case in _cases(timings):
         plain = next(t.seconds for t in case if t.way == "DynamicCache")
@@ -79,7 +77,7 @@ def _tokens_table(title: str, what: str, record: SpeedRecord, timings: Sequence[
             )
     columns = ("Context", "Batch", "Cache", "MB held", "ms", "Tokens/s", "DynamicCache over it")
     layers = f"{record.layers} layer{'s' if record.layers > 1 else ''} of the model, random weights, {what}."
-    notes = (f"{layers} {_where(record)}", *(f"{way}: {why}" for way, why in reasons.items()))
+    notes = (f"{layers} {where}", *(f"{way}: {why}" for way, why in reasons.items()))
     return Table(title, columns, tuple(rows), notes, words=frozenset({"Cache"}))
 
 
@@ -90,15 +88,14 @@ def _prefill_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) ->
         for t in timings
         if t.seconds and plain
     ]
-    columns = ("Prompt", "Cache", "ms", "Over DynamicCache")
-    return Table(f"{name}: prefill", columns, tuple(rows), (_where(record),), words=frozenset({"Cache"}))
+    columns, where = ("Prompt", "Cache", "ms", "Over DynamicCache"), _where(record, f"medians of {prefills(record.repeats)}")
+    return Table(f"{name}: prefill", columns, tuple(rows), (where,), words=frozenset({"Cache"}))
 
 
-def _where(record: SpeedRecord) -> str:
-    return (
-        f"{record.run.machine}, torch {record.run.torch}, {record.dtype}; medians of {record.repeats}, all in turn; "
-        f"packed blocks are read by the backend {record.backend}."
-    )
+def _where(record: SpeedRecord, how: str = "") -> str:
+    machine = f"{record.run.machine}, torch {record.run.torch}, {record.dtype}"
+    of = how or f"medians of {record.repeats}"
+    return f"{machine}; {of}, all in turn; packed blocks are read by the backend {record.backend}."
 
 
 def _cases(timings: Sequence[Timing]) -> list[list[Timing]]:
