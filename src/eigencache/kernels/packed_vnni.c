@@ -67,7 +67,6 @@ INLINE void prefetch(const Bundle *b, const uint8_t *block) {
     for (const uint8_t *line = block + b->at; line < end; line += 64) _mm_prefetch((const char *)line, _MM_HINT_T1);
 }
 
-/* Logits of some blocks; `next`: blocks of another storage to be prefetched beside them, or 0. */
 static void tile_logits(
     int rows, int D, const Codes *codes, const Bundle *b, const uint8_t *block, int64_t blocks, const int8_t *ordered,
     const float *steps, float *out, int64_t distance

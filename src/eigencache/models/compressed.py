@@ -120,17 +120,17 @@ def _watch(model: PreTrainedModel) -> None:
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    if cache := _cache_in(args, given):
+    for cache in _caches_in(args, given):
         cache.begin_pass(module)
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
-    if cache := _cache_in(args, given):
+    for cache in _caches_in(args, given):
         cache.end_pass(module, failed=output is None)
 
 
-def _cache_in(args: tuple[Any, ...], given: Mapping[str, Any]) -> CompressedCache | None:
-    return next((x for x in (*args, *given.values()) if isinstance(x, CompressedCache)), None)
+def _caches_in(args: tuple[Any, ...], given: Mapping[str, Any]) -> list[CompressedCache]:
+    return [x for x in (*args, *given.values()) if isinstance(x, CompressedCache)]
 
 
 def live_codec(codec: Any) -> LiveCodec:
