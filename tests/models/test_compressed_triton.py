@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
@@ -37,7 +38,7 @@ def run() -> Iterator[Callable[..., Any]]:
 @torch.no_grad()
 def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
     """Of a text read in pieces through a live cache, and how often attention was called."""
-    model, ids = long_model(name).to(DEVICE), long_ids(batch=2, length=sum(PIECES)).to(DEVICE)
+    model, ids = deepcopy(long_model(name)).to(DEVICE), long_ids(batch=2, length=sum(PIECES)).to(DEVICE)
     codec = with_means(model) if name in ("qwen2", "deepseek_v2") else fine_codec(model, sinks=2)
     mask = torch.ones_like(ids)
     for row, count in enumerate(PADS):
