@@ -1,10 +1,8 @@
 """Packed blocks in Triton's interpreter, or on a GPU where there is one, against float64: attention, its parts, encoding."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from multiprocessing import get_context
 from os import environ
 from typing import Any
 
@@ -21,26 +19,18 @@ from eigencache.kernels.packed_triton_encode import encode
 from eigencache.kernels.packed_triton_plan import pieces_of, splits_for
 from eigencache.kernels.reference import BLOCK, Asked, Held, Turned, TurnedMean, Widths, most_coefficients, pack, unpack
 from eigencache.spectral.rope import Angles, Rotation, rotate
+from triton_process import DEVICE, Run, triton_process
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MIXED = (Widths(8, 16, 8), Widths(0, 0, 24), Widths(16, 8, 0))
 OTHER = (Widths(0, 24, 0), Widths(8, 0, 8), Widths(0, 0, 0))
 FLOAT32 = 2.0**-24
 PAIRED = pytest.mark.parametrize("paired", [True, False], ids=["pairs", "halves"])
-Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Calls a function on the GPU, or in a process in which Triton interprets: it reads the variable when imported."""
-    if DEVICE.type == "cuda":
-        yield called
-        return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(abs, 0).result()  # the process begins here
-        yield lambda function, *args, **kwargs: pool.submit(called, function, *args, **kwargs).result()
+    with triton_process() as call:
+        yield lambda function, *args, **kwargs: call(called, function, *args, **kwargs)
 
 
 def called(function: Run, *args: Any, **kwargs: Any) -> Any:

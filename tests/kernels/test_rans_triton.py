@@ -1,11 +1,8 @@
 """The Triton kernel in Triton's interpreter, or on a GPU where there is one: the CPU's integers and the CPU's refusals."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from os import environ
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,24 +17,16 @@ from eigencache.codec.layout import Layout, Part
 from eigencache.codec.tables import MAX_HALF, Tables, fit_tables
 from eigencache.errors import CodecError
 from eigencache.kernels.rans import PRECISION, SLOTS
-from rans_cases import DEVICE, GARBAGE, decoded_by_triton, keys_of_first_layer, random_tables
+from rans_cases import GARBAGE, decoded_by_triton, keys_of_first_layer, random_tables
+from triton_process import Run, triton_process
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'eigencache[triton]'")
-
-Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Calls a function on the GPU, or in a process in which Triton interprets: it reads the variable when imported."""
-    if DEVICE.type == "cuda":
-        yield lambda function, *args: function(*args)
-        return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(abs, 0).result()  # the process begins here
-        yield lambda function, *args: pool.submit(function, *args).result()
+    with triton_process() as call:
+        yield call
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 16, 32])

@@ -1,11 +1,8 @@
 """A live cache on a GPU, or in Triton's interpreter, gives the logits that plain PyTorch gives over the same cache."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from multiprocessing import get_context
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,22 +14,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'eige
 from eigencache.kernels.packed import REFERENCE, PackedBackend, triton_backend
 from eigencache.models.compressed import CompressedCache
 from live_codecs import fine_codec, long_ids, long_model, with_means
+from triton_process import DEVICE, Run, triton_process
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PADS, PIECES = (0, 70), (150, 10, 1)
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Callable[..., Any]]:
-    """Calls a function where the kernels run: here on a GPU, else in a process in which Triton interprets."""
-    if DEVICE.type == "cuda":
-        yield lambda function, *args: function(*args)
-        return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("TRITON_INTERPRET", "1")
-            pool.submit(abs, 0).result()  # the process begins here
-        yield lambda function, *args: pool.submit(function, *args).result()
+def run() -> Iterator[Run]:
+    with triton_process() as call:
+        yield call
 
 
 @torch.no_grad()

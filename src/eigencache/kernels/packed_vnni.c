@@ -289,6 +289,7 @@ static void attend_part(const Attention *a, Scratch *s, int64_t item, int64_t pa
         for (int64_t at = keys->blocks * part / a->parts; at < to; at += TILE) {
             int64_t blocks = least(TILE, to - at), count = blocks * BLOCK, token = (before + at) * BLOCK;
             const uint8_t *key = block_of(keys, batch, at), *other = block_of(others, batch, at);
+            const Codes *weighed = a->other_queries ? keys : others;
             for (int64_t row = 0; row < rows; row += group) {
                 int64_t some = least(group, rows - row), of_item = item * rows + row, of_part = part * a->items * rows + of_item;
                 if (!sees(a, of_item, some, token, token + count)) continue;
@@ -306,8 +307,8 @@ static void attend_part(const Attention *a, Scratch *s, int64_t item, int64_t pa
                     );
                 }
                 tile_sums(
-                    some, D, a->other_queries ? keys : others, a->other_queries ? b : ob, a->other_queries ? key : other, blocks,
-                    s->weights, s->weight_steps, a->sums + of_part * summed, summed
+                    some, D, weighed, weighed->bundles + bundle, block_of(weighed, batch, at), blocks, s->weights,
+                    s->weight_steps, a->sums + of_part * summed, summed
                 );
             }
         }

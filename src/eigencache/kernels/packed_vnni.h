@@ -146,6 +146,19 @@ INLINE void some_sums(
         UNROLL for (int r = 0; r < R; r++) out[n][r * distance] += steps[r] * _mm512_reduce_add_ps(joined(D, sums[n][r]));
 }
 
+/* Of two, one after the other where registers have no room for both. */
+INLINE void pair_sums(
+    const int R, const int D, const int bits, const uint8_t *const *x, const int *part, int64_t stride, int64_t blocks,
+    const int8_t *weights, const float *steps, float *const *out, int64_t distance
+) {
+    if (R * D <= SUMS) {
+        some_sums(R, D, 2, bits, x, part, stride, blocks, weights, steps, out, distance);
+    } else {
+        some_sums(R, D, 1, bits, x, part, stride, blocks, weights, steps, out, distance);
+        some_sums(R, D, 1, bits, x + 1, part + 1, stride, blocks, weights, steps, out + 1, distance);
+    }
+}
+
 INLINE void class_sums(
     const int R, const int D, const int bits, const Class *c, const uint8_t *block, int64_t stride, int64_t blocks,
     const int8_t *weights, const float *steps, float *out, int64_t distance
@@ -157,12 +170,8 @@ INLINE void class_sums(
         for (int64_t k = 0; k < rows; k += 2, row += 2 * BLOCK, to += 2) {
             const uint8_t *const x[2] = {row, row + BLOCK};
             float *const both[2] = {to, to + 1};
-            if (R * D <= SUMS) {
-                some_sums(R, D, 2, 8, x, (int[2]){0, 0}, stride, blocks, weights, steps, both, distance);
-            } else {
-                some_sums(R, D, 1, 8, x, (int[2]){0, 0}, stride, blocks, weights, steps, both, distance);
-                some_sums(R, D, 1, 8, x + 1, (int[2]){0, 0}, stride, blocks, weights, steps, both + 1, distance);
-            }
+            const int parts[2] = {0, 0};
+            pair_sums(R, D, 8, x, parts, stride, blocks, weights, steps, both, distance);
         }
     else
         for (int64_t k = 0; k < rows; k++, row += BLOCK, to++)
@@ -170,12 +179,7 @@ INLINE void class_sums(
                 const uint8_t *const x[2] = {row, row};
                 float *const both[2] = {to + part * rows, to + (part + 1) * rows};
                 const int parts[2] = {part, part + 1};
-                if (R * D <= SUMS) {
-                    some_sums(R, D, 2, bits, x, parts, stride, blocks, weights, steps, both, distance);
-                } else {
-                    some_sums(R, D, 1, bits, x, parts, stride, blocks, weights, steps, both, distance);
-                    some_sums(R, D, 1, bits, x, parts + 1, stride, blocks, weights, steps, both + 1, distance);
-                }
+                pair_sums(R, D, bits, x, parts, stride, blocks, weights, steps, both, distance);
             }
 }
 

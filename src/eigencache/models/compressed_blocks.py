@@ -38,12 +38,10 @@ def block_attention(
         return None
     asking = [(one, _rows(one, q)[0]) for one, q in zip(heads, queries, strict=False)]
     projected = [one.queries(x, backend) for one, x in asking]
-    constant, turned = _constant(*asking[0]), None
-    for one, x in asking[1:]:
-        constant = constant + _constant(one, x)
+    constant, turned = sum((_constant(*one) for one in asking[1:]), _constant(*asking[0])), None
     for one, x in asking:
         if one.turning is not None:  # one of them at most: what is rotated
-            turned = one.turning.turned(x, layer.starts(0, layer.blocks).to(x.device)).bundled(bundles)
+            turned = one.turning.turned(x, layer.starts(0, layer.blocks)).bundled(bundles)
     seen = None if visible is None else (visible[0].reshape(batch, bundles, -1), visible[1].reshape(batch, bundles, -1))
     constant, exact = constant.view(batch, bundles, -1), layer.dtype == torch.float32
     keys, values = ([chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1))
@@ -65,7 +63,7 @@ def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).view(*rows.shape[:3], -1)
     logits = logits.add_(_constant(heads, rows))
     if heads.turning is not None:
-        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks).to(rows.device)))
+        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks)))
     return logits.view(*q.shape[:3], -1)
 
 
