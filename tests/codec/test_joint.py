@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.joint import Basis, JointTransform
+from eigencache.errors import CodecError
 from eigencache.spectral.metric import block_product
 
 HEADS, DIM = (2, 1, 3), (6, 10, 4)  # of three parts
@@ -92,6 +93,47 @@ def test_a_full_basis_loses_float16_rounding_alone(scope: str, weighed: bool) ->
     cost, total = (np.einsum("ni,ij,nj->n", e, metric, e).mean() for e in (error, whole))
     assert cost < (2**-10) ** 2 * 10 * total
     assert np.square(error).mean() < 1e-4 * np.square(whole).mean()
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+@pytest.mark.parametrize("scope", SPANS)
+def test_rounding_of_the_basis_is_solved_for_and_not_ignored(scope: str, weighed: bool) -> None:
+    transform, encoder, _, metric = planted(SPANS[scope], weighed)
+    x = centred(transform)
+    rows = np.zeros((WIDTH, WIDTH))
+    at = 0
+    for basis in transform.bases:
+        rows[at : at + len(basis.rows), basis.start : basis.stop] = basis.decoder(1.0).numpy()
+        at += len(basis.rows)
+    best = np.linalg.solve(rows @ metric @ rows.T, rows @ metric @ x.double().numpy().T).T
+
+    def cost(y: np.ndarray) -> float:
+        error = x.double().numpy() - y @ rows
+        return float(np.einsum("ni,ij,nj->n", error, metric, error).mean())
+
+    ignored = cost(x.double().numpy() @ encoder.T)
+    assert cost(transform.encode(x, 1.0).double().numpy()) < 1e-3 * ignored
+    np.testing.assert_allclose(transform.encode(x, 1.0).numpy(), best, atol=2e-5 * np.abs(best).max())
+
+
+def test_rows_that_depend_on_each_other_are_refused_by_the_encoder_alone() -> None:
+    transform = planted(SPANS["joint"])[0]
+    (basis,) = transform.bases
+    twice = Basis(0, WIDTH, basis.rows[[0, 1, 0]], basis.scale[[0, 1, 0]])
+    harmed = JointTransform(transform.mean, (twice,), transform.metrics)
+    assert harmed.decode(torch.ones(2, 3), 1.0).isfinite().all()
+    with pytest.raises(CodecError, match="rows that depend on each other"):
+        harmed.encode(centred(transform), 1.0)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_made_at_the_first_call_is_of_no_mode(mode) -> None:
+    transform, x = planted(SPANS["joint"])[0], centred(planted(SPANS["joint"])[0])
+    with mode():
+        transform.encode(x, 1.0)
+    again = transform.encode(x.requires_grad_(), 1.0)
+    again.sum().backward()
+    assert torch.equal(again.detach(), planted(SPANS["joint"])[0].encode(x.detach(), 1.0))
 
 
 @pytest.mark.parametrize("scope", SPANS)

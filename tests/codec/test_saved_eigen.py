@@ -68,7 +68,8 @@ def planted(
     layout = Layout(tuple(parts), dict.fromkeys(range(LAYERS), (0, rotation)))
     spans = spans_of(layout, scope)
     bases = tuple(Basis.of(a, drawn(rank if a or len(spans) == 1 else 0, b - a)) for a, b in spans)
-    metrics = tuple(drawn(HEADS, p.dim, p.dim) for p in parts) if metric else ()
+    squares = [drawn(HEADS, p.dim, p.dim) for p in parts] if metric else []
+    metrics = tuple(m @ m.mT + torch.eye(m.shape[-1]) for m in squares)
     transform = JointTransform(drawn(layout.width), bases, metrics)
     count = transform.coefficients
     symbols = (4 * drawn(count + text, 500)).int().numpy()

@@ -1,16 +1,21 @@
 """The transform of `eigen`: one basis over many heads and layers in a block-diagonal metric (THEORY 5).
 
-y = Uᵀ M^{1/2} (x − μ), x̂ = μ + M^{−1/2} U y for the r coefficients that are kept. Only D = Uᵀ M^{−1/2} is held, in
-float16 with a scale per row, and M itself, a small block per head: Uᵀ M^{1/2} = D M.
+x̂ = μ + Dᵀ y with D = Uᵀ M^{−1/2} for the r coefficients that are kept. Only D is stored, in float16 with a scale per row,
+and M, a small block per head. Rounded to float16, the rows of D are no longer orthonormal in M, so y = D M (x − μ) would
+not be the best y for them. The encoder solves the least-squares problem of the rounded rows: (D M Dᵀ) y = D M (x − μ).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from eigencache.errors import CodecError
 from eigencache.spectral.metric import block_product
+
+_DEPENDENT = 1e-3  # of the largest pivot of D M Dᵀ = I, which rounding to float16 changes by a thousandth
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,9 +72,30 @@ class JointTransform:
         return JointTransform(self.mean.to(device), bases, tuple(m.to(device) for m in self.metrics))
 
     def encode(self, x: Tensor, step: float) -> Tensor:
-        """y / step [..., coefficients] of vectors less their mean [..., width], float32."""
-        x = block_product(x, _alike(self.metrics))
-        return _beside([x[..., b.start : b.stop] @ b.decoder(1 / step).mT for b in self.bases])
+        """The y / step [..., coefficients], float32, that decode to the nearest of vectors less their mean [..., width].
+
+        Raises `CodecError` for a basis whose rows depend on each other.
+        """
+        return _beside([x[..., b.start : b.stop] @ e.mT / step for b, e in zip(self.bases, self._encoders, strict=True)])
+
+    @cached_property
+    def _encoders(self) -> list[Tensor]:
+        """(D M Dᵀ)⁻¹ D M of every basis [r, columns]: least squares on the rows as they are stored, in the metric."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+            return [self._encoder(basis) for basis in self.bases]
+
+    def _encoder(self, basis: Basis) -> Tensor:
+        decoder = basis.decoder(1.0)
+        wide = decoder.new_zeros(len(decoder), len(self.mean))
+        wide[:, basis.start : basis.stop] = decoder
+        weighed = block_product(wide, _alike(self.metrics))[:, basis.start : basis.stop]
+        factor, failed = torch.linalg.cholesky_ex(weighed @ decoder.mT)
+        pivots = factor.diagonal()
+        if failed or (len(pivots) and pivots.min() < _DEPENDENT * pivots.max()):
+            raise CodecError(
+                f"the basis of columns {basis.start} to {basis.stop} has rows that depend on each other: fit again"
+            )
+        return torch.cholesky_solve(weighed, factor)
 
     def decode(self, y: Tensor, step: float) -> Tensor:
         """Vectors less their mean [..., width] of y / step."""
