@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import cli_process
+from cli_process import shown as shown_by
 from eigencache.advice import ReportRecord
 from eigencache.models.load import BUNDLED
 from eigencache.records import ProbeRecord
@@ -17,16 +19,17 @@ ROOT = Path(__file__).parents[2]
 FEW = ("--tokens", "8192", "--max-length", "256")
 
 
-def run(*command: object, folder: Path) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "250"}
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=folder, env=env)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def run(*arguments: object, folder: Path) -> str:
+    return shown_by(cli_process.run(*arguments, folder=folder))
+
+
+def run_script(script: Path, *arguments: object, folder: Path) -> str:
+    return shown_by(cli_process.run(*arguments, folder=folder, script=str(script)))
 
 
 @pytest.mark.parametrize("model", BUNDLED)
 def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Path) -> None:
-    shown = run("-m", "eigencache", "probe", model, *FEW, "-o", "out.json", "--plot", "out.png", folder=tmp_path)
+    shown = run("probe", model, *FEW, "-o", "out.json", "--plot", "out.png", folder=tmp_path)
     record = ProbeRecord.load(tmp_path / "out.json")
     assert record.model.name == model
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -38,9 +41,9 @@ def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Pat
 
 def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
     for model in ("ref-gpt2", "ref-llama"):
-        run("-m", "eigencache", "probe", model, *FEW, "-o", f"{model}.json", folder=tmp_path)
+        run("probe", model, *FEW, "-o", f"{model}.json", folder=tmp_path)
     files = ("ref-gpt2.json", "ref-llama.json", "-o", "out.md", "--plot", "out.png")
-    shown = run("-m", "eigencache", "compare", *files, folder=tmp_path)
+    shown = run("compare", *files, folder=tmp_path)
     table = (tmp_path / "out.md").read_text()
     header = next(line for line in table.splitlines() if line.startswith("| Model"))
     first = [cell.strip() for cell in header.strip("|").split("|")][:6]
@@ -52,7 +55,7 @@ def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
 
 def test_report_answers_for_every_model_and_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
     few = ("--tokens", 16_384, "--max-length", 256, "--held-out-tokens", 4096)
-    shown = run("-m", "eigencache", "report", "ref-llama", "ref-deepseek", *few, "-o", "out", folder=tmp_path)
+    shown = run("report", "ref-llama", "ref-deepseek", *few, "-o", "out", folder=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
     assert "report.html" in shown
     assert "In short" in shown
@@ -66,18 +69,16 @@ def test_report_answers_for_every_model_and_writes_one_offline_page_and_its_data
 
 def test_report_says_why_a_model_was_not_judged_and_leaves_verdicts_out_when_asked(tmp_path: Path) -> None:
     held_out = ("--text", "stdlib:held-out", *FEW)
-    shown = run("-m", "eigencache", "report", "ref-llama", *held_out, "-o", "a", folder=tmp_path)
+    shown = run("report", "ref-llama", *held_out, "-o", "a", folder=tmp_path)
     assert "ref-llama: compression was not measured: " in shown
     assert "occur in the calibration text" in ReportRecord.load(tmp_path / "a" / "report.json").verdicts[0].reason
-    shown = run("-m", "eigencache", "report", "ref-llama", *held_out, "--held-out", "none", "-o", "b", folder=tmp_path)
+    shown = run("report", "ref-llama", *held_out, "--held-out", "none", "-o", "b", folder=tmp_path)
     assert "In short" not in shown
     assert ReportRecord.load(tmp_path / "b" / "report.json").verdicts == []
 
 
 def test_score_prints_loss_and_copy_accuracy_and_writes_them(tmp_path: Path) -> None:
-    shown = run(
-        "-m", "eigencache", "score", "ref-llama", "--tokens", 4096, "--max-length", 512, "-o", "s.json", folder=tmp_path
-    )
+    shown = run("score", "ref-llama", "--tokens", 4096, "--max-length", 512, "-o", "s.json", folder=tmp_path)
     (score,) = json.loads((tmp_path / "s.json").read_text())
     assert f"{score['loss_nats']:.3f}" in shown
     assert score["corpus"]["name"] == "stdlib:held-out"
@@ -96,7 +97,7 @@ def test_the_historic_entry_points_work(
     script: str, options: list[str], files: list[str], says: str, tmp_path: Path
 ) -> None:
     model = "ref-deepseek" if "mla" in script else "ref-llama"
-    shown = run(ROOT / "scripts" / f"{script}.py", "--model", model, *options, folder=tmp_path)
+    shown = run_script(ROOT / "scripts" / f"{script}.py", "--model", model, *options, folder=tmp_path)
     assert says in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
@@ -108,11 +109,15 @@ def test_the_python_examples_of_the_readme_run(index: int, tmp_path: Path) -> No
     example = examples[index]
     assert len([line for line in example.splitlines() if line.strip()]) <= 8
     (tmp_path / "example.py").write_text(example)
-    run("example.py", folder=tmp_path)
+    run_script(tmp_path / "example.py", folder=tmp_path)
 
 
 def test_help_names_every_command_with_examples(tmp_path: Path) -> None:
-    overview = run("-m", "eigencache", "--help", folder=tmp_path)
+    command = [sys.executable, "-m", "eigencache", "--help"]
+    overview = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ | cli_process.ENVIRONMENT
+    ).stdout
+    assert overview == run("--help", folder=tmp_path)
     for command in ("report", "probe", "compare", "score"):
         assert command in overview
-        assert f"eigencache {command}" in run("-m", "eigencache", command, "--help", folder=tmp_path)
+        assert f"eigencache {command}" in run(command, "--help", folder=tmp_path)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+import cli_process
 from cli_process import error_of
 from eigencache.models.load import bundled_path
 from tiny_models import tiny
@@ -22,7 +23,12 @@ REFERENCE = bundled_path("ref-llama")
 ENOUGH = "import os\n" * 2000
 
 
-def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return cli_process.run(*arguments, folder=Path.cwd(), env={"COLUMNS": "200"})
+
+
+def run_with_hub(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """In a Python of its own: where the hub is, is read when its package is imported."""
     command = [sys.executable, "-m", "eigencache", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment(env))
 
@@ -43,7 +49,7 @@ def test_a_missing_model_names_what_there_is() -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once() -> None:
-    assert "org/model: the hub cannot be reached" in error_of(run("probe", "org/model"))
+    assert "org/model: the hub cannot be reached" in error_of(run_with_hub("probe", "org/model"))
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -74,7 +80,7 @@ def hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 def test_a_gated_and_a_missing_repository_are_told_apart(hub: tuple[str, str]) -> None:
     endpoint, says = hub
-    assert f"org/model: {says}" in error_of(run("probe", "org/model", env={"HF_ENDPOINT": endpoint}))
+    assert f"org/model: {says}" in error_of(run_with_hub("probe", "org/model", env={"HF_ENDPOINT": endpoint}))
 
 
 @pytest.mark.parametrize(

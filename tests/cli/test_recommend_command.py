@@ -1,36 +1,15 @@
 """`eigencache recommend` as its user calls it: advice from a model, a probe and a sweep; mistakes end in one line."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from cli_process import error_of, run, shown
 from eigencache.advice import Advice
 from eigencache.records import ProbeRecord
 from planted_sweeps import series, sweep
 
 FEW = ("--tokens", 2048, "--max-length", 128, "--calibration-tokens", 4096, "--prefix", 96)
-
-
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "eigencache", *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "250"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=600)
-
-
-def shown(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def error_of(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("eigencache: error: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return lines[0].removeprefix("eigencache: error: ")
 
 
 @pytest.fixture

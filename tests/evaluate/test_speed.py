@@ -36,7 +36,7 @@ def small_deepseek(layers: int, positions: int) -> DeepseekV2Config:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_model, "_CONFIGS", {"llama": small_llama, "deepseek": small_deepseek})
     monkeypatch.setattr(speed, "_COPIED", 2**20)
-    monkeypatch.setattr(speed, "_PRODUCT", 64)
+    monkeypatch.setattr(speed, "_PRODUCT_ON_CPU", 64)
 
 
 def caches(name: str, tokens: int = 200, batch: int = 2) -> tuple[Any, dict[str, Any]]:

@@ -29,7 +29,7 @@ from eigencache.records import Record, Run, StoredRecord
 Part = Literal["attention", "decode", "generation", "prefill"]
 Progress = Callable[[str, int, int], None]
 _COPIED = 2**28  # bytes, more than any cache of a processor
-_PRODUCT = 2048
+_PRODUCT, _PRODUCT_ON_CPU = 8192, 1024  # rows of a square matrix: a CPU without 16-bit products takes minutes for more
 ROUNDS = 5  # in which a generation goes on, all caches in turn
 _GENERATION = 16_384  # tokens held, beyond which a whole generation takes minutes and a step says as much
 
@@ -94,9 +94,10 @@ def _wait(device: torch.device) -> None:
 def limits(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> tuple[float, float]:
     """Bytes read in a second by a copy, and operations in a second of a product of matrices."""
     source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
-    target, x = torch.empty_like(source), torch.randn(_PRODUCT, _PRODUCT, dtype=dtype, device=device)
+    size = _PRODUCT_ON_CPU if device.type == "cpu" else _PRODUCT
+    target, x = torch.empty_like(source), torch.randn(size, size, dtype=dtype, device=device)
     found = in_turn({"copy": lambda: target.copy_(source), "product": lambda: x @ x}, repeats, device)
-    return _COPIED / found["copy"], 2 * _PRODUCT**3 / found["product"]
+    return _COPIED / found["copy"], 2 * size**3 / found["product"]
 
 
 @dataclass(frozen=True)
