@@ -82,6 +82,7 @@ class SweepSeries(Record):
     alpha: float
     basis: str
     bits: int
+    sinks: int = 0  # first tokens in 16 bits
     width: int  # full rank
     points: list[SweepPoint]
 

@@ -52,7 +52,7 @@ def planted(rank: int = 3, layers: int = 2, heads: int = 2, bits: int = 16, shar
 
 
 def about(codec: PCACodec) -> PCACardSettings:
-    return PCACardSettings(**PCASettings("kv").__dict__, bits=codec.bits, rank=codec.rank)
+    return PCACardSettings(**PCASettings("kv", sinks=codec.sinks).__dict__, bits=codec.bits, rank=codec.rank)
 
 
 def saved(folder: Path, codec: PCACodec | None = None) -> Path:

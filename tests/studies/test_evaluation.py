@@ -28,7 +28,7 @@ def text():
 
 
 def evaluated(calibration: Calibration, text, **options) -> EvaluationRecord:
-    full = calibration.fit(PCASettings("kv"))
+    full = calibration.fit(PCASettings("kv", sinks=0))
     codecs = {"full": full, "rank 4": full.truncated(4)}
     few = {"prompts": 2, "tasks": ("copy",), "lengths": (64,), "examples": 8, "batch_size": 4}
     return evaluate_codecs(calibration.loaded, text, calibration, codecs, PROTOCOLS, **(few | options))

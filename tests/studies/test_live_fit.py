@@ -453,7 +453,7 @@ def test_a_loss_that_even_8_bits_exceed_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     own = source("llama")
-    with pytest.raises(StatisticsError, match="no block of 64 is packed, 0 being kept apart: raise --max-length to 128"):
+    with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise --max-length to 136"):
         fit_live_target(fitted("llama"), own.loaded, own.apart, bits=2.0)
 
 

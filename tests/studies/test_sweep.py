@@ -11,6 +11,7 @@ from eigencache.quality import Protocol, SweepRecord
 from eigencache.report.sweep_plot import plot_sweep
 from eigencache.report.sweeps import furthest, safety_table, sweep_table
 from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.studies.candidates import settings_of
 from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
 
 PROTOCOL = Protocol(kind="prefix", length=20)
@@ -21,13 +22,16 @@ def calibration(loaded, sequences) -> Calibration:
     return Calibration(loaded("llama"), sequences(*(64,) * 12))
 
 
+NO_SINKS = PCASettings("v", sinks=0)
+
+
 @pytest.fixture
 def text(sequences) -> Sequences:
     return sequences(*(40,) * 10, seed=1)
 
 
 def swept(calibration: Calibration, text: Sequences, plans=None, **options) -> SweepRecord:
-    plans = plans or [Plan(PCASettings("v"), ranks=(2, 8, None)), Plan(PCASettings("kv"), bits=8, ranks=(8, None))]
+    plans = plans or [Plan(NO_SINKS, ranks=(2, 8, None)), Plan(NO_SINKS.of("kv"), bits=8, ranks=(8, None))]
     return sweep_model(calibration.loaded, text, calibration, plans, PROTOCOL, batch_size=4, **options)
 
 
@@ -40,6 +44,12 @@ def test_ratios_are_those_of_the_ranks_and_bits(calibration, text) -> None:
     scales = 20 * 8 / (20 * 8 + 4 * 8)  # 20 tokens of 8 coefficients in one group of scales
     assert both.points[0].target_ratio == pytest.approx(4 * scales)
     assert both.points[0].quality.compression_ratio == pytest.approx(4 * scales)
+
+
+def test_first_tokens_are_counted_and_named_in_the_record(calibration, text) -> None:
+    (series,) = swept(calibration, text, [Plan(PCASettings("v"), ranks=(2,))]).series
+    assert series.sinks == 4 and settings_of(series) == PCASettings("v")
+    assert series.points[0].target_ratio == pytest.approx(20 / (4 + 16 * 2 / 16))  # of a prefix of 20 tokens
 
 
 def test_full_rank_costs_nothing_and_lower_ranks_diverge_more(calibration, text) -> None:

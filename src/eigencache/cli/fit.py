@@ -38,10 +38,11 @@ def run(
         bool, typer.Option("--text-prediction/--no-text-prediction", help="Predict the cache from its tokens.")
     ] = True,
     sinks: Annotated[
-        int | None, typer.Option("--sinks", min=0, help="First tokens kept; default: those that stand out.")
+        int | None,
+        typer.Option("--sinks", min=0, help="First tokens stored exactly; default: 4 or more."),
     ] = None,
     window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens kept.")] = 0,
-    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits of a number of kept tokens: 8 or 16.")] = 8,
+    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits per number of tokens stored exactly: 16 or 8.")] = 16,
     block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Tokens that decode together.")] = 128,
     live: Annotated[
         bool, typer.Option("--live", help="Also fit the codec of a live cache (`eigencache generate`).")
@@ -80,9 +81,8 @@ def run(
         raise BudgetError("--live-bits and --safe: give one of the two")
     wanted = None
     if live:
-        wanted = LiveGoal(
-            live_bits, None if safe or live_bits is not None else goal.max_nll, safe, LiveSettings(sinks=sinks)
-        )
+        chosen = LiveSettings() if sinks is None else LiveSettings(sinks=sinks)
+        wanted = LiveGoal(live_bits, None if safe or live_bits is not None else goal.max_nll, safe, chosen)
     settings = settings_of(
         scope=scope,
         metric=metric.value,

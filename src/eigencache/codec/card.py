@@ -88,6 +88,7 @@ class PCACardSettings(Record):
     basis: str
     bits: Literal[16, 8, 4]  # of a stored coefficient
     rank: PositiveInt  # coefficients per group at most
+    sinks: Count32 = 0  # first tokens in 16 bits; cards without it have none
 
 
 class CardGroup(Record):
@@ -108,11 +109,12 @@ class PCACard(CodecCard):
 
     kind: Literal["pca"] = "pca"  # type: ignore[assignment]
     settings: PCACardSettings
+    sinks: Count32 = 0
     groups: Annotated[list[CardGroup], Field(min_length=1)]
 
 
 class EigenCardSettings(Record):
-    """What was chosen at fitting. `sinks` None: as many first positions as stood out."""
+    """What was chosen at fitting. `sinks` None: the first positions that stood out, in later versions at least four."""
 
     scope: Literal["head", "layer", "kind", "joint"]
     metric: Literal["frobenius", "attention", "fisher"]
@@ -189,7 +191,7 @@ class EigenCard(CodecCard):
 
 
 class LiveCardSettings(Record):
-    """What was chosen at fitting. `sinks` None: as many first positions as stood out; `reach` None: the model's."""
+    """What was chosen at fitting. `sinks` None: first positions that stood out; `reach` None: the model's."""
 
     alpha: NonNegative  # power of the metric
     shared: PositiveInt  # numbers of heads that share a basis, at most

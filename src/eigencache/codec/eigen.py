@@ -22,7 +22,7 @@ from eigencache.codec.container import Container, ContainerHeader, Reader, write
 from eigencache.codec.deadzone import DeadZone
 from eigencache.codec.entropy import RansCoder
 from eigencache.codec.joint import JointTransform
-from eigencache.codec.kept import middle_of
+from eigencache.codec.kept import FIRST_EXACT, middle_of
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.positions import PositionMeans
 from eigencache.codec.raw import raw_bytes, raw_nbytes, raw_vectors
@@ -39,9 +39,9 @@ _U = TypeVar("_U")
 class Kept:
     """What is not transformed: first positions and most recent tokens, in 16 or 8 bits."""
 
-    sinks: int = 4
+    sinks: int = FIRST_EXACT
     window: int = 0
-    bits: Literal[16, 8] = 8
+    bits: Literal[16, 8] = 16
 
 
 @dataclass(frozen=True, eq=False)

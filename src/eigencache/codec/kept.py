@@ -14,6 +14,7 @@ from eigencache.codec.base import Cached, Codec, Encoded, Held, SixteenBit, leng
 from eigencache.codec.quantize import scale_reaching
 from eigencache.errors import CodecError
 
+FIRST_EXACT = 4  # first tokens that codecs keep in 16 bits: all heads attend to them, and their keys and values are small
 _FP8_MAX = 448.0
 
 

@@ -1,7 +1,7 @@
 """Direct low-rank compression: rank-r coefficients of keys, values or latents in a fitted basis (THEORY 5).
 
 One transform per head, per layer or for all layers, on keys before or after rotation. Slots of the cache that no
-transform covers are kept in 16 bits and counted.
+transform covers are kept in 16 bits and counted, and so are the first tokens.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, to_sixteen_bit
-from eigencache.codec.layout import Part, Rotations, by_layer, columns_of, rotated, slots_of, unrotated
+from eigencache.codec.kept import middle_of
+from eigencache.codec.layout import Part, Rotations, Slots, by_layer, columns_of, rotated, slots_of, unrotated
 from eigencache.codec.quantize import GROUP, Quantised, dequantise, quantise
 from eigencache.errors import CodecError
 from eigencache.spectral.transform import Transform
@@ -32,7 +33,8 @@ class Group:
 class PCACodec:
     """Rank-r coefficients in 16, 8 or 4 bits for the slots in `groups`; the other slots in 16 bits.
 
-    `rotations`: layer → slot and rotation, for slots whose transform works before rotation. `dtype`: the model's.
+    `sinks`: how many tokens at positions 0, 1, … are kept in 16 bits, in all slots. `rotations`: layer → slot and
+    rotation, for slots whose transform works before rotation. `dtype`: the model's.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PCACodec:
     rotations: Rotations
     dtype: torch.dtype
     bits: CoefficientBits = 16
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         """Bases row by row, as they are stored: in another order the same numbers multiply to other last bits."""
@@ -74,8 +77,20 @@ class PCACodec:
 
         Raises `CodecError` for a cache of other shapes than the codec was fitted for, and for NaN.
         """
-        slots = unrotated(cached, self.rotations, start)
         tensors: dict[str, Tensor] = {}
+        tokens = length_of(cached)
+        first, _ = middle_of(tokens, start, self.sinks, 0)
+        if first:
+            for layer_idx, both in cached.items():
+                for slot, x in enumerate(both):
+                    tensors[f"first.{layer_idx}.{slot}"] = to_sixteen_bit(x[:, :, :first], f"layer {layer_idx}")
+            cached = {i: (keys[:, :, first:], values[:, :, first:]) for i, (keys, values) in cached.items()}
+        if first < tokens:
+            self._encode_rest(tensors, cached, start + first)
+        return Encoded(tensors, start, tokens)
+
+    def _encode_rest(self, tensors: dict[str, Tensor], cached: Cached, start: int) -> None:
+        slots = unrotated(cached, self.rotations, start)
         for index, group in enumerate(self.groups):
             vectors = torch.cat([columns_of(slots, part) for part in group.parts], -1)
             self._store(tensors, index, group.transform.encode(vectors))
@@ -84,20 +99,22 @@ class PCACodec:
             for slot, x in enumerate(both):
                 if (layer_idx, slot) not in covered:
                     tensors[f"raw.{layer_idx}.{slot}"] = to_sixteen_bit(x, f"layer {layer_idx}")
-        return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
         """The cache's tensors, keys rotated again, in the model's dtype."""
+        first, _ = middle_of(encoded.tokens, encoded.start, self.sinks, 0)
+        rest = self._decode_rest(encoded.tensors, encoded.start + first) if first < encoded.tokens else {}
+        exact = _by_slot(encoded.tensors, "first")
+        if exact and rest:
+            rest = {at: torch.cat([x.to(self.dtype), rest[at].to(self.dtype)], 2) for at, x in exact.items()}
+        return by_layer(rest or exact, self.dtype)
+
+    def _decode_rest(self, tensors: dict[str, Tensor], start: int) -> Slots:
         columns: list[tuple[Part, Tensor]] = []
         for index, group in enumerate(self.groups):
-            vectors = group.transform.decode(self._load(encoded.tensors, index, group.transform.rank))
+            vectors = group.transform.decode(self._load(tensors, index, group.transform.rank))
             columns += zip(group.parts, vectors.split([part.width for part in group.parts], -1), strict=True)
-        slots = rotated(slots_of(columns), self.rotations, encoded.start)
-        for name, x in encoded.tensors.items():
-            if name.startswith("raw."):
-                _, layer_idx, slot = name.split(".")
-                slots[int(layer_idx), int(slot)] = x
-        return by_layer(slots, self.dtype)
+        return rotated(slots_of(columns), self.rotations, start) | _by_slot(tensors, "raw")
 
     def _store(self, tensors: dict[str, Tensor], index: int, y: Tensor) -> None:
         if self.bits == 16:
@@ -113,6 +130,11 @@ class PCACodec:
 
     def payload_nbytes(self, tokens: int, raw_values_per_token: int) -> int:
         """Bytes of `tokens` encoded positions of one sequence, by arithmetic; a test holds it against `encode`."""
+        first = min(tokens, self.sinks)
+        values_per_token = sum(group.transform.width for group in self.groups) + raw_values_per_token
+        return 2 * first * values_per_token + self._rest_nbytes(tokens - first, raw_values_per_token)
+
+    def _rest_nbytes(self, tokens: int, raw_values_per_token: int) -> int:
         ranks = [group.transform.rank for group in self.groups]
         if self.bits == 16:
             return 2 * tokens * (sum(ranks) + raw_values_per_token)
@@ -124,6 +146,12 @@ def _with_transforms(groups: tuple[Group, ...], change: Callable[[Transform], Tr
     """The groups with other transforms; those that share one share the new one."""
     changed = {id(group.transform): change(group.transform) for group in groups}
     return tuple(Group(group.parts, changed[id(group.transform)]) for group in groups)
+
+
+def _by_slot(tensors: dict[str, Tensor], role: str) -> Slots:
+    """The tensors that are named `role.LAYER.SLOT`."""
+    names = [name.split(".") for name in tensors if name.startswith(f"{role}.")]
+    return {(int(layer_idx), int(slot)): tensors[f"{role}.{layer_idx}.{slot}"] for _, layer_idx, slot in names}
 
 
 def _row_by_row(transform: Transform) -> Transform:

@@ -32,7 +32,7 @@ def _entries_of(codec: PCACodec) -> dict[str, Any]:
         CardGroup(transform=i, rank=group.transform.rank, parts=card_parts(group.parts))
         for i, group in zip(_indices(codec), codec.groups, strict=True)
     ]
-    return {"groups": groups, "rotations": card_rotations(codec.rotations)}
+    return {"groups": groups, "rotations": card_rotations(codec.rotations), "sinks": codec.sinks}
 
 
 def _tensors_of(codec: PCACodec) -> dict[str, Tensor]:
@@ -45,6 +45,8 @@ def _tensors_of(codec: PCACodec) -> dict[str, Tensor]:
 def _card_fault(card: PCACard) -> Fault:
     if fault := layout_fault([part for group in card.groups for part in group.parts], card.rotations):
         return fault
+    if card.sinks != card.settings.sinks:
+        return f"it keeps {card.sinks} first tokens, its settings say {card.settings.sinks}"
     sizes: dict[int, tuple[int, int]] = {}
     for group in card.groups:
         if group.rank > group.width:
@@ -70,7 +72,7 @@ def _codec_from(card: PCACard, tensors: Tensors) -> PCACodec:
     }
     groups = tuple(Group(parts_from(group.parts), transforms[group.transform]) for group in card.groups)
     dtype = getattr(torch, card.origin.dtype)
-    return PCACodec(card.name, groups, rotations_from(card.rotations, tensors), dtype, card.settings.bits)
+    return PCACodec(card.name, groups, rotations_from(card.rotations, tensors), dtype, card.settings.bits, card.sinks)
 
 
 def _indices(codec: PCACodec) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eigencache.codec.kept import FIRST_EXACT
 from eigencache.codec.pca import Group, Part, PCACodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
@@ -55,6 +56,7 @@ class PCASettings:
     centred: bool = True
     alpha: float = 1.0
     basis: Basis = "fitted"  # `pooled`: one for all heads of a layer; `random`: a control
+    sinks: int = FIRST_EXACT  # first tokens that are kept in 16 bits
 
     def of(self, target: Target) -> "PCASettings":
         """The same for another target."""
@@ -128,7 +130,7 @@ class Calibration:
             groups += self._groups(name, settings)
             if name.endswith("_pre_rope"):
                 rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
-        codec = PCACodec(settings.describe(), tuple(groups), rotations, self.loaded.model.dtype)
+        codec = PCACodec(settings.describe(), tuple(groups), rotations, self.loaded.model.dtype, sinks=settings.sinks)
         return codec.to(self.loaded.device)
 
     def _name(self, kind: str, frame: str) -> str:

@@ -127,7 +127,7 @@ def merged(plans: list[Plan]) -> list[Plan]:
 
 def settings_of(series: SweepSeries) -> PCASettings:
     """The settings that a series was measured with."""
-    fields = ("target", "scope", "frame", "metric", "centred", "alpha", "basis")
+    fields = ("target", "scope", "frame", "metric", "centred", "alpha", "basis", "sinks")
     return PCASettings(**{field: getattr(series, field) for field in fields})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from eigencache.codec.deadzone import DeadZone, fit_class
 from eigencache.codec.eigen import EigenCodec, Kept
 from eigencache.codec.joint import JointTransform
+from eigencache.codec.kept import FIRST_EXACT
 from eigencache.codec.layout import Layout
 from eigencache.codec.positions import PositionMeans
 from eigencache.codec.tables import fit_tables
@@ -38,7 +39,7 @@ _SINK, _FIRST = 4.0, 16  # a position stands out at so many times the median cos
 
 @dataclass(frozen=True)
 class EigenSettings:
-    """What of a codec is chosen, not measured. `sinks` None: as many first positions as stand out."""
+    """What of a codec is chosen, not measured. `sinks` None: four first positions, or more where more stand out."""
 
     scope: JointScope = "joint"
     metric: MetricName = "fisher"
@@ -46,7 +47,7 @@ class EigenSettings:
     text: bool = True  # predict from the tokens
     sinks: int | None = None
     window: int = 0
-    kept_bits: int = 8
+    kept_bits: int = 16
     block: int = 128
 
     def describe(self) -> str:
@@ -167,7 +168,9 @@ def fit_eigen(
         positions = fit_positions(samples.less_mean(mean), roots, inverses)
         samples, held = samples.less_positions(positions), held.less_positions(positions)
         mean = samples.mean
-    sinks = outstanding(samples.less_mean(mean), roots) if settings.sinks is None else settings.sinks
+    sinks = settings.sinks
+    if sinks is None:
+        sinks = max(FIRST_EXACT, outstanding(samples.less_mean(mean), roots))
     samples, held = samples.without_first(sinks), held.without_first(sinks)
     mean = samples.mean
     samples, held = samples.less_mean(mean), held.less_mean(mean)

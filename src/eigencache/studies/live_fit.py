@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from eigencache.codec.kept import FIRST_EXACT
 from eigencache.codec.live import LiveCodec
 from eigencache.codec.packed import PackedHeads
 from eigencache.codec.turning import Turning
@@ -21,7 +22,6 @@ from eigencache.kernels.reference import GROUP, Widths
 from eigencache.spectral.rope import Rotation, joined, pairs, rotate, unrotate
 from eigencache.spectral.spectrum import eigenbasis_of
 from eigencache.studies.eigen_basis import scaled_metrics
-from eigencache.studies.eigen_fit import outstanding
 from eigencache.studies.source import Source
 
 VECTORS = 16_384  # that bases and steps are fitted on
@@ -32,21 +32,20 @@ _STEPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0
 _TURNING = 8.0  # a pair's mean is taken out where its square is so many times the variance
 _ROUNDS = 50
 _TURNS = 256  # positions over which a metric is averaged
-_SINKS = 4  # found by themselves; learned positions make more of the first ones stand out, which 8 bits hold
 
 
 @dataclass(frozen=True)
 class LiveSettings:
     """What of a live codec is chosen. Heads share a basis while they have at most `shared` numbers together.
 
-    More numbers take fewer bytes and more time per step. `sinks` None: as many first positions as stand out. `reach`: at
+    More numbers take fewer bytes and more time per step. `sinks`: first positions that are never packed. `reach`: at
     how many positions keys are meant to stand; None: at as many as the model has. `alpha`, the power of the metric:
     None is 0.75, and 1 where nothing is rotated: learned positions make the first tokens rare and far off.
     """
 
     alpha: float | None = None
     shared: int = 128
-    sinks: int | None = None
+    sinks: int = FIRST_EXACT
     window: int = 0
     reach: int | None = None
 
@@ -165,10 +164,7 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     reach = settings.reach or getattr(source.loaded.model.config, "max_position_embeddings", None) or REACH
     metrics = _stored_metric(source, reach)
     sinks = settings.sinks
-    if sinks is None:
-        roots = scaled_metrics(source.metric("fisher"), alpha)[1]
-        sinks = min(_SINKS, outstanding(source.samples.less_mean(source.samples.mean), roots))
-    elif sinks >= max(source.samples.lengths):
+    if sinks >= max(source.samples.lengths):
         raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
     vectors, positions = _stored(source, sinks, reach)
     ats = sorted(vectors)
