@@ -15,7 +15,7 @@ from eigencache.kernels import packed_vnni
 from eigencache.kernels.packed import CPU, REFERENCE, VNNI, PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Widths, largest_integers, most_coefficients, pack, unpack
 
-COMPILED = (CPU, VNNI) if packed_vnni.available() else (CPU,)
+COMPILED = (CPU, VNNI) if packed_vnni.unavailable() is None else (CPU,)
 EVERY = pytest.mark.parametrize("backend", (REFERENCE, *COMPILED), ids=lambda backend: backend.name)
 COUNTS = st.sampled_from([0, 8, 16, 24])
 WIDTHS = st.lists(st.builds(Widths, COUNTS, COUNTS, COUNTS), min_size=1, max_size=3).map(tuple)

@@ -1,11 +1,8 @@
 """Attention in one pass is softmax over everything, whatever the tiles, parts and storages; NaN stays NaN."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor
 from eigencache.kernels import packed_vnni, reference
 from eigencache.kernels.reference import BLOCK, Asked, Held, Turned, Widths, most_coefficients, unpack
 
-needs_vnni = pytest.mark.skipif(not packed_vnni.available(), reason="no AVX-512 VNNI, or no C compiler")
+needs_vnni = pytest.mark.skipif(packed_vnni.unavailable() is not None, reason=f"not here: {packed_vnni.unavailable()}")
 KEYS = (Widths(8, 16, 8), Widths(0, 0, 24), Widths(16, 8, 0))
 VALUES = (Widths(0, 24, 0), Widths(8, 0, 8), Widths(0, 8, 16))
 
@@ -153,27 +150,3 @@ def test_weights_and_queries_of_any_size_and_sign_are_as_exact_as_their_largest_
             (packed_vnni.sums(packed, KEYS, a), a.double() @ u.mT),
         ):
             assert float((found.double() - right).abs().max() / right.abs().max()) < 1e-5
-
-
-def availability(tmp_path: Path, **changed: str) -> str:
-    """What a new process says."""
-    code = "from eigencache.kernels.packed import packed_backend; import torch; print(packed_backend(torch.ones(1), 1).name)"
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), **changed}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-@needs_vnni
-def test_it_is_built_once_and_where_it_cannot_be_built_the_portable_code_is_used(tmp_path: Path) -> None:
-    (tmp_path / "none").mkdir()
-    none = str(tmp_path / "none")
-    assert availability(tmp_path, PATH=none) == "cpu"
-    assert availability(tmp_path, CC="/bin/false") == "cpu"
-    assert not list((tmp_path / "eigencache").iterdir())
-    assert availability(tmp_path) == "vnni"
-    (built,) = (tmp_path / "eigencache").iterdir()
-    written = built.stat().st_mtime_ns
-    assert availability(tmp_path, PATH=none) == "vnni"  # the library is there: no compiler is needed
-    assert built.stat().st_mtime_ns == written
-    built.write_bytes(b"not a library")
-    assert availability(tmp_path, PATH=none) == "cpu"

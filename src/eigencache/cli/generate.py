@@ -27,6 +27,10 @@ def run(
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the plain cache as well, and show where they part.")
     ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="What reads packed blocks: vnni, cpu, triton or reference; default: the fastest."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
@@ -44,7 +48,7 @@ def run(
     if (prompt is None) == (prompt_file is None):
         raise CorpusError("give one of --prompt and --prompt-file")
     try:
-        text = prompt if prompt is not None else prompt_file.read_text()  # type: ignore[union-attr]
+        text = prompt if prompt is not None else prompt_file.read_text(encoding="utf-8-sig")  # type: ignore[union-attr]
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{prompt_file}: cannot be read as text ({error}): name another file") from error
     if any("\ud800" <= c <= "\udfff" for c in text):
@@ -60,7 +64,7 @@ def run(
         sys.stdout.write(words)
         sys.stdout.flush()
 
-    found = generate_text(loaded, text, saved.codec, on_text=show, **options)
+    found = generate_text(loaded, text, saved.codec, on_text=show, backend=backend, **options)  # type: ignore[arg-type]
     print("\n")
     print(cost_line(found, "compressed cache"))
     if compare:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import check_positions
-from eigencache.kernels.packed import packed_backend
+from eigencache.kernels.packed import BackendName
 from eigencache.models.cache import plain_cache
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.load import LoadedModel
@@ -72,6 +72,7 @@ def generate_text(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    backend: BackendName | None = None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generated:
     """Go on from `prompt` with a cache that `codec`, a `LiveCodec`, compresses, or with a plain one.
@@ -82,7 +83,7 @@ def generate_text(
     if not ids.numel():
         raise CorpusError("the prompt has no tokens: give some text to go on from")
     check_positions(loaded, ids.shape[1] + max_new_tokens)
-    cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec)
+    cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec, backend=backend)
     stream = _Stream(loaded.tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
@@ -107,14 +108,14 @@ def generate_text(
         sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * held,
         prompt_seconds=stream.times[1] - stream.times[0],
         seconds=stream.times[-1] - stream.times[1],
-        backend=_backend_of(cache, loaded.device),
+        backend=_backend_of(cache),
     )
 
 
-def _backend_of(cache: Any, device: torch.device) -> str | None:
+def _backend_of(cache: Any) -> str | None:
     """What reads the packed blocks of a cache; None where there are none."""
     packed = isinstance(cache, CompressedCache) and any(layer.blocks for layer in cache.compressed_layers)
-    return packed_backend(torch.empty(0, device=device), 1).name if packed else None
+    return cache.backend if packed else None
 
 
 def parted_at(one: Generated, other: Generated) -> int | None:

@@ -1,9 +1,13 @@
-"""Which backend reads packed blocks: compiled code on a CPU for a few queries, Triton on a GPU, plain PyTorch elsewhere."""
+"""Which backend reads packed blocks: one that is asked for by name, or the fastest that there is on the device.
+
+`vnni`: C on CPUs with AVX-512 VNNI; `cpu`: numba on others; `triton`: GPUs; `reference`: plain PyTorch, anywhere.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +16,8 @@ from eigencache.errors import CodecError
 from eigencache.kernels import packed_cpu, packed_vnni, reference
 from eigencache.kernels.reference import Asked, Held, Widths
 
-_ROWS = 64  # queries of a bundle, above which on a CPU unpacking once and a matrix product are faster
+BackendName = Literal["reference", "cpu", "vnni", "triton"]
+_ROWS = 64  # queries of a bundle, above which numba is slower than unpacking once and a matrix product
 _CLOSE = 1e-3  # of the largest number: what a GPU's results may differ from plain PyTorch's
 Kernel = Callable[[Tensor, tuple[Widths, ...], Tensor], Tensor]
 Attention = Callable[[Held, Asked], tuple[Tensor, Tensor, Tensor]]
@@ -25,7 +30,7 @@ class PackedBackend:
     No `attention`: what is between logits and sums is for the caller, as it is where masks are more than stretches.
     """
 
-    name: str
+    name: BackendName
     logits: Kernel
     sums: Kernel
     encode: Callable[..., Tensor] = reference.encode
@@ -50,13 +55,35 @@ CPU = PackedBackend("cpu", packed_cpu.logits, packed_cpu.sums, planes=packed_cpu
 VNNI = PackedBackend("vnni", packed_vnni.logits, packed_vnni.sums, attention=packed_vnni.attention)
 
 
-def packed_backend(x: Tensor, rows: int) -> PackedBackend:
-    """What reads the blocks of a bundle for so many queries or weights, of which x is one: gradients need PyTorch."""
-    if x.requires_grad or (x.device.type == "cpu" and rows > _ROWS):
+def packed_backend(x: Tensor, rows: int, name: BackendName | None = None) -> PackedBackend:
+    """What reads the blocks of a bundle for `rows` queries or weights, of which x is one: gradients need PyTorch.
+
+    `name`: the backend to use; None chooses. Raises `CodecError` where the backend that is named cannot be used.
+    """
+    if x.requires_grad:
         return REFERENCE
+    if name is not None:
+        return _named(name, x.device)
     if x.device.type == "cpu":
-        return VNNI if packed_vnni.available() else CPU
+        if packed_vnni.unavailable() is None:
+            return VNNI
+        return CPU if rows <= _ROWS else REFERENCE
     return triton_backend(x.device) if x.device.type == "cuda" and find_spec("triton") else REFERENCE
+
+
+def _named(name: BackendName, device: torch.device) -> PackedBackend:
+    if name not in get_args(BackendName):
+        raise CodecError(f"backend {name!r}: choose one of {', '.join(get_args(BackendName))}")
+    needed = {"cpu": "cpu", "vnni": "cpu", "triton": "cuda"}.get(name, device.type)
+    if device.type != needed:
+        raise CodecError(f"backend {name}: it runs on a {needed} device, and the model is on {device}")
+    if name == "vnni" and (why := packed_vnni.unavailable()):
+        raise CodecError(f"backend vnni: {why}")
+    if name == "triton":
+        if not find_spec("triton"):
+            raise CodecError("backend triton: the package triton is not installed: pip install 'eigencache[triton]'")
+        return triton_backend(device)
+    return {"reference": REFERENCE, "cpu": CPU, "vnni": VNNI}[name]
 
 
 @cache

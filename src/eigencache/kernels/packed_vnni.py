@@ -1,16 +1,11 @@
 """`packed_vnni.c`: built once by the machine's C compiler where the processor has AVX-512 VNNI, and called from here.
 
-The library is kept in the user's cache folder, under a name that changes with the source.
+`compiled.py` keeps the library in the user's cache folder.
 """
 
 import ctypes
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 
+from eigencache.kernels.compiled import CompilationError, load
 from eigencache.kernels.reference import BLOCK, Asked, Held, Widths, bundles_of, most_coefficients
 
 _LOG = logging.getLogger(__name__)
@@ -25,13 +21,6 @@ _SOURCES = Path(__file__).with_suffix(".c"), Path(__file__).with_suffix(".h")
 _FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma")
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES))
 _LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")  # threads are those of PyTorch's OpenMP, which is loaded already
-
-
-@cache
-def available() -> bool:
-    """Whether processor and compiler are there; the first call builds the library."""
-    has = binding.get_host_cpu_features()
-    return all(has.get(feature, False) for feature in _FEATURES) and _library() is not None
 
 
 def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
@@ -58,10 +47,8 @@ def attention(held: Held, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     parts = -(-threads // items)  # of every storage, where there are fewer bundles than threads
     tops = torch.full((parts, batch, bundles, rows), -torch.inf)
     totals, found = torch.zeros(tops.shape), torch.zeros(*tops.shape, most)
-    codes = [
-        (_Codes * len(held.keys))(*(_described(x, w) for x in xs))
-        for xs, w in zip((held.keys, held.values), held.widths, strict=True)
-    ]
+    described = [[_described(x, w) for x in xs] for xs, w in zip((held.keys, held.values), held.widths, strict=True)]
+    codes = [(_Codes * len(held.keys))(*one) for one in described]  # copies, which own nothing: `described` does
     rest = [
         None if x is None else x.float().contiguous()
         for x in (asked.others, asked.constant, asked.turned and asked.turned.logits())
@@ -106,41 +93,40 @@ class _Attention(ctypes.Structure):
 def _described(packed: Tensor, widths: tuple[Widths, ...]) -> _Codes:
     if packed.stride(2) != 1:
         raise ValueError("bytes of a block that do not lie side by side")
-    strides, bundles = packed.stride()[:2], bundles_of(widths).data_ptr()
-    return _Codes(packed.data_ptr(), *strides, packed.shape[1], bundles, most_coefficients(widths))
+    bundles = bundles_of(widths)
+    codes = _Codes(packed.data_ptr(), *packed.stride()[:2], packed.shape[1], bundles.data_ptr(), most_coefficients(widths))
+    codes.owners = packed, bundles  # an address alone does not keep what it is the address of
+    return codes
 
 
 def _of_items(name: str, packed: Tensor, widths: tuple[Widths, ...], given: Tensor, found: Tensor) -> None:
     batch, bundles, rows = given.shape[:3]
     sizes = (ctypes.c_int64(x) for x in (batch * bundles, bundles, rows))
     tensors = (ctypes.c_void_p(x.data_ptr()) for x in (given, found))
-    _call(name, ctypes.byref(_described(packed, widths)), *sizes, *tensors, ctypes.c_int64(torch.get_num_threads()))
+    codes = _described(packed, widths)
+    _call(name, ctypes.byref(codes), *sizes, *tensors, ctypes.c_int64(torch.get_num_threads()))
 
 
 def _call(name: str, *given: Any) -> None:
-    library = _library()
-    assert library is not None
-    if library[name](*given):
+    if _library()[name](*given):
         raise MemoryError(f"{name}: no memory for a thread's working space")
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """Built if need be; None without a compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    known = sha256(b"".join(source.read_bytes() for source in _SOURCES) + " ".join(_FLAGS + _LIBRARIES).encode())
-    name = f"packed-{known.hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eigencache"
+def unavailable() -> str | None:
+    """Why the kernels cannot be used here; None where they can. The first call builds the library, or warns."""
+    has = binding.get_host_cpu_features()
+    if lacking := [feature for feature in _FEATURES if not has.get(feature, False)]:
+        return f"this CPU has no {', '.join(lacking)}"
     try:
-        if not (folder / name).exists():
-            if compiler is None:
-                return None
-            folder.mkdir(parents=True, exist_ok=True)
-            _LOG.warning("compiling the kernels of the live cache for this CPU, once")
-            with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be building the same
-                built = Path(own) / name
-                subprocess.run([compiler, *_FLAGS, "-o", built, _SOURCES[0], *_LIBRARIES], check=True, capture_output=True)
-                built.replace(folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        _library()
+    except CompilationError as error:
+        _LOG.warning("the compiled kernels of the live cache cannot be used, slower portable ones are: %s", error)
+        return str(error)
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Raises `CompilationError` where it can be neither found nor built."""
+    return load(_SOURCES, _FLAGS, _LIBRARIES)
