@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from eigencache.codec.turning import Turning
 from eigencache.geometry import geometry_from_config
 from eigencache.kernels.reference import GROUP, Widths
 from eigencache.models.compressed import CompressedCache
-from eigencache.models.compressed_layer import CompressedLayer
+from eigencache.models.compressed_layer import CompressedLayer, updated
 from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from tiny_models import VOCAB, tiny
@@ -33,6 +34,9 @@ def long_model(name: str) -> PreTrainedModel:
         if learned and child is not model.get_input_embeddings():
             more = child.weight.repeat(5, 1)[: 256 + child.num_embeddings - positions]  # type: ignore[operator]
             child.weight, child.num_embeddings = nn.Parameter(more.detach()), len(more)
+        if isinstance(table := getattr(child, "embed_positions", None), torch.Tensor):  # rotations by position
+            make = sys.modules[type(child).__module__].create_sinusoidal_positions
+            child.embed_positions = make(256, table.shape[1])
     return model
 
 
@@ -101,6 +105,8 @@ class _Unpacked(CompressedLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         windows = super().update(key_states, value_states)
+        updated.set(None)  # plain attention reads what comes back
+        self.entered = 0
         positions, found = self._positions(0, self.blocks), []
         for slot, (heads, window) in enumerate(zip(self.heads, windows, strict=True)):
             sinks = [] if self.sinks is None else [self.sinks[slot].to(window.dtype)]
@@ -111,11 +117,10 @@ class _Unpacked(CompressedLayer):
 
 
 def unpacked_cache(model: PreTrainedModel, codec: LiveCodec) -> CompressedCache:
-    """The same bytes for the model's own attention, which `eager` is from then on; compact its layers after every pass."""
+    """The same bytes for plain attention; compact its layers after every pass."""
     cache = CompressedCache(model, codec)
     for layer in cache.compressed_layers:
         layer.__class__ = _Unpacked
-    model.set_attn_implementation("eager")
     return cache
 
 

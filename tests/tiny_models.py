@@ -113,7 +113,7 @@ def _config(model_type: str, settings: dict[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**copy.deepcopy(COMMON | settings))
 
 
-def _build(model_type: str, model_class: str, settings: dict[str, Any]) -> PreTrainedModel:
+def built(model_type: str, model_class: str, settings: dict[str, Any]) -> PreTrainedModel:
     """Build, seed and randomise one model, in float32 and evaluation mode."""
     config = _config(model_type, settings)
     factory = getattr(transformers, model_class)
@@ -128,7 +128,7 @@ def _build(model_type: str, model_class: str, settings: dict[str, Any]) -> PreTr
 def _add(name: str, model_type: str | None = None, /, model_class: str = "AutoModelForCausalLM", **settings: Any) -> None:
     """Register one architecture under a name; the model type defaults to the name."""
     _MODEL_TYPES[name] = model_type or name
-    _BUILDERS[name] = functools.partial(_build, model_type or name, model_class, settings)
+    _BUILDERS[name] = functools.partial(built, model_type or name, model_class, settings)
 
 
 # Learned positions, ALiBi and the older fused layouts

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.container import Reader
@@ -17,9 +21,11 @@ from eigencache.corpora.text import Document, Text, read_text
 from eigencache.errors import CodecError, LayerError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.belonging import check_belongs
-from eigencache.models.compressed import CompressedCache, compressed
+from eigencache.models.compressed import CompressedCache
+from eigencache.models.compressed_context import compressed
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
 from eigencache.models.stored import cache_holding, cached_of, first_position
+from eigencache.modes import own_modes
 from eigencache.records import ProbeRecord, Spectrum
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.eigen_targets import CONTEXT
@@ -56,11 +62,23 @@ def probe(
     `tokens`: how many to use at most, None for all. `max_length`: tokens per sequence, by default 512 or what the
     model has positions for. Raises the errors of `eigencache.errors`.
     """
-    loaded = _loaded(model, tokenizer)
-    source = read_text(text) if isinstance(text, str) else _documents(text)
-    sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
-    extra = {} if on_progress is None else {"on_progress": on_progress}
-    return Probe(probe_model(loaded, sequences, settings, **extra))
+    with own_modes(), _evaluating(model):
+        loaded = _loaded(model, tokenizer)
+        source = read_text(text) if isinstance(text, str) else _documents(text)
+        sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
+        extra = {} if on_progress is None else {"on_progress": on_progress}
+        return Probe(probe_model(loaded, sequences, settings, **extra))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """A model that was in training mode is so again afterwards, each of its modules."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
@@ -188,19 +206,20 @@ def fit(
     token that may be lost); without any, `max_nll` 0.01. `live`: fit the codec of a live cache as well, for the same
     loss or as the goal says. Raises the errors of `eigencache.errors`.
     """
-    loaded = _loaded(model, tokenizer)
-    source = read_text(text) if isinstance(text, str) else _documents(text)
-    sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
-    fitted = fit_codec(
-        loaded,
-        sequences,
-        settings or EigenSettings(),
-        Goal.of(bits, ratio, max_nll),
-        context=context,
-        live=live if isinstance(live, LiveGoal) else LiveGoal(max_nll=max_nll) if live else None,
-        on_progress=on_progress,
-    )
-    return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, fitted.live and fitted.live.codec)
+    with own_modes(), _evaluating(model):
+        loaded = _loaded(model, tokenizer)
+        source = read_text(text) if isinstance(text, str) else _documents(text)
+        sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
+        fitted = fit_codec(
+            loaded,
+            sequences,
+            settings or EigenSettings(),
+            Goal.of(bits, ratio, max_nll),
+            context=context,
+            live=live if isinstance(live, LiveGoal) else LiveGoal(max_nll=max_nll) if live else None,
+            on_progress=on_progress,
+        )
+        return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, fitted.live and fitted.live.codec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +236,10 @@ class CacheCodec:
 
         Raises `CodecError` for several rows (encode each by itself), padding being unknown to a cache.
         """
+        with own_modes(), torch.no_grad():
+            return self._encode(cache)
+
+    def _encode(self, cache: Any) -> bytes:
         cached = cached_of(cache)
         if (rows := len(next(iter(cached.values()))[0])) != 1:
             raise CodecError(f"a cache of {rows} rows: encode them one by one, each without padding")
@@ -230,9 +253,10 @@ class CacheCodec:
         bytes.
         """
         header = Reader(blob).header
-        cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
-        span = range(header.tokens)[tokens]
-        return cache_holding(self.loaded.model, cached, header.start + span.start, len(span))
+        with own_modes(), torch.no_grad():
+            cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
+            span = range(header.tokens)[tokens]
+            return cache_holding(self.loaded.model, cached, header.start + span.start, len(span))
 
     def save(self, folder: str | Path) -> None:
         """Write the codec into a folder, whole or not at all. Raises `CodecError` for one that was itself loaded."""

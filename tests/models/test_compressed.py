@@ -1,5 +1,7 @@
 """The live cache is read like an ordinary one in every architecture and every way of decoding, and holds what it says."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -8,8 +10,8 @@ from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed import CompressedCache
-from eigencache.models.compressed_attention import use_compressed_attention
-from live_codecs import fine_codec, long_ids, long_model, unpacked_cache, with_means
+from eigencache.models.compressed_attention import require_compressed_attention
+from live_codecs import LONG, fine_codec, long_ids, long_model, unpacked_cache, with_means
 from tiny_models import NO_CACHE_NAMES, NO_RETURNED_CACHE_NAMES, available
 
 NAMES = [name for name in available() if name not in NO_CACHE_NAMES + NO_RETURNED_CACHE_NAMES]
@@ -53,7 +55,7 @@ def agree(name: str, codec: LiveCodec, ids: torch.Tensor) -> CompressedCache:
 def test_attention_reads_the_packed_past_in_every_architecture_that_is_not_refused(name: str) -> None:
     model, ids = long_model(name), long_ids()
     try:
-        use_compressed_attention(model)
+        require_compressed_attention(model)
         codec = fine_codec(model)
         CompressedCache(model, codec)
     except UnsupportedArchitectureError as error:
@@ -235,17 +237,73 @@ def test_what_a_sliding_window_has_left_behind_is_dropped() -> None:
 # Refusals
 
 
-def test_attention_that_does_not_read_the_cache_is_noticed() -> None:
-    model, ids = long_model("llama"), long_ids()
+def test_the_model_of_another_cache_is_refused_in_the_same_pass_and_nothing_is_lost() -> None:
+    model, other, ids = long_model("llama"), copy.deepcopy(long_model("llama")), long_ids()
     cache = CompressedCache(model, fine_codec(model))
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            model(input_ids=ids[:, :100], past_key_values=cache, use_cache=True)
-            with pytest.raises(CodecError, match="layer 0: its attention did not read the cache"):
-                model(input_ids=ids[:, 100:101], past_key_values=cache, use_cache=True)
-    finally:
-        model.set_attn_implementation("eigencache")
+    with torch.no_grad():
+        model(input_ids=ids[:, :100], past_key_values=cache, use_cache=True)
+        with pytest.raises(CodecError, match="layer 0: its attention did not read the compressed cache, which was made for"):
+            other(input_ids=ids[:, 100:101], past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 100
+        keep = CompressedCache(other, fine_codec(other))
+        with pytest.raises(CodecError, match="was made for another model: make a CompressedCache for this one"):
+            other(input_ids=ids[:, 100:101], past_key_values=cache, use_cache=True)
+        found = model(input_ids=ids[:, 100:], past_key_values=cache, use_cache=True).logits
+        assert distance(found, model(input_ids=ids).logits[:, 100:]) < 3e-2
+        assert keep.get_seq_length() == 0 and cache.get_seq_length() == LONG
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_switched_in_passes_with_a_live_cache_and_in_no_others(attention: str) -> None:
+    model, ids = copy.deepcopy(long_model("llama")), long_ids()
+    model.set_attn_implementation(attention)
+    hooks = len(model._forward_pre_hooks)
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_attentions=attention == "eager")
+        cache = CompressedCache(model, fine_codec(model))
+        found = [
+            model(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 150), (150, LONG))
+        ]
+        assert distance(torch.cat(found, 1), expected.logits) < 3e-2
+        assert model.config._attn_implementation == attention
+        if attention == "eager":
+            assert model(input_ids=ids, output_attentions=True).attentions[0].equal(expected.attentions[0])
+        with pytest.raises(CodecError, match="output_attentions=True: a compressed cache gives no attention weights"):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, output_attentions=True)
+        assert model.config._attn_implementation == attention and cache.get_seq_length() == LONG
+    del cache
+    assert len(model._forward_pre_hooks) == hooks and "prepare_inputs_for_generation" not in vars(model)
+
+
+def test_a_copy_shares_the_codec_and_goes_on_by_itself() -> None:
+    model, ids = long_model("llama"), long_ids()
+    cache = CompressedCache(model, fine_codec(model, sinks=4))
+    with torch.no_grad():
+        model(input_ids=ids[:, :150], past_key_values=cache, use_cache=True)
+        copied = copy.deepcopy(cache)
+        assert copied.codec is cache.codec and copied.nbytes == cache.nbytes
+        for one, other in zip(copied.compressed_layers, cache.compressed_layers, strict=True):
+            assert all(a is b for a, b in zip(one.heads, other.heads, strict=True))
+        first = model(input_ids=ids[:, 150:], past_key_values=copied, use_cache=True).logits
+        assert (cache.get_seq_length(), copied.get_seq_length()) == (150, LONG)
+        assert model(input_ids=ids[:, 150:], past_key_values=cache, use_cache=True).logits.equal(first)
+
+
+@pytest.mark.parametrize("what", ["forward", "model"])
+def test_a_compiled_model_reads_packed_blocks(what: str) -> None:
+    model, ids = copy.deepcopy(long_model("llama")), long_ids(1)
+    expected = model(input_ids=ids).logits.detach()
+    codec, compiled = fine_codec(model), model
+    if what == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    cache, found = CompressedCache(compiled, codec), []
+    with torch.no_grad():
+        for a, b in ((0, 150), (150, 151), (151, 152), (152, LONG)):
+            found.append(compiled(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+    assert cache.compressed_layers[0].blocks == 3
+    assert distance(torch.cat(found, 1), expected) < 3e-2
 
 
 def test_the_codec_of_another_model_is_refused() -> None:

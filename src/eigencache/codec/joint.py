@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eigencache.errors import CodecError
+from eigencache.modes import own_modes
 from eigencache.spectral.metric import block_product
 
 _DEPENDENT = 1e-3  # of the largest pivot of D M Dᵀ = I, which rounding to float16 changes by a thousandth
@@ -81,7 +82,7 @@ class JointTransform:
     @cached_property
     def _encoders(self) -> list[Tensor]:
         """(D M Dᵀ)⁻¹ D M of every basis [r, columns]: least squares on the rows as they are stored, in the metric."""
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+        with own_modes(), torch.no_grad():
             return [self._encoder(basis) for basis in self.bases]
 
     def _encoder(self, basis: Basis) -> Tensor:

@@ -7,6 +7,7 @@ within E and D. Attention never makes x̂: queries go to D q, and sums of intege
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from eigencache.codec.turning import Turning
 from eigencache.errors import CodecError
 from eigencache.kernels.packed import PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Widths, largest_integers, unpack
+from eigencache.modes import own_modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class PackedHeads:
     turning: Turning | None = None
     six: tuple[int, ...] = ()
     _known: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False)  # by backend
+    _moved: dict[torch.device, "PackedHeads"] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def bits(self) -> int:
@@ -46,9 +49,20 @@ class PackedHeads:
         yield from self.turning.tensors() if self.turning else ()
 
     def to(self, device: str | torch.device) -> "PackedHeads":
-        """The same where the cache is."""
-        encoder, decoder, mean = (t.to(device) for t in (self.encoder, self.decoder, self.mean))
-        return PackedHeads(self.widths, encoder, decoder, mean, self.turning and self.turning.to(device), self.six)
+        """The same where the cache is: itself, or one copy for each other device, which all caches there share."""
+        device = torch.empty(0, device=device).device  # with its index
+        if self.decoder.device == device:
+            return self
+        if device not in self._moved:
+            with own_modes():
+                encoder, decoder, mean = (t.to(device) for t in (self.encoder, self.decoder, self.mean))
+                turning = self.turning and self.turning.to(device)
+            self._moved[device] = PackedHeads(self.widths, encoder, decoder, mean, turning, self.six)
+        return self._moved[device]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedHeads":
+        """Itself: nothing of it changes, and a copied cache has the same codec."""
+        return self
 
     def require(self, x: Tensor, layer_idx: int) -> None:
         """Raises `CodecError` where x [batch, heads, tokens, dim] has other heads than these."""
@@ -79,7 +93,7 @@ class PackedHeads:
     @cached_property
     def offset(self) -> Tensor:
         """What integers of zero stand for, less the turning [heads, dim]: μ − Dᵀ c."""
-        with torch.inference_mode(False), torch.no_grad():
+        with own_modes(), torch.no_grad():
             centres = largest_integers(self.widths).to(self.decoder) / 2
             return self.mean - (centres[:, None, None] @ self._decoders(None)).flatten(0, 2)
 
@@ -101,7 +115,7 @@ class PackedHeads:
         """D [bundles, heads of a bundle, most, dim], of planes where a backend reads those."""
         name = "" if backend is None or backend.planes is None else backend.name
         if name not in self._known:
-            with torch.inference_mode(False), torch.no_grad():  # what is kept serves passes of any kind
+            with own_modes(), torch.no_grad():  # what is kept serves passes of any kind
                 planes = backend.planes(self.widths).to(self.decoder.device) if name else None  # type: ignore[union-attr, misc]
                 decoder = self.decoder if planes is None else planes.mT @ self.decoder
                 self._known[name] = decoder.unflatten(-1, (-1, self.mean.shape[1])).transpose(1, 2)

@@ -1,42 +1,42 @@
 """The live cache: a transformers cache whose past is bit-packed and is never unpacked to be attended to.
 
-`CompressedCache` goes where a `DynamicCache` goes; `compressed` makes it the model's own for a whole program.
+`CompressedCache` goes where a `DynamicCache` goes; `compressed_context.py` makes it the model's own for a whole program.
 """
 
-import functools
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from eigencache.codec.base import storage_bytes
 from eigencache.codec.live import LiveCodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
-from eigencache.kernels.packed import packed_backend
-from eigencache.models.compressed_attention import NAME, use_compressed_attention
+from eigencache.kernels.packed import BackendName, packed_backend
+from eigencache.models.cache_keyword import innermost
+from eigencache.models.compressed_attention import require_compressed_attention
 from eigencache.models.compressed_layer import CompressedLayer
+from eigencache.models.compressed_passes import watch
 from eigencache.models.quantized_cache import tensors_of
-
-_WATCHED: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # models and their hooks
 
 
 class CompressedCache(DynamicCache):
     """`model.generate(**inputs, past_key_values=CompressedCache(model, codec))`: the past bit-packed, for any decoding.
 
-    The model's attention goes through this package from then on; other caches are served as before. A pass that breaks off,
-    for memory or for NaN, leaves a cache that holds what it held before: packed tokens may come back as unpacked. Raises
-    `UnsupportedArchitectureError` for a model whose keys and values are held in another way, or its attention called, and
-    `CodecError` for the codec of another model. `codec`: a `LiveCodec`, or what `eigencache.fit(..., live=True)` gives.
+    In passes with this cache the model's attention goes through this package, in others through its own. A pass that breaks
+    off, for memory or for NaN, leaves a cache that holds what it held before: packed tokens may come back as unpacked.
+
+    `model`: a transformers model, or one inside of PEFT or `torch.compile`. `codec`: a `LiveCodec`, or what
+    `eigencache.fit(..., live=True)` gives. `backend`: what reads packed blocks (`kernels/packed.py`); None: the fastest.
+    Raises `UnsupportedArchitectureError` for a model whose keys and values are held in another way, or its attention
+    called, and `CodecError` for the codec of another model and for a backend that cannot be used.
     """
 
-    def __init__(self, model: PreTrainedModel, codec: Any) -> None:
+    def __init__(self, model: Any, codec: Any, *, backend: BackendName | None = None) -> None:
+        model = innermost(model)
         super().__init__(config=model.config)
         self.codec = codec = live_codec(codec)
         if shared := [module.layer_idx for module in model.modules() if getattr(module, "is_kv_shared_layer", False)]:
@@ -44,7 +44,8 @@ class CompressedCache(DynamicCache):
                 f"{model.config.model_type}: layers {shared} attend to what other layers cache: a live cache holds keys and "
                 "values, or MLA latents, for the layer they come from"
             )
-        found = {}
+        found, self._owner = {}, object()
+        self._backend: BackendName | None = backend
         for layer_idx, layer in enumerate(self.layers):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 if hasattr(layer, "update"):
@@ -55,17 +56,39 @@ class CompressedCache(DynamicCache):
                 continue
             if layer_idx in codec.layers:
                 window = getattr(layer, "sliding_window", None)
-                found[layer_idx] = CompressedLayer(layer_idx, codec.layers[layer_idx], codec.sinks, codec.window, window)
+                found[layer_idx] = CompressedLayer(
+                    layer_idx, codec.layers[layer_idx], codec.sinks, codec.window, window, backend=backend, owner=self._owner
+                )
         if other := sorted(codec.layers.keys() - found.keys()):
             raise CodecError(f"layers {other}: the model caches none there, this codec was fitted on another model")
         for layer_idx, layer in found.items():
             self.layers[layer_idx] = layer
         for layer in [layer for layer in found.values() if layer.turns][1:]:
             layer.watches_positions = False  # they are those of the first
-        packed_backend(torch.empty(0, device=model.device), 1)  # compiled or looked at now, not in the middle of a text
-        use_compressed_attention(model)
+        require_compressed_attention(model)
+        self._device = model.device
+        self.backend  # noqa: B018 - compiled, looked at or refused now, not in the middle of a text
         self._pass: tuple[nn.Module, list[int]] | None = None  # whose it is, and tokens of compressed layers before it
-        _watch(model)
+        self._model = ref(model)
+        watch(model, self)
+
+    @property
+    def backend(self) -> BackendName:
+        """What reads packed blocks for a few queries (`kernels/packed.py`)."""
+        return packed_backend(torch.empty(0, device=self._device), 1, self._backend).name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedCache":
+        """A cache of its own with the same tokens; the codec, which is held once, is shared."""
+        memo[id(self.codec)] = self.codec
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied._owner, model = object(), self._model()
+        for layer in copied.compressed_layers:
+            layer.owner = copied._owner
+        if model is not None:
+            watch(model, copied)
+        return copied
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -103,34 +126,16 @@ class CompressedCache(DynamicCache):
         for layer, length in zip(self.compressed_layers, self._pass[1], strict=True) if failed else ():
             layer.crop(min(0, length - layer.get_seq_length()))
         self._pass = None
+        if unread := [layer for layer in self.compressed_layers if layer.entered]:
+            raise CodecError(
+                f"layer {unread[0].layer_idx}: its attention did not read the compressed cache: the model's attention was "
+                "replaced in the middle of a pass"
+            )
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         found = [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
         others = [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
         return found + [("states", t) for layer in others for held in vars(layer).values() for t in tensors_of(held)]
-
-
-def _watch(model: PreTrainedModel) -> None:
-    """Let caches know where passes through a model begin and end."""
-    if model not in _WATCHED:
-        modules = {model, model.base_model}
-        begins = [module.register_forward_pre_hook(_before, with_kwargs=True) for module in modules]
-        ends = [module.register_forward_hook(_after, with_kwargs=True, always_call=True) for module in modules]
-        _WATCHED[model] = begins + ends
-
-
-def _before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    for cache in _caches_in(args, given):
-        cache.begin_pass(module)
-
-
-def _after(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
-    for cache in _caches_in(args, given):
-        cache.end_pass(module, failed=output is None)
-
-
-def _caches_in(args: tuple[Any, ...], given: Mapping[str, Any]) -> list[CompressedCache]:
-    return [x for x in (*args, *given.values()) if isinstance(x, CompressedCache)]
 
 
 def live_codec(codec: Any) -> LiveCodec:
@@ -139,73 +144,3 @@ def live_codec(codec: Any) -> LiveCodec:
     if not isinstance(found, LiveCodec):
         raise CodecError("this codec has no part for a live cache: fit it with `--live` (fit(..., live=True) in Python)")
     return found
-
-
-def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Arguments by name, those of `**kwargs` among them."""
-    return bound.arguments | bound.arguments.get("kwargs", {})
-
-
-def _require_no_other(model: PreTrainedModel, named: Mapping[str, Any]) -> None:
-    """Raises `CodecError` where arguments of `generate` or a generation configuration ask for another cache."""
-    found = named.get("cache_implementation")
-    if "cache_implementation" not in named:
-        configs = named.get("generation_config"), model.generation_config
-        found = next((own for one in configs if (own := getattr(one, "cache_implementation", None)) is not None), None)
-    if found not in (None, "hybrid"):  # which transformers itself takes for none
-        raise CodecError(
-            f"cache_implementation={found!r} is another cache than the compressed one, which grows by packed blocks: "
-            "leave it out, or generate outside of `with eigencache.compressed(...)`"
-        )
-
-
-@contextmanager
-def compressed(model: PreTrainedModel, codec: Any) -> Iterator[PreTrainedModel]:
-    """Inside, `model.generate(...)` and `model(..., use_cache=True)` without a cache of one's own make compressed ones.
-
-    Afterwards the model is as it was, whatever happened. Raises what `CompressedCache` raises, before anything else.
-    `generate` raises `CodecError` where `cache_implementation` asks for another cache: static, offloaded, quantized, paged.
-    """
-    own = vars(model).get("generate")
-    before, generate = model.config._attn_implementation, model.generate
-    signature = inspect.signature(model.forward)
-
-    def wanted(given: Mapping[str, Any]) -> bool:
-        """Whether a cache is to be made: none is given, and one is used."""
-        used, config = given.get("use_cache"), given.get("generation_config")
-        if used is None:
-            used = getattr(config, "use_cache", None) if config is not None else model.config.use_cache
-        return given.get("past_key_values") is None and used is not False
-
-    def with_cache(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        bound = signature.bind_partial(*args, **given)
-        if wanted(_named(bound)):
-            bound.arguments["past_key_values"] = CompressedCache(model, codec)
-            return bound.args, bound.kwargs
-        return args, given
-
-    @functools.wraps(generate)  # type: ignore[arg-type]
-    def generate_with_cache(*args: Any, **given: Any) -> Any:
-        named = _named(inspect.signature(generate).bind_partial(*args, **given))  # type: ignore[arg-type]
-        makes = wanted(named)
-        if makes or isinstance(named.get("past_key_values"), CompressedCache):
-            _require_no_other(model, named)
-        if makes:
-            given["past_key_values"] = CompressedCache(model, codec)
-            given |= {"use_cache": True} if "use_cache" in given else {}  # with None transformers reads all again each step
-        return generate(*args, **given)  # type: ignore[operator]
-
-    CompressedCache(model, codec)
-    hook = model.register_forward_pre_hook(with_cache, with_kwargs=True)
-    model.generate = generate_with_cache  # type: ignore[method-assign]
-    try:
-        yield model
-    finally:
-        hook.remove()
-        if own is None:
-            del model.generate
-        else:
-            model.generate = own  # type: ignore[method-assign]
-        model.set_attn_implementation(before or "eager")
-        for handle in () if before == NAME else _WATCHED.pop(model, ()):
-            handle.remove()

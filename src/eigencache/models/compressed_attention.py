@@ -21,26 +21,31 @@ from eigencache.errors import UnsupportedArchitectureError
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_blocks import Partial, block_attention, block_logits, block_sums
 from eigencache.models.compressed_layer import CompressedLayer, updated
+from eigencache.modes import uncompiled
 
 NAME = "eigencache"
 _LOGITS = 2**26  # at a time: more queries wait
 
 
-def use_compressed_attention(model: PreTrainedModel) -> None:
-    """Let the model attend through this module. Raises `UnsupportedArchitectureError` where it cannot."""
-    if model.config._attn_implementation == NAME:
-        return
+def require_compressed_attention(model: PreTrainedModel) -> None:
+    """Raises `UnsupportedArchitectureError` for a model that cannot attend through this module."""
     if model.config.is_encoder_decoder:
         raise UnsupportedArchitectureError(f"{model.config.model_type}: encoder and decoder: a live cache serves decoders")
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    configs = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+    before = [config._attn_implementation for config in configs]
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    taken = model.config._attn_implementation == NAME
+    for config, own in zip(configs, before, strict=True):
+        config._attn_implementation_internal = own
+    if not taken:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: its attention cannot be replaced (it does not use transformers' AttentionInterface)"
         )
 
 
+@uncompiled
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -63,9 +68,11 @@ def _attention(
     if softcap is None and s_aux is None and (layer is None or not (layer.blocks or layer.sinks)):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
     else:
-        out = attend(module, layer, query, key, value, attention_mask, scaling, softcap, s_aux)
+        with torch.autocast(query.device.type, enabled=False):
+            out = attend(module, layer, query, key, value, attention_mask, scaling, softcap, s_aux)
     if layer is not None:
-        layer.compact()
+        with torch.autocast(query.device.type, enabled=False):
+            layer.compact()
     return out, None
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.packed import PackedHeads
-from eigencache.kernels.packed import PackedBackend, packed_backend
+from eigencache.kernels.packed import BackendName, PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Asked, Held
 from eigencache.models.compressed_layer import CompressedLayer
 
@@ -32,18 +32,18 @@ def block_attention(
     `visible`: the first packed token that a query sees and the one after the last, [batch, query heads, seq]; None: all.
     """
     heads, (batch, _, seq, _) = layer.heads, queries[0].shape
-    rows, backend = _rows(heads[0], queries[0])
+    rows, backend = _rows(heads[0], queries[0], layer.backend)
     bundles = len(heads[0].widths)
     if backend.attention is None or bundles != len(heads[1].widths):
         return None
-    asking = [(one, _rows(one, q)[0]) for one, q in zip(heads, queries, strict=False)]
+    asking = [(one, _rows(one, q, layer.backend)[0]) for one, q in zip(heads, queries, strict=False)]
     projected = [one.queries(x, backend) for one, x in asking]
     constant, turned = sum((_constant(*one) for one in asking[1:]), _constant(*asking[0])), None
     for one, x in asking:
         if one.turning is not None:  # one of them at most: what is rotated
             turned = one.turning.turned(x, layer.starts(0, layer.blocks)).bundled(bundles)
     seen = None if visible is None else (visible[0].reshape(batch, bundles, -1), visible[1].reshape(batch, bundles, -1))
-    constant, exact = constant.view(batch, bundles, -1), layer.dtype == torch.float32
+    constant, exact = constant.view(batch, bundles, -1), layer.states_dtype == torch.float32
     keys, values = ([chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1))
     top, total, sums = backend.attention(
         Held(keys, values, (heads[0].widths, heads[1].widths)),
@@ -57,7 +57,7 @@ def block_attention(
 def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     """q · k̂ [batch, query heads, seq, tokens] of what is packed in a slot, keys' means and their turning included."""
     heads = layer.heads[slot]
-    rows, backend = _rows(heads, q)
+    rows, backend = _rows(heads, q, layer.backend)
     projected = heads.queries(rows, backend)
     found = [backend.logits(chunk.slot(slot), heads.widths, projected) for chunk in layer.chunks]
     logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).view(*rows.shape[:3], -1)
@@ -70,7 +70,7 @@ def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
 def block_sums(layer: CompressedLayer, slot: int, weights: Tensor) -> Tensor:
     """Σ a x̂ [batch, query heads, seq, dim] of what is packed in a slot, of values or latents."""
     heads = layer.heads[slot]
-    rows, backend = _rows(heads, weights)
+    rows, backend = _rows(heads, weights, layer.backend)
     bundled = rows.reshape(len(rows), len(heads.widths), -1, rows.shape[3])
     parts = bundled.split([BLOCK * chunk.filled for chunk in layer.chunks], -1)
     sums = [backend.sums(chunk.slot(slot), heads.widths, part) for chunk, part in zip(layer.chunks, parts, strict=True)]
@@ -78,10 +78,10 @@ def block_sums(layer: CompressedLayer, slot: int, weights: Tensor) -> Tensor:
     return found.view(*weights.shape[:3], -1)
 
 
-def _rows(heads: PackedHeads, x: Tensor) -> tuple[Tensor, PackedBackend]:
+def _rows(heads: PackedHeads, x: Tensor, backend: BackendName | None) -> tuple[Tensor, PackedBackend]:
     """x [batch, query heads, seq, n] with what belongs to a KV head side by side, and what reads blocks for so many rows."""
     rows = x.reshape(len(x), len(heads.mean), -1, x.shape[3])
-    return rows, packed_backend(x, rows.shape[2] * len(heads.mean) // len(heads.widths))
+    return rows, packed_backend(x, rows.shape[2] * len(heads.mean) // len(heads.widths), backend)
 
 
 def _constant(heads: PackedHeads, rows: Tensor) -> Tensor:

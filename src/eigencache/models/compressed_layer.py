@@ -15,8 +15,10 @@ from transformers.cache_utils import DynamicLayer
 from eigencache.codec.base import sixteen_bit, storage_bytes
 from eigencache.codec.packed import PackedHeads
 from eigencache.errors import CodecError, NonFiniteError
+from eigencache.kernels.packed import BackendName
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_rows import Rows, unpadded
+from eigencache.modes import uncompiled
 
 _GROWTH = 8  # a new storage has room for an eighth of the blocks there are, so that at most that much is empty
 _MOST = 64  # blocks of room in a new storage
@@ -42,15 +44,38 @@ class Chunk:
         self.filled = stop
 
 
+def _require_read(layer: "CompressedLayer") -> None:
+    """Raises `CodecError` where the attention of this layer, or of the one that was updated last, did not read the cache."""
+    last = updated.get()
+    for one in (layer, last if last is not None and last.owner is layer.owner else None):
+        if one is not None and one.entered:
+            updated.set(None)
+            one.crop(-one.entered)
+            raise CodecError(
+                f"layer {one.layer_idx}: its attention did not read the compressed cache, which was made for another model: "
+                "make a CompressedCache for this one"
+            )
+
+
 class CompressedLayer(DynamicLayer):
     """One layer: sinks, chunks of blocks, and the window, which `keys` and `values` are, in 16 bits."""
 
     is_croppable = True
 
     def __init__(
-        self, layer_idx: int, heads: tuple[PackedHeads, PackedHeads], sinks: int, window: int, sliding_window: int | None
+        self,
+        layer_idx: int,
+        heads: tuple[PackedHeads, PackedHeads],
+        sinks: int,
+        window: int,
+        sliding_window: int | None,
+        *,
+        backend: BackendName | None = None,
+        owner: object = None,
     ) -> None:
         super().__init__()
+        self.backend: BackendName | None = backend
+        self.owner = object() if owner is None else owner  # what layers of a cache share
         self.layer_idx, self.heads, self.wanted_sinks, self.least_window = layer_idx, heads, sinks, window
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self.turns = self.watches_positions = any(one.turning for one in heads)
@@ -89,16 +114,22 @@ class CompressedLayer(DynamicLayer):
         for x, heads in zip((key_states, value_states), self.heads, strict=True):
             heads.require(x, self.layer_idx)
         self.heads = tuple(heads.to(key_states.device) for heads in self.heads)  # type: ignore[assignment]
+        self.states_dtype = key_states.dtype
         empty = [x[:, :, :0].to(sixteen_bit(x.dtype)) for x in (key_states, value_states)]
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = empty
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add to the window, which comes back with the new tokens as exact as they came. Attention knows of the rest.
 
         Raises `CodecError` for another batch and where attention did not read the cache, `NonFiniteError` for numbers that
         16 bits do not hold. Nothing is added then, nor when memory runs out.
         """
+        with torch.autocast(key_states.device.type, enabled=False):
+            return self._update(key_states, value_states)
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != len(self.window[0]):
@@ -106,11 +137,7 @@ class CompressedLayer(DynamicLayer):
                 f"the cache holds {len(self.window[0])} sequences, {len(key_states)} are added: "
                 "make a new one for another batch"
             )
-        if self.entered:
-            raise CodecError(
-                f"layer {self.layer_idx}: its attention did not read the cache: use the model inside "
-                "`with eigencache.compressed(model, codec)`, or make the CompressedCache for this model"
-            )
+        _require_read(self)
         new = key_states, value_states
         whole = [torch.cat([held.to(x.dtype), x], 2) for held, x in zip(self.window, new, strict=True)]
         rounded = [self._rounded(slot, x.detach()) for slot, x in enumerate(new)]
