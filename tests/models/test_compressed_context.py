@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -122,6 +124,7 @@ def test_a_cache_from_inside_goes_on_after_the_context(model, codec) -> None:
     assert float((found - expected).abs().max()) < 0.1
 
 
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.18"), reason="Phi-3 forgets its text there")
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_that_reads_everything_again_reads_it_into_the_same_cache(inside: bool) -> None:
     rope = LONGROPE | {"original_max_position_embeddings": 80}

@@ -21,6 +21,7 @@ from eigencache.errors import UnsupportedArchitectureError
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_blocks import Partial, block_attention, block_logits, block_sums
 from eigencache.models.compressed_layer import CompressedLayer, updated
+from eigencache.models.linear_map import is_plain, linear_map
 from eigencache.modes import uncompiled
 
 NAME = "eigencache"
@@ -39,6 +40,9 @@ def require_compressed_attention(model: PreTrainedModel) -> None:
     taken = model.config._attn_implementation == NAME
     for config, own in zip(configs, before, strict=True):
         config._attn_implementation_internal = own
+    for module in model.modules():
+        if hasattr(module, "kv_b_proj") and not is_plain(module.kv_b_proj):
+            Latent(module, module.kv_b_proj.in_features)  # type: ignore[arg-type] # refused now, not in the middle of a text
     if not taken:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: its attention cannot be replaced (it does not use transformers' AttentionInterface)"
@@ -217,9 +221,10 @@ class Blocks(Stretch):
 class Latent:
     """MLA: one latent and one rotary key for all heads, in the slots of keys and values; W_UK and W_UV are absorbed."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, rank: int) -> None:
         self.nope = module.qk_nope_head_dim
-        weight = module.kv_b_proj.weight.unflatten(0, (-1, self.nope + module.v_head_dim))  # type: ignore[union-attr, operator]
+        name = f"layer {module.layer_idx}, kv_b_proj"
+        weight = linear_map(module.kv_b_proj, rank, name)[0].unflatten(0, (-1, self.nope + module.v_head_dim))  # type: ignore[arg-type, operator]
         self.up_keys, self.up_values = weight.split([self.nope, module.v_head_dim], 1)  # type: ignore[list-item]
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +280,9 @@ class LatentBlocks(Blocks):
 def _stretches(module: nn.Module, layer: CompressedLayer | None, key: Tensor, value: Tensor) -> list[Stretch]:
     """Sinks and blocks, where there are any, and the window. The model has expanded MLA's window itself."""
     found: list[Stretch] = []
-    latent = Latent(module) if layer is not None and hasattr(module, "kv_b_proj") else None
+    latent = None
+    if layer is not None and hasattr(module, "kv_b_proj") and (layer.blocks or layer.sinks):
+        latent = Latent(module, layer.window[0].shape[-1])
     if layer is not None and layer.sinks is not None:
         found.append(PlainLatents(*layer.sinks, latent) if latent else Plain(*layer.sinks))
     if layer is not None and layer.chunks:

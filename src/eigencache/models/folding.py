@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from eigencache.codec.pca import PCACodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.geometry import KVGeometry
+from eigencache.models.linear_map import linear_map
 from eigencache.models.outputs import output_projection, output_rows
 from eigencache.spectral.transform import Transform
 
@@ -136,9 +137,9 @@ def _output(projection: nn.Module, rows: Tensor, basis: list[Transform]) -> nn.L
 
 def _after_decoding(up: nn.Module, transform: Transform) -> nn.Linear:
     """kv_b_proj of x̂ = μ + D y, as a layer that takes y."""
-    weight: Tensor = up.weight.detach()  # type: ignore[assignment]
+    weight, own = linear_map(up, len(transform.mean), "kv_b_proj")
+    weight = weight.detach()
     bias = weight @ transform.mean
-    own = getattr(up, "bias", None)
     return _linear(weight @ transform.decoder.mT, bias if own is None else bias + own.detach())
 
 

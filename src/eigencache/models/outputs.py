@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from eigencache.geometry import Layer
+from eigencache.models.linear_map import linear_map
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
@@ -18,6 +19,5 @@ def output_projection(attention: nn.Module) -> tuple[str, nn.Module] | None:
 
 def output_rows(projection: nn.Module, layer: Layer) -> Tensor:
     """W_O per query head [heads, v_head_dim, hidden]: what a head's output is multiplied with."""
-    weight: Tensor = projection.weight.detach()  # type: ignore[union-attr, assignment]
-    rows = weight if hasattr(projection, "nf") else weight.mT  # a Conv1D holds [in, out], a Linear [out, in]
-    return rows.unflatten(0, (layer.num_attention_heads, layer.v_head_dim))
+    weight, _ = linear_map(projection, layer.num_attention_heads * layer.v_head_dim, "the output projection")
+    return weight.detach().mT.unflatten(0, (layer.num_attention_heads, layer.v_head_dim))

@@ -11,6 +11,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.geometry import Layer
 from eigencache.models.capture import Capture, CapturedLayer
+from eigencache.models.linear_map import linear_map
 from eigencache.models.load import LoadedModel
 from eigencache.models.outputs import OUTPUT_PROJECTIONS, output_projection, output_rows
 from eigencache.spectral.metric import lag_averaged
@@ -138,7 +139,7 @@ def latent_metric(attention: nn.Module, layer: Layer, queries: Tensor, outputs: 
     """
     mla = layer.mla
     assert mla is not None
-    up = attention.kv_b_proj.weight.detach().double()  # type: ignore[union-attr]
+    up = linear_map(attention.kv_b_proj, mla.kv_lora_rank, "kv_b_proj")[0].detach().double()  # type: ignore[arg-type]
     nope = mla.qk_nope_head_dim
     keys, values = up.unflatten(0, (layer.num_attention_heads, -1)).split(
         [nope, up.shape[0] // layer.num_attention_heads - nope], 1

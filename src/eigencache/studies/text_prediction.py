@@ -27,7 +27,8 @@ _PLACES = 32  # dimensions in which tokens are told apart
 
 def vocabulary(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rank of every token id [vocabulary], most frequent first, and features by rank [vocabulary, h] float16, centred."""
-    weights = loaded.model.get_input_embeddings().weight.detach().float().cpu()  # type: ignore[union-attr]
+    every = torch.arange(loaded.embedded_ids, device=loaded.device)
+    weights = loaded.model.get_input_embeddings()(every).detach().float().cpu()  # asked: an adapter may sit on it
     counts = torch.bincount(ids, minlength=len(weights))
     order = counts.argsort(descending=True, stable=True)
     share = (counts[order] / counts.sum())[:, None]
