@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from eigencache.geometry import geometry_from_config
 from eigencache.models.belonging import check_belongs
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
+from eigencache.models.identity import fingerprint, state_of
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
 from eigencache.models.stored import cache_holding, cached_of, first_position
 from eigencache.modes import own_modes
@@ -208,6 +209,7 @@ def fit(
     """
     with own_modes(), _evaluating(model):
         loaded = _loaded(model, tokenizer)
+        identity = fingerprint(loaded.model)  # before the work: another model is noticed while it goes on
         source = read_text(text) if isinstance(text, str) else _documents(text)
         sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
         fitted = fit_codec(
@@ -219,7 +221,8 @@ def fit(
             live=live if isinstance(live, LiveGoal) else LiveGoal(max_nll=max_nll) if live else None,
             on_progress=on_progress,
         )
-        return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, fitted.live and fitted.live.codec)
+        live_codec = fitted.live and fitted.live.codec
+        return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, live_codec, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,12 +233,29 @@ class CacheCodec:
     codec: EigenCodec
     fitted: FittedCodec | None = None  # None: it was loaded
     live: LiveCodec | None = None  # for `CompressedCache`
+    identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
+    _states: dict[int, int] = field(init=False, default_factory=dict, repr=False)  # by model: the last that was right
+
+    def require_model(self, model: Any) -> None:
+        """Raises `CodecError` unless `model` is the one that the codec was fitted on, as it was then.
+
+        Cheap while nothing has changed; weights are hashed anew where one was written, or an adapter added or switched.
+        """
+        if self.identity is None or self._states.get(id(model)) == (state := state_of(model)):
+            return
+        if fingerprint(model) != self.identity:
+            raise CodecError(
+                f"the model is not the one that this codec was fitted on: other weights, another configuration, or an "
+                f"adapter that was added, switched or merged since: restore {self.loaded.name}, or fit a codec on this one"
+            )
+        self._states[id(model)] = state
 
     def encode(self, cache: Any) -> bytes:
         """The container of what a model gave as `past_key_values`, batch 1, from position 0 on.
 
         Raises `CodecError` for several rows (encode each by itself), padding being unknown to a cache.
         """
+        self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
             return self._encode(cache)
 
@@ -252,6 +272,7 @@ class CacheCodec:
         positions of what follows to the model yourself. Raises the container's errors for damage and for another codec's
         bytes.
         """
+        self.require_model(self.loaded.model)
         header = Reader(blob).header
         with own_modes(), torch.no_grad():
             cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
@@ -271,10 +292,11 @@ class CacheCodec:
         """The codec in a folder, for the model it was fitted on. Raises `CodecError` for another model or dtype."""
         saved, loaded = load_codec(folder), _loaded(model, tokenizer)
         check_belongs(saved, loaded)
+        identity = fingerprint(loaded.model)
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():
-            return cls(loaded, saved.codec.to(loaded.device))
+            return cls(loaded, saved.codec.to(loaded.device), identity=identity)
         live = load_live(folder)
         check_belongs(live, loaded)
-        return cls(loaded, saved.codec.to(loaded.device), live=live.codec)  # type: ignore[arg-type]
+        return cls(loaded, saved.codec.to(loaded.device), live=live.codec, identity=identity)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from eigencache import Probe, probe
 from eigencache.errors import ModelError, TokenizerMismatchError
-from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, fingerprint, load
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, load
 from known import tiny_loaded
 from tiny_models import tiny
 

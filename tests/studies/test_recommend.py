@@ -12,8 +12,8 @@ import planted_sweeps as planted
 from eigencache.advice import Advice, Budget, ReportRecord
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, CorpusError, ModelError, RecordError, StatisticsError
+from eigencache.models.identity import fingerprint
 from eigencache.models.key_bias import key_biases
-from eigencache.models.load import fingerprint
 from eigencache.quality import Protocol, SweepRecord
 from eigencache.studies.calibrate import Calibration
 from eigencache.studies.candidates import Search, coarse_plans, fine_plans, rank_for, targets_and_scopes

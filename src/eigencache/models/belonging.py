@@ -2,7 +2,8 @@
 
 from eigencache.codec.folder import SavedCodec
 from eigencache.errors import CodecError
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint, fingerprint_before
+from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.spectral.rope import rope_sha256
 
@@ -27,7 +28,7 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
             f"has ({rope[:12]}): load the model with the RoPE it was fitted with, {anew}"
         )
     found = fingerprint(loaded.model)
-    if found != origin.model_sha256:
+    if origin.model_sha256 not in (found, fingerprint_before(loaded.model)):
         raise CodecError(
             f"{saved.folder}: fitted on {origin.model} ({origin.model_sha256[:12]}), this is {loaded.name} ({found[:12]}), "
             f"other weights or another configuration: load the model it was fitted on, {anew}"

@@ -38,6 +38,8 @@ class CompressedCache(DynamicCache):
     def __init__(self, model: Any, codec: Any, *, backend: BackendName | None = None) -> None:
         model = innermost(model)
         super().__init__(config=model.config)
+        if hasattr(codec, "require_model"):  # a `CacheCodec`, which knows its model
+            codec.require_model(model)
         self.codec = codec = live_codec(codec)
         if shared := [module.layer_idx for module in model.modules() if getattr(module, "is_kv_shared_layer", False)]:
             raise UnsupportedArchitectureError(

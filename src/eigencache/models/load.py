@@ -4,8 +4,6 @@ Every way in ends in `transformers`' own `from_pretrained`; what is added are th
 and the refusal of checkpoints that leave weights at random values (a probe of those would be a fiction).
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,8 +25,6 @@ from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
 
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
-_SAMPLE = 4096  # numbers of each weight that enter the fingerprint
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # where it lies, and what read it
 
 
 @dataclass(frozen=True)
@@ -158,19 +154,6 @@ def with_evidence(geometry: KVGeometry, model: PreTrainedModel) -> KVGeometry:
                 }
             )
     return geometry
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of the configuration and of up to 4,096 numbers of every weight: two models alike are one model."""
-    text = model.config.to_json_string(use_diff=False)
-    config = json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if k not in _NOT_THE_MODEL})
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].cpu()
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _source(spec: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.prefix import check_positions
 from eigencache.evaluate.retrieval import evaluate_retrieval
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.quality import BenchPoint, BenchRecord, Divergence, EqualLoss, Protocol, Retrieval
 from eigencache.studies.frontier import Curve, crossing, missing

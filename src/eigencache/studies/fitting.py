@@ -10,7 +10,8 @@ from eigencache.codec.card import CodecOrigin, EigenCardSettings, Expected, Live
 from eigencache.codec.pca import PCACodec
 from eigencache.corpora.overlap import sketch
 from eigencache.corpora.sequences import Sequences
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.records import Run
 from eigencache.spectral.rope import Rotation, rope_sha256

@@ -12,7 +12,8 @@ import torch
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.capture import Capture
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import LoadedModel
 from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
 from eigencache.studies.accumulate import Accumulator, shapes_of

@@ -9,7 +9,8 @@ from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
 from eigencache.evaluate.summary import summarise
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import LoadedModel
 from eigencache.quality import Protocol, Quality, SequenceLoss
 from eigencache.records import Corpus
 from eigencache.studies.gather import Progress, silent

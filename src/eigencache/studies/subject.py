@@ -5,7 +5,8 @@ from pathlib import Path
 
 from eigencache.advice import ReportRecord
 from eigencache.errors import ModelError, RecordError
-from eigencache.models.load import LoadedModel, fingerprint
+from eigencache.models.identity import fingerprint
+from eigencache.models.load import LoadedModel
 from eigencache.quality import SweepRecord
 from eigencache.records import ProbeRecord
 

@@ -1,0 +1,121 @@
+"""A model's hash is of all that its cache depends on and of nothing else; a change is noticed at the next use."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from eigencache.api import CacheCodec
+from eigencache.errors import CodecError
+from eigencache.models.identity import _sample, fingerprint, fingerprint_before, state_of
+from known import bundled
+from tiny_models import tiny
+
+
+@pytest.fixture
+def model() -> Any:
+    return copy.deepcopy(tiny("llama"))
+
+
+@pytest.mark.parametrize("shape", [(4096, 256), (128, 48), (7,), (), (192, 576), (3, 5, 8), (50, 11_008)])
+def test_every_row_and_column_of_a_weight_is_seen(shape: tuple[int, ...]) -> None:
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
+    seen = _sample(places)
+    for size in (torch.Size(shape[i:]).numel() for i in range(1, len(shape))):
+        assert len(torch.unique(seen % size if size == shape[-1] else seen)) >= min(size, len(seen))
+    if len(shape) == 2:
+        assert len(torch.unique(seen % shape[1])) == shape[1]
+        assert len(torch.unique(seen // shape[1])) == min(shape[0], len(seen))
+
+
+@pytest.mark.parametrize("name", ["ref-llama", "ref-gpt2", "ref-qwen2", "ref-deepseek"])
+def test_one_column_of_an_embedding_makes_another_model(name: str) -> None:
+    model = copy.deepcopy(bundled(name).model)
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 1] += 1
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.config, "pad_token_id", 3),
+        lambda m: setattr(m.config, "use_cache", False),
+        lambda m: setattr(m.config, "id2label", {0: "a", 1: "b"}),
+        lambda m: setattr(m.config, "output_hidden_states", True),
+        lambda m: setattr(m.config, "attention_dropout", 0.5),
+        lambda m: setattr(m.config, "_name_or_path", "elsewhere"),
+        lambda m: setattr(m.config, "transformers_version", "5.99"),
+        lambda m: m.set_attn_implementation("eager"),
+        lambda m: m.train().requires_grad_(False),
+    ],
+)
+def test_what_the_cache_does_not_depend_on_makes_no_other_model(change: Callable[[Any], Any], model) -> None:
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.config, "rms_norm_eps", 1e-3),
+        lambda m: setattr(m.config, "hidden_act", "relu"),
+        lambda m: m.config.rope_parameters.update(rope_theta=3.0),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.model.layers[2].mlp.down_proj.weight.data.mul_(1.01),
+    ],
+)
+def test_what_the_cache_depends_on_makes_another_model(change: Callable[[Any], Any], model) -> None:
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) != before
+
+
+def test_wrappers_change_nothing_and_adapters_do_while_they_are_active(model) -> None:
+    peft = pytest.importorskip("peft")
+    before = fingerprint(model)
+    assert fingerprint(torch.compile(model, backend="eager")) == before
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    with_adapter = fingerprint(wrapped)
+    assert with_adapter == fingerprint(wrapped.base_model.model) != before
+    with wrapped.disable_adapter():
+        assert fingerprint(wrapped) == before
+    assert fingerprint(wrapped) == with_adapter
+    wrapped.merge_adapter()
+    assert fingerprint(wrapped) not in (before, with_adapter)
+
+
+def test_the_state_changes_with_weights_and_modules(model) -> None:
+    states = [state_of(model)]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+        states.append(state_of(model))
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight.clone())
+        states.append(state_of(model))
+    assert len(set(states)) == 3 and state_of(model) == states[-1]
+
+
+def test_a_codec_in_memory_is_refused_for_a_model_that_changed_and_taken_again_when_it_is_restored(model) -> None:
+    codec = CacheCodec(bundled("ref-llama"), None, identity=fingerprint(model))  # type: ignore[arg-type]
+    codec.require_model(model)
+    codec.require_model(copy.deepcopy(model))
+    kept = model.lm_head.weight[0, 0].item()
+    for value, right in ((kept + 1, False), (kept, True)):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[0, 0] += value - kept
+        if right:
+            model.load_state_dict(tiny("llama").state_dict())
+            codec.require_model(model)
+        else:
+            with pytest.raises(CodecError, match="not the one that this codec was fitted on: other weights"):
+                codec.require_model(model)
+
+
+def test_codecs_saved_before_are_recognised(model) -> None:
+    assert fingerprint_before(model) == fingerprint_before(tiny("llama")) != fingerprint(model)
