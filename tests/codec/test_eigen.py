@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eigencache.codec.base import EncodedBytes
-from eigencache.codec.container import Container, Reader, read, write
+from eigencache.codec.container import Container, ContainerHeader, Reader, read, write
 from eigencache.codec.deadzone import DeadZone
 from eigencache.codec.eigen import EigenCodec, Kept
 from eigencache.codec.entropy import RansCoder
@@ -324,6 +324,32 @@ def test_a_container_of_another_codec_is_refused() -> None:
     with pytest.raises(ForeignContainerError):
         codec(step=STEP * 1.0001).decode(encoded)
     assert_same(codec(name="the same under another name").decode(encoded), codec().decode(encoded))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"block": 8}, "block is 8 in the container, this codec writes 16"),
+        ({"block": 65_535}, "block is 65535 in the container, this codec writes 16"),
+        ({"kept_bits": 16}, "kept_bits is 16 in the container, this codec writes 8"),
+        ({"start": 2}, "sinks is 4 in the container, this codec writes 2"),
+    ],
+)
+def test_a_header_that_this_codec_does_not_write_is_refused_before_anything_is_made(changed: dict, said: str) -> None:
+    one = codec()
+    container = read(one.encode(cache(30), 0).rows[0])
+    header = replace(ContainerHeader(**{f.name: getattr(container, f.name) for f in fields(ContainerHeader)}), **changed)
+    with pytest.raises(CodecError, match=said):
+        one._require_own(header)
+
+
+def test_a_block_of_another_size_in_a_whole_container_is_refused() -> None:
+    one = codec()
+    given = cache(30)
+    foreign = codec(block=8).encode(given, 0).rows[0]
+    forged = write(replace(read(foreign), codec_sha256=one.sha256))
+    with pytest.raises(CodecError, match="block is 8 in the container"):
+        one.decode(EncodedBytes((forged,), 0, 30))
 
 
 def test_a_cache_of_another_model_is_refused() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigencache.codec.tables import MAX_HALF, fit_tables
-from eigencache.codec.token_digits import token_digits
+from eigencache.codec.token_digits import digit_count, token_digits
 from eigencache.errors import CodecError
 
 
@@ -41,3 +41,12 @@ def test_zipfian_tokens_take_little_more_than_their_entropy():
     symbols = token_digits(4096).split(torch.from_numpy(ranks)).T.contiguous().numpy()
     bits = fit_tables(symbols[:, ::2], np.arange(2)).bits(symbols[:, 1::2]) / 30_000
     assert -(share * np.log2(share)).sum() - 0.05 < bits < -(share * np.log2(share)).sum() + 0.2
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 65_025, 65_026, 262_144])
+def test_how_many_digits_there_are_is_known_without_making_them(vocabulary: int) -> None:
+    assert digit_count(vocabulary) == token_digits(vocabulary).count
+
+
+def test_the_largest_vocabulary_of_a_card_costs_nothing_to_check() -> None:
+    assert digit_count(2**24) == 4

@@ -141,12 +141,21 @@ class EigenCodec:
         if len({reader.header for reader in readers}) > 1:
             raise CodecError("rows of unlike stretches cannot be decoded together: decode them one by one")
         header = readers[0].header
+        self._require_own(header)
         span = range(header.tokens)[tokens]
         if span.step != 1 or not span:
             raise CodecError(f"tokens {tokens}: of {header.tokens}, a stretch of neighbours can be decoded")
         slots = by_layer(self._slots(readers, span), self.dtype)
         lacking = {i: max(0, count - span.start) for i, count in header.absent}
         return {i: (k[:, :, lacking.get(i, 0) :], v[:, :, lacking.get(i, 0) :]) for i, (k, v) in slots.items()}
+
+    def _require_own(self, header: ContainerHeader) -> None:
+        """Raises `CodecError` for a header that this codec does not write: blocks of other sizes decode to other numbers."""
+        sinks, stop = middle_of(header.tokens, header.start, self.kept.sinks, self.kept.window)
+        own = {"block": self.block, "kept_bits": self.kept.bits, "sinks": sinks, "window": header.tokens - stop}
+        for name, value in own.items():
+            if (found := getattr(header, name)) != value:
+                raise CodecError(f"{name} is {found} in the container, this codec writes {value}: the container is damaged")
 
     def nbytes_of(self, tokens: int, coded_bits: float) -> float:
         """Bytes of `tokens` positions from 0 in one container, when a coded token costs `coded_bits` without states."""

@@ -28,7 +28,7 @@ from eigencache.codec.saved import (
 )
 from eigencache.codec.tables import MAX_HALF, Tables, fault_of
 from eigencache.codec.text import TextPredictor
-from eigencache.codec.token_digits import token_digits
+from eigencache.codec.token_digits import digit_count
 
 _QUANTISER, _TABLES, _TEXT, _POSITIONS = (
     tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor, PositionMeans)
@@ -111,7 +111,7 @@ def _tensor_kinds(card: EigenCard) -> dict[str, TensorKind]:
         heads = [part.heads[1] - part.heads[0] for part in card.parts]
         kinds |= {f"metric.{i}": (single, (heads[i], part.dim, part.dim)) for i, part in enumerate(card.parts)}
     kinds |= {f"quantiser.{field}": (single, (coefficients,)) for field in _QUANTISER}
-    digits = token_digits(card.text.vocabulary).count if card.text else 0
+    digits = digit_count(card.text.vocabulary) if card.text else 0
     tables = {"table_of": (coefficients + digits,), "starts": (card.tables, 2 * MAX_HALF + 3)}
     kinds |= {f"tables.{field}": (whole, tables.get(field, (card.tables,))) for field in _TABLES}
     if text := card.text:

@@ -46,12 +46,18 @@ class TokenDigits:
         return ranks
 
 
-@lru_cache(maxsize=8)
-def token_digits(vocabulary: int) -> TokenDigits:
-    """The digits for so many tokens: as few as can be, at most 255 values each."""
+def digit_count(vocabulary: int) -> int:
+    """How many digits a token of a vocabulary has: as few as can be, at most 255 values each."""
     count, largest = 1, 2 * MAX_HALF + 1
     while largest**count < vocabulary:
         count += 1
+    return count
+
+
+@lru_cache(maxsize=8)
+def token_digits(vocabulary: int) -> TokenDigits:
+    """The digits of every token of a vocabulary."""
+    count = digit_count(vocabulary)
     side = max(1, round(vocabulary ** (1 / count)))
     while side**count < vocabulary:
         side += 1

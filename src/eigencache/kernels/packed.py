@@ -17,7 +17,7 @@ from eigencache.kernels import packed_cpu, packed_vnni, reference
 from eigencache.kernels.reference import Asked, Held, Widths
 
 BackendName = Literal["reference", "cpu", "vnni", "triton"]
-_ROWS = 64  # queries of a bundle, above which numba is slower than unpacking once and a matrix product
+_ROWS = 64  # queries of a bundle; from about 100 on numba is slower than unpacking once and a matrix product
 _CLOSE = 1e-3  # of the largest number: what a GPU's results may differ from plain PyTorch's
 Kernel = Callable[[Tensor, tuple[Widths, ...], Tensor], Tensor]
 Attention = Callable[[Held, Asked], tuple[Tensor, Tensor, Tensor]]
