@@ -234,7 +234,7 @@ class EqualLoss(Record):
     method: str
     context: int
     delta_nll: float  # nats
-    bits_per_value: float | None  # geometric mean over seeds
+    bits_per_value: float | None  # geometric mean over seeds; their median where some do not cross
     interval: Interval | None  # 95 %, bootstrap over sequences and seeds
     by_seed: list[float | None]
     why: str = ""  # there is none

@@ -10,7 +10,7 @@ from eigencache.report.evaluations import divergence_table, retrieval_table
 from eigencache.report.measured import ABSENT
 from eigencache.report.sweeps import interval_cell
 from eigencache.report.table import Table
-from eigencache.studies.frontier import bits_at_loss
+from eigencache.studies.frontier import bits_at_loss, median_of
 
 DIVERGENCES = (0.003, 0.01, 0.03, 0.1)  # nats
 
@@ -19,13 +19,15 @@ def frontier_table(record: BenchRecord, context: int) -> Table:
     """One row per method: bits per value at each loss with interval, the ratio to 16 bits, fewest bits first."""
     own = [one for one in record.equal_loss if one.context == context]
     losses = sorted({one.delta_nll for one in own})
-    methods = sorted(dict.fromkeys(one.method for one in own), key=lambda m: _order([o for o in own if o.method == m]))
+    methods = sorted(
+        dict.fromkeys(one.method for one in own), key=lambda m: _order(record, [o for o in own if o.method == m])
+    )
     columns = ("Method", *(f"Bits at ΔNLL {loss:g}" for loss in losses), *(f"Ratio at {loss:g}" for loss in losses))
     rows = []
     for method in methods:
         at = {one.delta_nll: one for one in own if one.method == method}
-        bits = [_bits(at[loss]) for loss in losses]
-        ratios = [f"{16 / b:.1f} x" if (b := at[loss].bits_per_value) else ABSENT for loss in losses]
+        bits = [_bits(record, at[loss]) for loss in losses]
+        ratios = [f"{significant(16 / b, None)} x" if (b := median_of(at[loss].by_seed)[0]) else ABSENT for loss in losses]
         rows.append((method, *bits, *ratios))
     rows += [(method, *(ABSENT for _ in columns[1:])) for method in record.refused]
     return Table(
@@ -47,7 +49,9 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
         f"seeds {', '.join(map(str, seeds))}.",
         "Bits: all bytes held, sinks, window, scales and headers included, the basis apart, over the numbers of "
         f"{'latent and rotary key' if record.model.geometry.mla else 'K and V'}; read off each method's interpolated curve. "
-        "Intervals: 95 %, bootstrap over sequences and seeds. <: the method's fewest bits lose less; >: its most lose more.",
+        "Intervals: 95 %, bootstrap over sequences and seeds; no interval where a twentieth of the draws have no crossing. "
+        "k of n seeds: the median, seeds without a crossing counted as more bits than any. <: the method's fewest bits lose "
+        "less; >: the most bits that were measured lose more in half of the seeds.",
         *(f"{method}: not for this model: {why}." for method, why in record.refused.items()),
         f"Machine: {record.run.machine}.",
     )
@@ -58,15 +62,18 @@ def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -
 
     KL cannot be bought below zero as ΔNLL can, by an error that happens to help; it needs fewer tokens to be known.
     """
-    found = []
+    found: list[float | None] = []
+    ends: list[tuple[str, float]] = []
     for seed in sorted({p.seed for p in record.points if p.method == method and p.context == context}):
         own = [p for p in record.points if (p.method, p.context, p.seed) == (method, context, seed)]
         bits, losses = np.array([p.bits_per_value for p in own]), np.array([p.quality.kl for p in own])
         at = bits_at_loss(bits, losses, kl)
-        if at is None:
-            return ("<", float(bits.min())) if losses[bits.argmin()] <= kl else (">", float(bits.max()))
+        ends.append(("<", float(bits.min())) if losses[bits.argmin()] <= kl else (">", float(bits.max())))
         found.append(at)
-    return "", float(np.exp(np.mean(np.log(found)))) if found else inf
+    median = median_of(found)[0]
+    if median is None:
+        return next((end for end, at in zip(ends, found, strict=True) if at is None), ("", inf))
+    return "", float(np.exp(np.mean(np.log(found)))) if None not in found else median  # type: ignore[arg-type]
 
 
 def divergences_table(record: BenchRecord, context: int) -> Table:
@@ -125,13 +132,13 @@ def against_table(records: Sequence[BenchRecord], method: str) -> Table:
     rows = []
     for name in names:
         cells = [
-            _times(_found(record, method, context, loss), _found(record, name, context, loss))
+            _times(record, _found(record, method, context, loss), _found(record, name, context, loss))
             for record in records
             for context in record.corpora
             for loss in losses
         ]
         rows.append((name, *cells))
-    notes = (f"Bits of each method over those of {method} at the same ΔNLL; > where the method never gets there.",)
+    notes = (f"Bits of each method over those of {method} at the same ΔNLL; >: the most bits that were measured lose more.",)
     return Table(f"Bits at equal ΔNLL, in units of {method}", columns, tuple(rows), notes=notes)
 
 
@@ -147,7 +154,7 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
             (unknown, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
             cells.append(ABSENT if unknown or sign == "<" else sign or f"{other / own:.2f}")
         rows.append((name, *cells))
-    notes = (f"Bits of each method over those of {method} at the same KL; > where the method never gets there.",)
+    notes = (f"Bits of each method over those of {method} at the same KL; >: the most bits that were measured lose more.",)
     return Table(f"Bits at equal KL, in units of {method}", columns, tuple(rows), notes=notes)
 
 
@@ -161,23 +168,50 @@ def generation_tables(record: BenchRecord) -> list[Table]:
     return tables
 
 
-def _order(own: Sequence[EqualLoss]) -> tuple[float, ...]:
+def _order(record: BenchRecord, own: Sequence[EqualLoss]) -> tuple[float, ...]:
     """What a method holds at the usual loss and then at the others, at most; infinity where it never gets there."""
-    at_most = [one.bits_per_value or (float(_end(one)) if "fewest" in one.why else inf) for one in own]
+    at_most = []
+    for one in own:
+        bits, _ = median_of(one.by_seed)
+        at_most.append(bits or (_ends(record, one)[0] if _is_below(record, one) else inf))
     return tuple(bits for _, bits in sorted(zip((abs(one.delta_nll - 0.03) for one in own), at_most, strict=True)))
 
 
-def _bits(one: EqualLoss) -> str:
-    if one.bits_per_value is None:
-        return f"{'<' if 'fewest' in one.why else '>'} {_end(one)}"
+def _bits(record: BenchRecord, one: EqualLoss) -> str:
+    """A cell: bits with their interval, or with how many seeds cross, or the end of the curve that is not reached."""
+    median, crossed = median_of(one.by_seed)
+    if median is None:
+        fewest, most = _ends(record, one)
+        end = f"< {fewest:.3g}" if _is_below(record, one) else f"> {most:.3g}"
+        return f"{end} ({crossed} of {len(one.by_seed)} seeds)" if crossed else end
+    if crossed < len(one.by_seed):
+        return f"{significant(median, None)} ({crossed} of {len(one.by_seed)} seeds)"
+    bits = one.bits_per_value or median
     if one.interval is None:
-        return f"{one.bits_per_value:.3g}"
-    return f"{one.bits_per_value:.3g} [{one.interval[0]:.3g}, {one.interval[1]:.3g}]"
+        return f"{significant(bits, None)} (no interval)"
+    return f"{significant(bits, one.interval)} [{one.interval[0]:.2g}, {one.interval[1]:.2g}]"
 
 
-def _end(one: EqualLoss) -> str:
-    """The bits at the end of a curve that says why there is no crossing (`studies.frontier.missing`)."""
-    return one.why.rsplit(", ", 1)[1].removesuffix(" bits")
+def significant(value: float, interval: tuple[float, float] | None) -> str:
+    """A number with the digits that its interval carries: three where it is within 3 % of the value, else two."""
+    narrow = interval is not None and interval[1] - interval[0] < 0.06 * abs(value)
+    return f"{value:.3g}" if narrow else f"{value:.2g}"
+
+
+def _ends(record: BenchRecord, one: EqualLoss) -> tuple[float, float]:
+    """The fewest and the most bits that were measured of a method."""
+    bits = [p.bits_per_value for p in record.points if (p.method, p.context) == (one.method, one.context)]
+    return (min(bits), max(bits)) if bits else (inf, inf)
+
+
+def _is_below(record: BenchRecord, one: EqualLoss) -> bool:
+    """Whether a method loses less than asked for at its fewest bits, in most seeds."""
+    own = [p for p in record.points if (p.method, p.context) == (one.method, one.context)]
+    below = []
+    for seed in {p.seed for p in own}:
+        fewest = min((p for p in own if p.seed == seed), key=lambda p: p.bits_per_value)
+        below.append(fewest.quality.delta_nll <= one.delta_nll)
+    return 2 * sum(below) > len(below)
 
 
 def _found(record: BenchRecord, method: str, context: int, loss: float) -> EqualLoss | None:
@@ -185,9 +219,9 @@ def _found(record: BenchRecord, method: str, context: int, loss: float) -> Equal
     return next(found, None)
 
 
-def _times(own: EqualLoss | None, other: EqualLoss | None) -> str:
-    if own is None or other is None or own.bits_per_value is None:
+def _times(record: BenchRecord, own: EqualLoss | None, other: EqualLoss | None) -> str:
+    if own is None or other is None or (bits := median_of(own.by_seed)[0]) is None:
         return ABSENT
-    if other.bits_per_value is None:
-        return ABSENT if "fewest" in other.why else ">"
-    return f"{other.bits_per_value / own.bits_per_value:.2f}"
+    if (others := median_of(other.by_seed)[0]) is None:
+        return ABSENT if _is_below(record, other) else ">"
+    return f"{others / bits:.2g}"

@@ -7,6 +7,7 @@ fall with bits, as it does but for noise (pool adjacent violators). Nothing is e
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -32,6 +33,8 @@ def bits_at_loss(bits: np.ndarray, losses: np.ndarray, loss: float) -> float | N
     """Bits per value at which a curve crosses `loss`; None where all points lie above it or all below."""
     order = np.argsort(bits)
     log_bits, fallen = np.log(bits[order]), falling(losses[order])
+    if fallen[-1] > loss:  # a measured point within the loss counts, though noise at more bits hides it from the fall
+        fallen = np.minimum.accumulate(losses[order])
     if fallen[0] <= loss or fallen[-1] > loss:
         return None
     after = int(np.argmax(fallen <= loss))
@@ -54,6 +57,16 @@ def falling(y: np.ndarray) -> np.ndarray:
     return np.repeat(means, counts)
 
 
+def median_of(each: Sequence[float | None]) -> tuple[float | None, int]:
+    """The median over seeds, and how many of them cross: a seed without a crossing counts as more bits than any.
+
+    Of an even number it is the larger of the two in the middle; None where that one has no crossing.
+    """
+    found = sorted(inf if bits is None else bits for bits in each)
+    middle = found[len(found) // 2] if found else inf
+    return None if middle == inf else middle, sum(bits is not None for bits in each)
+
+
 def missing(curve: Curve, loss: float) -> str:
     """Why a curve has no crossing: which of its ends is nearest."""
     losses, order = curve.losses(), np.argsort(curve.bits)
@@ -67,12 +80,14 @@ def crossing(
 ) -> tuple[list[float | None], float | None, Interval | None]:
     """Of curves of several seeds: the crossing of each, their geometric mean, and its 95 % interval.
 
+    Where a seed has no crossing the median stands for the mean, without an interval.
+
     Sequences, the same for all seeds, and seeds are drawn anew. No interval where more than a twentieth of the draws have
     no crossing, and none of one point.
     """
     each = [bits_at_loss(curve.bits, curve.losses(), loss) for curve in curves]
     if None in each:
-        return each, None, None
+        return each, median_of(each)[0], None
     rng = np.random.default_rng(seed)
     sequences = len(curves[0].tokens)
     draws = []
