@@ -10,6 +10,8 @@ import eigencache
 from eigencache.errors import CorpusError, LayerError
 from eigencache.models.load import bundled_path
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def probed() -> "eigencache.Probe":

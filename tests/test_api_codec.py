@@ -28,6 +28,8 @@ from eigencache.studies.fit import Goal, fit_codec
 from known import random_sequences, tiny_loaded
 from tiny_models import token_ids
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("llama", "gpt2", "deepseek_v2", "mistral", "gemma2")  # the last two with windows shorter than what is read
 READ = 20
 

@@ -24,6 +24,8 @@ from eigencache.studies.fit import LiveGoal
 from eigencache.studies.live_fit import LiveSettings
 from known import tiny_loaded
 
+pytestmark = pytest.mark.slow
+
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 TEXT = "def mean(numbers):\n    return sum(numbers) / len(numbers)\n\n\n" * 12
 

@@ -14,6 +14,8 @@ from eigencache.modes import own_modes
 from eigencache.studies.eigen_fit import EigenSettings
 from live_codecs import fine_codec, long_ids, long_model
 
+pytestmark = pytest.mark.slow
+
 MODES = pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad])
 FEW = {"tokens": 2048, "max_length": 128}
 

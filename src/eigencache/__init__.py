@@ -8,13 +8,18 @@ r.layer(3).values.effective_rank
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from eigencache.api import CacheCodec, CompressedCache, Probe, compressed, fit, probe
 
-__all__ = ["CacheCodec", "CompressedCache", "Probe", "compressed", "fit", "probe"]
+__all__ = ["CacheCodec", "CompressedCache", "Probe", "__version__", "compressed", "fit", "probe"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the public API on first use: `import eigencache` alone loads neither torch nor transformers."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("eigencache")
     if name in __all__:
         from eigencache import api
 

@@ -1,7 +1,6 @@
 """How a result came about: versions, machine, wall time and peak memory, for every record."""
 
 import platform
-import resource
 import sys
 import time
 from datetime import UTC, datetime
@@ -11,6 +10,11 @@ import numpy as np
 import torch
 
 from eigencache.records import Run
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class Stopwatch:
@@ -46,10 +50,10 @@ class Stopwatch:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB; on an accelerator, what was allocated there."""
+    """The most memory this process has held so far, in MB; on an accelerator, what was allocated there; 0 on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 

@@ -7,6 +7,8 @@ import pytest
 from cli_process import error_of, run, shown
 from eigencache.operators import AdapterRecord
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", "1024", "--max-length", "128", "--calibration-tokens", "4096", "--steps", "2")
 
 

@@ -10,6 +10,8 @@ from eigencache.cli.app import main
 from eigencache.quality import BenchRecord
 from eigencache.studies.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--lengths", "64,72", "--scored", "16", "--tokens", "720", "--calibration-tokens", "8192", "--batch-size", "16")
 METHODS_HERE = "int,kvtc-no-window,oscar,int"
 

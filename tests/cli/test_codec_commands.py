@@ -8,6 +8,8 @@ import pytest
 from cli_process import error_of, run, shown
 from eigencache.quality import EvaluationRecord, SweepRecord
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", "2048", "--max-length", "128", "--calibration-tokens", "8192")
 
 

@@ -15,6 +15,8 @@ from eigencache.advice import ReportRecord
 from eigencache.models.load import BUNDLED
 from eigencache.records import ProbeRecord
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FEW = ("--tokens", "8192", "--max-length", "256")
 

@@ -19,6 +19,8 @@ from cli_process import error_of
 from eigencache.models.load import bundled_path
 from tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = bundled_path("ref-llama")
 ENOUGH = "import os\n" * 2000
 

@@ -9,6 +9,8 @@ from cli_process import run, shown
 from eigencache.cli.app import main
 from eigencache.codec.folder import CARD, TENSORS, load_codec
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", "4096", "--max-length", "128")
 PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--batch-size", "16")
 

@@ -15,6 +15,8 @@ from eigencache.codec.live import LiveCodec
 from eigencache.evaluate.generation import generate_text
 from eigencache.models.load import load
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", "8192", "--max-length", "256")
 PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--bits", "1")
 VALUES = 7 * 2 * 2 * 32  # that a token of ref-llama has: layers, keys and values, heads, numbers

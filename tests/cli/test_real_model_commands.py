@@ -17,6 +17,8 @@ from eigencache.records import SCOPES, ProbeRecord
 from eigencache.studies.accumulate import Accumulator, Columns
 from public_configs import CONFIGS, config_of, random_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
 TEXTS = {"wikitext2": ("held-out.txt", "stdlib:held-out"), "wikitext2:train": ("calibration.txt", "stdlib")}
 CHARACTERS = 40_000

@@ -9,6 +9,8 @@ from eigencache.advice import Advice
 from eigencache.records import ProbeRecord
 from planted_sweeps import series, sweep
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", 2048, "--max-length", 128, "--calibration-tokens", 4096, "--prefix", 96)
 
 

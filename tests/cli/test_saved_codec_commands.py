@@ -13,6 +13,8 @@ from eigencache.models.load import bundled_path
 from eigencache.quality import EvaluationRecord
 from tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--tokens", "1024", "--max-length", "128", "--prompts", "0", "--tasks", "none")
 FITTING = ("--target", "kv", "--ranks", "24", "--metric", "frobenius", "--bits", "8", "--calibration-tokens", "8192")
 

@@ -29,6 +29,8 @@ from eigencache.studies.fitting import fitting_of
 from known import random_sequences, tiny_loaded
 from tiny_models import token_ids
 
+pytestmark = pytest.mark.slow
+
 DIM = 8
 
 

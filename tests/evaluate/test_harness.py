@@ -18,6 +18,8 @@ from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
 from eigencache.studies.fitting import eigen_fitting_of, fitting_of
 from known import Identity, Zeros, bundled
 
+pytestmark = pytest.mark.slow
+
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -14,6 +14,8 @@ from eigencache.evaluate.summary import paired_interval, summarise
 from eigencache.quality import Protocol, SequenceLoss
 from known import Identity, NaNs, Zeros, random_sequences, tiny_loaded
 
+pytestmark = pytest.mark.versions
+
 PROTOCOLS = [
     Protocol(kind="prefix", length=12),
     Protocol(kind="chunked", length=5),

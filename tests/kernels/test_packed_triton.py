@@ -21,6 +21,8 @@ from eigencache.kernels.reference import BLOCK, Asked, Held, Turned, TurnedMean,
 from eigencache.spectral.rope import Angles, Rotation, rotate
 from triton_process import DEVICE, Run, triton_process
 
+pytestmark = pytest.mark.slow
+
 MIXED = (Widths(8, 16, 8), Widths(0, 0, 24), Widths(16, 8, 0))
 OTHER = (Widths(0, 24, 0), Widths(8, 0, 8), Widths(0, 0, 0))
 FLOAT32 = 2.0**-24

@@ -20,6 +20,8 @@ from eigencache.kernels.rans import PRECISION, SLOTS
 from rans_cases import GARBAGE, decoded_by_triton, keys_of_first_layer, random_tables
 from triton_process import Run, triton_process
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'eigencache[triton]'")
 
 

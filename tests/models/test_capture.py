@@ -14,6 +14,8 @@ from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.spectral.rope import rotate, unrotate
 from tiny_models import MLA_NAMES, NO_CACHE_NAMES, NO_ROTATION_NAMES, NOT_BUILDABLE, available, tiny
 
+pytestmark = pytest.mark.versions
+
 LENGTH = 24
 # Keys that are normalised after rotation, scaled before it by the layer's own code, or rotated inside the layer:
 # no reading of a projection reproduces the cache there, so they are captured after rotation alone.

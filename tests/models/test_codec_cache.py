@@ -13,6 +13,8 @@ from eigencache.models.rotation import rotations_of
 from known import Identity, Zeros
 from tiny_models import NO_CACHE_NAMES, NO_RETURNED_CACHE_NAMES, available, tiny, token_ids
 
+pytestmark = pytest.mark.versions
+
 NAMES = [name for name in available() if name not in NO_CACHE_NAMES + NO_RETURNED_CACHE_NAMES]
 USUAL = ("gpt2", "llama", "qwen2", "gemma3_text", "deepseek_v2")
 

@@ -14,6 +14,8 @@ from eigencache.models.compressed_attention import require_compressed_attention
 from live_codecs import LONG, fine_codec, long_ids, long_model, unpacked_cache, with_means
 from tiny_models import NO_CACHE_NAMES, NO_RETURNED_CACHE_NAMES, available
 
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name in available() if name not in NO_CACHE_NAMES + NO_RETURNED_CACHE_NAMES]
 USUAL = ("gpt2", "llama", "qwen2", "gemma2", "gemma3_text", "deepseek_v2")
 PIECES = (100, 30, 1, 1, 66, 1, 9)

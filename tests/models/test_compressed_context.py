@@ -17,7 +17,7 @@ from eigencache.models.cache_keyword import cache_keyword, cache_returned
 from live_codecs import fine_codec, long_ids, long_model
 from tiny_models import GQA, LONGROPE, built
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.slow]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
 
 

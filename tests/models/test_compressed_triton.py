@@ -16,6 +16,8 @@ from eigencache.models.compressed import CompressedCache
 from live_codecs import fine_codec, long_ids, long_model, with_means
 from triton_process import DEVICE, Run, triton_process
 
+pytestmark = pytest.mark.slow
+
 PADS, PIECES = (0, 70), (150, 10, 1)
 
 

@@ -16,6 +16,8 @@ from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, load
 from known import tiny_loaded
 from tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 FEW = {"tokens": 2048, "max_length": 128}
 
 

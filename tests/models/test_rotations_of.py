@@ -8,6 +8,8 @@ from eigencache.models.load import load
 from eigencache.models.rotation import rotations_of
 from eigencache.spectral.rope import unrotate
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 1500
 
 

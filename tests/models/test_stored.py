@@ -11,6 +11,8 @@ from eigencache.errors import CodecError
 from eigencache.models.stored import cache_holding, cached_of, first_position
 from tiny_models import tiny, token_ids
 
+pytestmark = pytest.mark.versions
+
 MODELS = ("llama", "gpt2", "deepseek_v2", "mistral", "gemma2")
 WINDOW, READ = 8, 15
 

@@ -8,6 +8,8 @@ from eigencache.report.figures import cross_figures, model_figures
 from eigencache.report.plots import plot_compare, plot_probe, plot_spread, save_figure
 from eigencache.report.series import held_out_eigenvalues, thin
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["gqa", "mha", "mla", "scarce"])
 @pytest.mark.parametrize("plot", [plot_probe, plot_spread])

@@ -13,6 +13,8 @@ from eigencache.records import Spectrum
 from eigencache.spectral import spectrum as sp
 from eigencache.spectral.measure import REPLICATES, measure
 
+pytestmark = pytest.mark.slow
+
 POPULATIONS = {
     "decay": np.exp(-np.arange(16) / 4.0),
     "power law of 32": 1 / np.arange(1, 33.0),

@@ -23,6 +23,8 @@ from eigencache.studies import adapter
 from eigencache.studies.adapter import study_adapter
 from eigencache.studies.adapter_training import TrainingSettings, cut, new_residuals, tail_share, train
 
+pytestmark = pytest.mark.slow
+
 HALF = Protocol(kind="prefix", length=24)
 QUICK = TrainingSettings(inner_rank=4, steps=6, learning_rate=3e-3)
 

@@ -19,6 +19,8 @@ from eigencache.studies.methods import Method
 from eigencache.studies.workbench import Workbench
 from known import Identity, Zeros, bundled, random_sequences, tiny_loaded
 
+pytestmark = pytest.mark.slow
+
 SCORED, CONTEXTS = 8, (16, 24)  # the first of the scored tokens is read, not predicted
 VALUES = 3 * 2 * 2 * 16  # numbers per token of the tiny llama: layers, slots, heads, dim
 CALIBRATION = random_sequences(*[32] * 24, seed=1)

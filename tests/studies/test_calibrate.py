@@ -7,6 +7,8 @@ from eigencache.evaluate.likelihood import score_through_cache
 from eigencache.quality import Protocol
 from eigencache.studies.calibrate import Calibration, PCASettings, targets_of, width_of
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (64,) * 32
 SCOPES = ("head", "layer", "all")
 NAMES = ("gpt2", "llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt_neox", "deepseek_v2", "deepseek_v3")

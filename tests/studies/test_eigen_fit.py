@@ -32,6 +32,8 @@ from eigencache.studies.source import Source
 from eigencache.studies.text_prediction import MAX_FEATURES, fit_text, previous, vocabulary
 from known import bundled, random_sequences, tiny_loaded
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = Layout(tuple(Part(i, slot, (0, 2), 6) for slot in (0, 1) for i in range(2)), {})
 WIDTH = LAYOUT.width
 PLAIN = EigenSettings("joint", "frobenius", text=False, sinks=0, kept_bits=8, block=64)

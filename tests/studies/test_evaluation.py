@@ -13,6 +13,8 @@ from eigencache.studies.calibrate import Calibration, PCASettings
 from eigencache.studies.evaluation import evaluate_codecs
 from known import bundled
 
+pytestmark = pytest.mark.slow
+
 PROTOCOLS = (Protocol(kind="prefix", length=48), Protocol(kind="chunked", length=32, window=16))
 
 

@@ -37,6 +37,8 @@ from eigencache.studies.source import Source
 from known import random_sequences, tiny_loaded
 from tiny_models import tiny, token_ids
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("llama", "qwen2", "gpt2", "deepseek_v2", "mistral")  # GQA, biases, learned positions, MLA, sliding windows
 MODELS = pytest.mark.parametrize("name", NAMES)
 PLAIN = LiveSettings(alpha=0.0, sinks=0, reach=40)  # positions as they were captured

@@ -18,6 +18,8 @@ from eigencache.studies.methods import METHODS, chosen_methods
 from eigencache.studies.workbench import Workbench
 from known import random_sequences, tiny_loaded
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("llama", "gpt2", "deepseek_v2", "gemma2")
 RATES = (0.5, 2.0)
 CACHES = tuple(m for m, one in METHODS.items() if m.startswith("hf-") or one.about.startswith("kvpress"))  # no codecs

@@ -12,6 +12,8 @@ from eigencache.records import ProbeRecord
 from eigencache.spectral.rope import angles_from, unrotate
 from eigencache.studies.probe import ProbeSettings, probe_model
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ProbeSettings(demonstration=False, batch_size=3)
 LENGTHS = (40, 40, 33, 40, 40, 40, 21, 40, 40, 40, 40, 40)
 

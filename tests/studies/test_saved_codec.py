@@ -15,6 +15,8 @@ from eigencache.studies.fitting import fitting_of
 from eigencache.studies.sweep import Plan, codecs_of
 from known import bundled
 
+pytestmark = pytest.mark.slow
+
 PROTOCOLS = (Protocol(kind="prefix", length=48),)
 
 

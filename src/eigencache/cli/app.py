@@ -1,9 +1,10 @@
 """The command line: one file per subcommand; a user's mistake ends in one line on stderr and exit code 2."""
 
 import functools
+import io
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +49,6 @@ def guarded(run: Callable[..., None]) -> Callable[..., None]:
 
 app = typer.Typer(
     name="eigencache",
-    help="The instrument for the KV cache of language models: what is cached, what of it matters, what the data support.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +58,29 @@ for command in (report, probe, compare, sweep, recommend, fit, generate, evaluat
     app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(guarded(command.run))
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import eigencache
+
+        print(f"eigencache {eigencache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """The instrument for the KV cache of language models: what is cached, what of it matters, what the data support."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line, by default on `sys.argv`; a traceback from here is always a defect of the program."""
+    """Run the command line, by default on `sys.argv`; a traceback from here is always a defect of the program.
+
+    What a terminal's encoding cannot show is shown as a question mark, instead of ending a command after its work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     app(arguments)

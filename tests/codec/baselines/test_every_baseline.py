@@ -14,6 +14,8 @@ from eigencache.codec.baselines.oscar import fit_oscar
 from eigencache.codec.baselines.turboquant import turboquant
 from eigencache.codec.baselines.xquant import xquant
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[dict, torch.dtype], Any]
 
 
