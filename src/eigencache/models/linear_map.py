@@ -37,5 +37,10 @@ def is_plain(module: Any) -> bool:
     """Whether a module computes what its weight says: an `nn.Linear` of a dense weight in memory, without hooks."""
     if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return False
+    return has_dense_weight(module)
+
+
+def has_dense_weight(module: Any) -> bool:
+    """Whether the weight of a module is a plain tensor of floating-point numbers in memory."""
     weight = module.weight
     return type(weight.data) is Tensor and weight.is_floating_point() and weight.device.type != "meta"

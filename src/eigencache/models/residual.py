@@ -18,7 +18,7 @@ from eigencache.errors import NonFiniteError, UnsupportedArchitectureError
 from eigencache.geometry import KVGeometry, Layer
 from eigencache.models.adapters import adapter_for
 from eigencache.models.capture import Capture, check_layers
-from eigencache.models.linear_map import is_plain
+from eigencache.models.linear_map import has_dense_weight
 
 AdapterTarget = Literal["v", "k"]
 WORDS: dict[AdapterTarget, str] = {"v": "values", "k": "keys"}
@@ -187,7 +187,7 @@ def weight_rows(site: Site) -> tuple[Tensor, Tensor | None]:
     Raises `UnsupportedArchitectureError` for any other module.
     """
     weight, bias = getattr(site.module, "weight", None), getattr(site.module, "bias", None)
-    if is_plain(site.module):
+    if isinstance(site.module, nn.Linear) and has_dense_weight(site.module):
         rows: Tensor = site.module.weight  # type: ignore[assignment]
     elif type(site.module).__name__ == "Conv1D" and isinstance(weight, Tensor):
         rows = weight.mT

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eigencache.codec.base import Compressor
+from eigencache.codec.placement import placed
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, UnsupportedArchitectureError
@@ -126,7 +127,8 @@ def _fitted(bench: Workbench, methods: Sequence[str]) -> tuple[dict[str, Mapping
     for index, method in enumerate(methods):
         bench.on_progress(f"fitting {method}", index, len(methods))
         try:
-            codecs[method] = METHODS[method].codecs(bench)
+            made = METHODS[method].codecs(bench)  # fitted on the CPU
+            codecs[method] = {point: placed(codec, bench.loaded.device) for point, codec in made.items()}
         except (UnsupportedArchitectureError, CodecError) as error:
             refused[method] = str(error)
     return codecs, refused

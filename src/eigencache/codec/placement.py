@@ -1,0 +1,57 @@
+"""A codec on one device: every tensor of it, moved once."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T")
+
+
+def placed(codec: _T, device: str | torch.device) -> _T:
+    """The codec with all its tensors on `device`: by its own `to` where it has one, else field by field.
+
+    What is shared inside of it stays shared. Tables in NumPy stay with the CPU, which encodes.
+    """
+    return _placed(codec, torch.device(device), {})
+
+
+def _placed(x: Any, device: torch.device, seen: dict[int, Any]) -> Any:
+    if id(x) in seen:
+        return seen[id(x)]
+    if isinstance(x, torch.dtype | str | int | float | bytes | None):
+        return x
+    if isinstance(x, Tensor) or (hasattr(x, "to") and not isinstance(x, type)):
+        found = x.to(device)
+    elif isinstance(x, Mapping):
+        found = {key: _placed(value, device, seen) for key, value in x.items()}
+    elif isinstance(x, tuple) and hasattr(x, "_fields"):
+        found = type(x)(*(_placed(value, device, seen) for value in x))
+    elif isinstance(x, list | tuple):
+        found = type(x)(_placed(value, device, seen) for value in x)
+    elif is_dataclass(x) and not isinstance(x, type):
+        changed = {f.name: _placed(getattr(x, f.name), device, seen) for f in fields(x) if f.init}
+        same = all(value is getattr(x, name) for name, value in changed.items())
+        found = x if same else replace(x, **changed)
+    else:
+        found = x
+    seen[id(x)] = found
+    return found
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """Every tensor of a codec, of its parts too."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from tensors_in(value)
+    elif isinstance(x, list | tuple):
+        for value in x:
+            yield from tensors_in(value)
+    elif is_dataclass(x) and not isinstance(x, type):
+        for field in fields(x):
+            if field.init:
+                yield from tensors_in(getattr(x, field.name))
