@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -256,9 +257,11 @@ def test_another_model_is_refused(folder: Path) -> None:
         CacheCodec.load(folder, other, AutoTokenizer.from_pretrained(path))
 
 
-def test_a_loaded_codec_is_not_saved_again_and_nothing_else_is_overwritten(fitted, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CodecError, match="was loaded from a folder: copy that"):
-        CacheCodec.load(folder, "ref-deepseek").save(tmp_path / "again")
+def test_a_loaded_codec_is_saved_as_it_lay_and_nothing_else_is_overwritten(fitted, folder: Path, tmp_path: Path) -> None:
+    CacheCodec.load(folder, "ref-deepseek").save(tmp_path / "sub" / "again")
+    for path in folder.iterdir():
+        assert (tmp_path / "sub" / "again" / path.name).read_bytes() == path.read_bytes()
+    shutil.rmtree(tmp_path / "sub")
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds other things than a codec and is left alone"):
         fitted.save(tmp_path)

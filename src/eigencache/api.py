@@ -14,7 +14,7 @@ from torch import nn
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.container import Reader
 from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.folder import LIVE, load_codec, load_live, save_codec
+from eigencache.codec.folder import LIVE, copy_codec, load_codec, load_live, save_codec
 from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Document, Text, read_text
@@ -234,6 +234,7 @@ class CacheCodec:
     fitted: FittedCodec | None = None  # None: it was loaded
     live: LiveCodec | None = None  # for `CompressedCache`
     identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
+    folder: Path | None = None  # that it was loaded from
     _states: dict[int, int] = field(init=False, default_factory=dict, repr=False)  # by model: the last that was right
 
     def require_model(self, model: Any) -> None:
@@ -280,12 +281,16 @@ class CacheCodec:
             return cache_holding(self.loaded.model, cached, header.start + span.start, len(span))
 
     def save(self, folder: str | Path) -> None:
-        """Write the codec into a folder, whole or not at all. Raises `CodecError` for one that was itself loaded."""
+        """Write the codec into a folder, stored and live part in one step. Raises `OutputError` where that fails."""
         if self.fitted is None:
-            raise CodecError("this codec was loaded from a folder: copy that")
-        save_codec(folder, self.fitted.codec, *self.fitted.fitting)
+            if self.folder is None:
+                raise CodecError("this codec was neither fitted nor loaded here: save the one that it was made of")
+            copy_codec(self.folder, folder)
+            return
+        live = None
         if self.live is not None and self.fitted.live_fitting is not None:
-            save_codec(Path(folder) / LIVE, self.live, *self.fitted.live_fitting)
+            live = (self.live, *self.fitted.live_fitting)
+        save_codec(folder, self.fitted.codec, *self.fitted.fitting, live=live)
 
     @classmethod
     def load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any = None) -> CacheCodec:
@@ -296,7 +301,7 @@ class CacheCodec:
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():
-            return cls(loaded, saved.codec.to(loaded.device), identity=identity)
+            return cls(loaded, saved.codec.to(loaded.device), identity=identity, folder=Path(folder))
         live = load_live(folder)
         check_belongs(live, loaded)
-        return cls(loaded, saved.codec.to(loaded.device), live=live.codec, identity=identity)  # type: ignore[arg-type]
+        return cls(loaded, saved.codec.to(loaded.device), live=live.codec, identity=identity, folder=Path(folder))  # type: ignore[arg-type]

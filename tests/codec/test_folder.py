@@ -334,3 +334,29 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(CodecError, match=f"planted: cannot be saved: .*{says}"):
             saved(tmp_path / "codec", PCACodec("planted", (group, *good.groups[1:]), good.rotations, torch.float32))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_card_that_was_changed_is_refused_though_its_fields_are_sound(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "codec")
+    card(lambda c: c.update(name="another"))(folder)
+    with pytest.raises(CodecError, match=r"card\.json: was changed after it was written: save the codec again"):
+        load_codec(folder)
+    card(lambda c: c.pop("card_sha256"))(folder)  # as cards of earlier versions have none
+    assert load_codec(folder).codec.name == "another"
+
+
+def test_the_folder_that_the_shell_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "codec")
+    for place in (folder, tmp_path):
+        monkeypatch.chdir(folder)
+        with pytest.raises(OutputError, match="the shell is in this folder, which a codec would replace"):
+            saved(place)
+    assert load_codec(folder)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db"])
+def test_what_a_file_manager_leaves_is_no_obstacle(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "codec")
+    (folder / name).write_bytes(b"")
+    saved(folder)
+    assert load_codec(folder)

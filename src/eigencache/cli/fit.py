@@ -114,12 +114,15 @@ def run(
             live=wanted,
             on_progress=on_progress,
         )
-    save_codec(output, fitted.codec, *fitted.fitting)
-    if fitted.live and fitted.live_fitting:
-        save_codec(output / LIVE, fitted.live.codec, *fitted.live_fitting)
+    dropped = not fitted.live and (output / LIVE).is_dir()
+    beside = (fitted.live.codec, *fitted.live_fitting) if fitted.live and fitted.live_fitting else None
+    save_codec(output, fitted.codec, *fitted.fitting, live=beside)
     console = Console()
     warnings = sequences.corpus.warnings
     console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token, warnings))
     if fitted.live:
         console.print(live_table(loaded.name, *fitted.live, loaded.geometry.values_per_token))
+    if dropped:
+        said = f"dropped: the live codec that was in {output / LIVE}: add --live to fit one"
+        console.print(said, markup=False, highlight=False)
     console.print(f"written: {output}", markup=False, highlight=False)

@@ -74,6 +74,7 @@ class CodecCard(StoredRecord):
     tensors_sha256: SHA256  # of the file of tensors
     rotations: list[CardRotation]
     windows: NonNegativeInt  # hashes of the calibration text, in which overlap is looked up
+    card_sha256: SHA256 | None = None  # of the rest of the card; None in those of earlier versions
 
 
 class PCACardSettings(Record):

@@ -9,6 +9,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from eigencache.codec.saved import Fault, Kind, Tensors, tensor_fault
 from eigencache.errors import CodecError, OutputError, RecordError
 
 CARD, TENSORS, LIVE = "card.json", "codec.safetensors", "live"  # the last is a folder like this one
+DIGEST = "card_sha256"
+_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 KINDS: dict[str, Kind] = {"pca": saved_pca.KIND, "eigen": saved_eigen.KIND, "live": saved_live.KIND}  # by what a card says
 WINDOWS = "calibration.windows"
 FittedCodec = PCACodec | EigenCodec | LiveCodec
@@ -66,15 +69,34 @@ def save_codec(
     origin: CodecOrigin,
     windows: np.ndarray,
     expected: Expected | None = None,
+    *,
+    live: tuple[Any, ...] | None = None,
 ) -> None:
-    """Write both files or none; a codec that lies there is replaced, anything else is never touched.
+    """Write all files or none; a codec that lies there is replaced, anything else is never touched.
 
-    `windows`: sketch of the calibration text (`corpora.overlap.sketch`), uint64. `expected`: of an `EigenCodec`. Raises
-    `OutputError` for a folder that holds other things or cannot be written, `CodecError` for a codec that could not be
-    read back.
+    `windows`: sketch of the calibration text (`corpora.overlap.sketch`), uint64. `expected`: of an `EigenCodec`. `live`: a
+    live codec, its settings, origin, windows and expectation, written beside it in the same step. Raises `OutputError` for a
+    folder that holds other things or cannot be written, `CodecError` for a codec that could not be read back.
     """
     folder = Path(folder)
     check_replaceable(folder)
+    files = _files_of(codec, settings, origin, windows, expected)
+    if live is not None:
+        files |= {f"{LIVE}/{name}": data for name, data in _files_of(*live).items()}
+    _write(folder, files)
+
+
+def copy_codec(source: str | Path, folder: str | Path) -> None:
+    """Write what a folder holds, whose codec has been loaded, into another one. Raises as `save_codec` does."""
+    check_replaceable(Path(folder))
+    names = [name for name in (CARD, TENSORS, f"{LIVE}/{CARD}", f"{LIVE}/{TENSORS}") if Path(source, name).exists()]
+    _write(Path(folder), {name: Path(source, name).read_bytes() for name in names})
+
+
+def _files_of(
+    codec: FittedCodec, settings: Settings, origin: CodecOrigin, windows: np.ndarray, expected: Expected | None = None
+) -> dict[str, bytes]:
+    """The files of one codec by name. Raises `CodecError` for one that could not be read back."""
     kind = next(kind for kind in KINDS.values() if isinstance(codec, kind.codec))
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in kind.tensors_of(codec).items()}
     tensors[WINDOWS] = torch.from_numpy(windows.view(np.int64).copy())
@@ -89,7 +111,15 @@ def save_codec(
     fault = kind.card_fault(card) or _tensor_fault(kind, card, tensors)
     if fault := fault or kind.codec_fault(card, kind.codec_from(card, tensors)):
         raise CodecError(f"{codec.name}: cannot be saved: {fault}")
-    _write(folder, {TENSORS: data, CARD: card.model_dump_json(indent=1).encode()})
+    content = json.loads(card.model_dump_json())
+    content[DIGEST] = _digest(content)
+    return {TENSORS: data, CARD: json.dumps(content, indent=1, ensure_ascii=False).encode()}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of what a card says beside it."""
+    said = {name: value for name, value in content.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_codec(folder: str | Path) -> SavedCodec:
@@ -108,6 +138,9 @@ def load_codec(folder: str | Path) -> SavedCodec:
     codec = kind.codec_from(card, tensors)
     if fault := kind.codec_fault(card, codec):
         raise CodecError(f"{folder / CARD}: {fault}: save the codec again")
+    content = json.loads((folder / CARD).read_bytes())
+    if content.get(DIGEST) not in (None, _digest(content)):  # cards of earlier versions have none
+        raise CodecError(f"{folder / CARD}: was changed after it was written: save the codec again")
     return SavedCodec(folder, codec, card, tensors[WINDOWS].numpy().view(np.uint64))  # type: ignore[arg-type]
 
 
@@ -127,10 +160,12 @@ def check_replaceable(folder: Path) -> None:
     """Raises `OutputError` for a file, and for a folder that holds anything but a codec."""
     if not folder.exists():
         return
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"{folder}: the shell is in this folder, which a codec would replace: name a new folder in it")
     if not folder.is_dir():
         raise OutputError(f"{folder}: is a file: name a folder")
     try:
-        names = {entry.name for entry in folder.iterdir()}
+        names = {entry.name for entry in folder.iterdir()} - _OF_FILE_MANAGERS
     except OSError as error:
         raise OutputError(f"{folder}: cannot be read ({error.strerror}): name another folder") from error
     if LIVE in names:
@@ -182,6 +217,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
             new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
             for name, data in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_bytes(data)
             try:
                 if place.exists():
