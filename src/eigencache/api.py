@@ -269,9 +269,9 @@ class CacheCodec:
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
 
-        Only the blocks that are needed are read. A stretch that begins later counts its own tokens only, so hand the
-        positions of what follows to the model yourself. Raises the container's errors for damage and for another codec's
-        bytes.
+        Only the blocks that are needed are read. Of a stretch that begins later, the tokens before it count as read and are
+        not attended to, so that `generate` and the model go on at the right positions. Raises the container's errors for
+        damage and for another codec's bytes, and `CodecError` for a stretch that layers with a window cannot go on from.
         """
         self.require_model(self.loaded.model)
         header = Reader(blob).header

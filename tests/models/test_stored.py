@@ -106,3 +106,37 @@ def test_a_subclass_may_hold_something_else_and_is_refused() -> None:
     with pytest.raises(CodecError, match="layer 0 is a Rounded"):
         cached_of(SimpleNamespace(layers=[layer]))
     assert issubclass(QuantizedCache, DynamicCache.__mro__[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2"])
+def test_a_stretch_goes_on_at_its_positions_as_if_what_is_before_were_masked(name: str) -> None:
+    model, ids = tiny(name), token_ids()
+    full = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :16], past_key_values=full, use_cache=True)
+    held = {i: (k[:, :, 6:], v[:, :, 6:]) for i, (k, v) in cached_of(full).items()}
+    stretch = cache_holding(model, held, 6, 10)
+    assert stretch.get_seq_length() == 16 and first_position(stretch) == 6
+    mask = torch.cat([torch.zeros(len(ids), 6), torch.ones(len(ids), 14)], 1).long()
+    positions = torch.arange(16, 20)[None]
+    right = model(input_ids=ids[:, 16:20], past_key_values=full, attention_mask=mask, position_ids=positions).logits
+    found = model(input_ids=ids[:, 16:20], past_key_values=stretch, use_cache=True).logits
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    whole = torch.ones(len(ids), 20).long()
+    again = cache_holding(model, held, 6, 10)
+    torch.testing.assert_close(
+        model(input_ids=ids[:, 16:20], past_key_values=again, attention_mask=whole, position_ids=positions).logits,
+        right, rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_stop_whose_window_is_not_held_is_refused() -> None:
+    model, ids = tiny("mistral"), token_ids()
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :20], past_key_values=cache, use_cache=True)
+    held = cached_of(cache)
+    for count, start, tokens in ((0, 0, 12), (3, 0, 18), (2, 18, 2)):
+        part = {i: (k[:, :, :count], v[:, :, :count]) for i, (k, v) in held.items()}
+        with pytest.raises(CodecError, match=r"attends to the last 7 tokens before position \d+, of which \d are there"):
+            cache_holding(model, part, start, tokens)

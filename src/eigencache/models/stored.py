@@ -23,7 +23,7 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
         raise CodecError(f"{type(cache).__name__} is no transformers cache: hand over what a model gave as past_key_values")
     found = {}
     for layer_idx, layer in enumerate(layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StretchLayer):
             raise CodecError(
                 f"layer {layer_idx} is a {type(layer).__name__}: keys and values of a dynamic cache are encoded"
             )
@@ -41,18 +41,43 @@ def first_position(cache: Any) -> int:
     )
 
 
+class StretchLayer(DynamicLayer):
+    """Keys and values from position `absent` on: what is before counts as read, and is not attended to."""
+
+    def __init__(self, absent: int) -> None:
+        super().__init__()
+        self.absent = absent
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, absent ones included."""
+        return self.absent + super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what is attended to."""
+        return self.get_seq_length() - self.absent + query_length, self.absent
+
+
 def cache_holding(model: PreTrainedModel, cached: Cached, start: int, tokens: int) -> DynamicCache:
     """A dynamic cache of `tokens` tokens from position `start`; layers with a window may hold the last of them only.
 
-    Where all layers have a window it has seen all tokens before them too, so that positions go on by themselves.
+    Tokens before `start` count as read, so that positions go on by themselves. Raises `CodecError` where a layer with a
+    window lacks tokens that the next one attends to.
     """
     cache = DynamicCache(config=model.config)
-    windows = all(isinstance(cache.layers[layer_idx], DynamicSlidingWindowLayer) for layer_idx in cached)
     for layer_idx, (keys, values) in cached.items():
-        cache.update(keys, values, layer_idx)
-        layer = cache.layers[layer_idx]
+        held, layer = keys.shape[2], cache.layers[layer_idx]
         if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = tokens + (start if windows else 0)
-        elif keys.shape[2] != tokens:
-            raise CodecError(f"layer {layer_idx} holds {keys.shape[2]} tokens of {tokens} and has no window")
+            needed, stop = min(layer.sliding_window - 1, start + tokens), start + tokens
+            if held < needed:
+                raise CodecError(
+                    f"layer {layer_idx} attends to the last {needed} tokens before position {stop}, of which {held} are "
+                    "there: decode up to the last token that was encoded, and from before its window on"
+                )
+        elif held != tokens:
+            raise CodecError(f"layer {layer_idx} holds {held} tokens of {tokens} and has no window")
+        elif start:
+            cache.layers[layer_idx] = StretchLayer(start)
+        cache.update(keys, values, layer_idx)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = start + tokens
     return cache
