@@ -39,8 +39,8 @@ def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
     attention = backend.attention
     counted = attention and replace(backend, attention=lambda *given: calls.append(1) or attention(*given))
     with (
-        patch("eigencache.models.compressed_blocks.packed_backend", lambda x, rows: counted or backend),
-        patch("eigencache.codec.packed.packed_backend", lambda x, rows: backend),
+        patch("eigencache.models.compressed_blocks.packed_backend", lambda *_: counted or backend),
+        patch("eigencache.codec.packed.packed_backend", lambda *_: backend),
     ):
         for length in PIECES:
             stop = start + length

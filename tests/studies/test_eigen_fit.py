@@ -203,9 +203,10 @@ def test_features_are_by_rank_and_centred_where_tokens_are_as_often_as_in_the_te
 
 def test_wide_embeddings_are_cut_to_the_directions_that_the_text_uses() -> None:
     weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
-    model = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))
+    model = SimpleNamespace(get_input_embeddings=lambda: lambda ids: weight[ids])
+    own = SimpleNamespace(model=model, embedded_ids=300, device=torch.device("cpu"))
     ids = torch.arange(100).repeat(3)
-    ranks, features = vocabulary(SimpleNamespace(model=model), ids)  # type: ignore[arg-type]
+    ranks, features = vocabulary(own, ids)  # type: ignore[arg-type]
     assert features.shape == (300, MAX_FEATURES)
     unit = torch.nn.functional.normalize(weight, dim=-1) * 20
     distances, expected = (torch.cdist(x, x) for x in (features[ranks[:100]].float(), unit[:100]))
