@@ -93,7 +93,7 @@ def test_generation_goes_through_it() -> None:
 
 @torch.no_grad()
 def test_the_model_and_the_attention_functions_are_left_as_they_were() -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     loaded = tiny_loaded("llama")
     before = [name for name, _ in loaded.model.named_modules()]
@@ -101,6 +101,8 @@ def test_the_model_and_the_attention_functions_are_left_as_they_were() -> None:
     assert [name for name, _ in loaded.model.named_modules()] == before
     assert not any(module._forward_hooks for module in loaded.model.modules())
     assert not any("kvpress" in function.__module__ for function in ALL_ATTENTION_FUNCTIONS.values())
+    registered = dict(AttentionInterface._global_mapping)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == registered  # nothing hides what is registered from now on
 
 
 @torch.no_grad()

@@ -112,7 +112,9 @@ def _kvpress() -> Any:
     except ImportError as error:
         raise CodecError(f"kvpress cannot be imported: {error}; install 'eigencache[peers]'") from error
     finally:
-        ALL_ATTENTION_FUNCTIONS.update(before)
+        for name, function in before.items():
+            if ALL_ATTENTION_FUNCTIONS[name] is not function:
+                del ALL_ATTENTION_FUNCTIONS[name]  # what was laid over it, and over all that is registered later
     return kvpress
 
 
