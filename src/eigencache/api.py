@@ -295,6 +295,11 @@ class CacheCodec:
     @classmethod
     def load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any = None) -> CacheCodec:
         """The codec in a folder, for the model it was fitted on. Raises `CodecError` for another model or dtype."""
+        with own_modes(), _evaluating(model):
+            return cls._load(folder, model, tokenizer)
+
+    @classmethod
+    def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
         saved, loaded = load_codec(folder), _loaded(model, tokenizer)
         check_belongs(saved, loaded)
         identity = fingerprint(loaded.model)

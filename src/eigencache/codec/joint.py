@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eigencache.errors import CodecError
-from eigencache.modes import own_modes
+from eigencache.modes import constant
 from eigencache.spectral.metric import block_product
 
 _DEPENDENT = 1e-3  # of the largest pivot of D M Dᵀ = I, which rounding to float16 changes by a thousandth
@@ -80,10 +80,10 @@ class JointTransform:
         return _beside([x[..., b.start : b.stop] @ e.mT / step for b, e in zip(self.bases, self._encoders, strict=True)])
 
     @cached_property
+    @constant
     def _encoders(self) -> list[Tensor]:
         """(D M Dᵀ)⁻¹ D M of every basis [r, columns]: least squares on the rows as they are stored, in the metric."""
-        with own_modes(), torch.no_grad():
-            return [self._encoder(basis) for basis in self.bases]
+        return [self._encoder(basis) for basis in self.bases]
 
     def _encoder(self, basis: Basis) -> Tensor:
         decoder = basis.decoder(1.0)

@@ -16,7 +16,7 @@ from eigencache.codec.turning import Turning
 from eigencache.errors import CodecError
 from eigencache.kernels.packed import PackedBackend, packed_backend
 from eigencache.kernels.reference import BLOCK, Widths, largest_integers, unpack
-from eigencache.modes import own_modes
+from eigencache.modes import constant, own_modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +91,11 @@ class PackedHeads:
         return self._unbundled(x, len(self.mean)) + means
 
     @cached_property
+    @constant
     def offset(self) -> Tensor:
         """What integers of zero stand for, less the turning [heads, dim]: μ − Dᵀ c."""
-        with own_modes(), torch.no_grad():
-            centres = largest_integers(self.widths).to(self.decoder) / 2
-            return self.mean - (centres[:, None, None] @ self._decoders(None)).flatten(0, 2)
+        centres = largest_integers(self.widths).to(self.decoder) / 2
+        return self.mean - (centres[:, None, None] @ self._decoders(None)).flatten(0, 2)
 
     def queries(self, q: Tensor, backend: PackedBackend) -> Tensor:
         """D q [batch, bundles, rows of all its heads, most] of queries [batch, heads, rows, dim], for a backend."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from eigencache.codec.row_major import RowMajor
 from eigencache.codec.token_digits import TokenDigits, token_digits
+from eigencache.modes import constant
 
 _ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
 _TABLE = 2**24  # numbers a table of all tokens' predictions may have: 64 MB
@@ -56,6 +57,7 @@ class TextPredictor(RowMajor):
         return token_digits(len(self.features))
 
     @cached_property
+    @constant
     def _predictions(self) -> tuple[Tensor, Tensor]:
         """What a token adds at its own place [vocabulary, width], and to the next one's [1 + vocabulary, width].
 
@@ -65,10 +67,12 @@ class TextPredictor(RowMajor):
         return here, F.pad(before, (0, 0, 1, 0))
 
     @cached_property
+    @constant
     def _known(self) -> Tensor:
         return self.features.float() @ self.places
 
     @cached_property
+    @constant
     def _norms(self) -> Tensor:
         return self._known.square().sum(-1) / 2
 

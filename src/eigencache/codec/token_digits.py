@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eigencache.codec.tables import MAX_HALF
 from eigencache.errors import CodecError
+from eigencache.modes import constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ def digit_count(vocabulary: int) -> int:
 
 
 @lru_cache(maxsize=8)
+@constant
 def token_digits(vocabulary: int) -> TokenDigits:
     """The digits of every token of a vocabulary."""
     count = digit_count(vocabulary)

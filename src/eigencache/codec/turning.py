@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigencache.kernels.reference import BLOCK, Turned, TurnedMean
-from eigencache.modes import own_modes
+from eigencache.modes import constant
 from eigencache.spectral.rope import Angles, Rotation, joined, pairs, rotate
 
 
@@ -69,12 +69,9 @@ class Turning:
         return self.turned(queries, starts).logits()
 
     @cached_property
+    @constant
     def _prepared(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of the pairs that have a mean: frequencies, both means [heads, 1, pairs], cos and sin in a block, and which."""
-        with own_modes(), torch.no_grad():
-            return self._prepare()
-
-    def _prepare(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         turns = 2 * len(self.rotation.frequencies)
         first, second = pairs(self.mean[:, :turns] * self.rotation.scale, self.rotation.pairing != "half")
         used = (first.abs() + second.abs()).amax(0).nonzero().flatten()

@@ -15,6 +15,7 @@ from torch import Tensor
 from eigencache.errors import CodecError
 from eigencache.kernels import packed_cpu, packed_vnni, reference
 from eigencache.kernels.reference import Asked, Held, Widths
+from eigencache.modes import constant
 
 BackendName = Literal["reference", "cpu", "vnni", "triton"]
 _ROWS = 64  # queries of a bundle; from about 100 on numba is slower than unpacking once and a matrix product
@@ -87,6 +88,7 @@ def _named(name: BackendName, device: torch.device) -> PackedBackend:
 
 
 @cache
+@constant
 def triton_backend(device: torch.device) -> PackedBackend:
     """Triton on a device, after a look at whether it computes there what plain PyTorch does. Raises `CodecError` if not."""
     from eigencache.kernels import packed_triton, packed_triton_encode

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eigencache.kernels.reference import BLOCK, Widths, bundles_of, most_coefficients
+from eigencache.modes import constant
 
 _PLANES = 8  # of 64 tokens, in one pass
 _TILE = 8  # blocks whose planes are held at a time
@@ -43,6 +44,7 @@ def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
 
 
 @cache
+@constant
 def planes(widths: tuple[Widths, ...]) -> Tensor:
     """A [bundles, most, most] with integers = A planes, planes in the order in which passes make them."""
     found = torch.zeros(len(widths), *[most_coefficients(widths)] * 2)

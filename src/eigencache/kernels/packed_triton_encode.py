@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eigencache.kernels.packed_triton_tiles import padded
 from eigencache.kernels.reference import BLOCK, TurnedMean, Widths
+from eigencache.modes import constant
 
 _BLOCK = tl.constexpr(BLOCK)
 _ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken away again: the next integer, of two the even one
@@ -52,6 +53,7 @@ def encode(
 
 
 @lru_cache(maxsize=1024)
+@constant
 def _counts(widths: tuple[Widths, ...], six: tuple[int, ...], device: torch.device) -> Tensor:
     """Per bundle [bundles, 5] int32: its first byte in a block, coefficients of 8, of 4, of 2 and of 6 bits."""
     found, at = [], 0

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.kernels.reference import BLOCK, Widths
+from eigencache.modes import constant
 
 _WORDS = tl.constexpr(BLOCK // 4)
 
@@ -44,6 +45,7 @@ class Rows:
 
 
 @lru_cache(maxsize=1024)
+@constant
 def rows_of(widths: tuple[Widths, ...], repeats: int, device: torch.device) -> Rows:
     """Rows of all bundles, each `repeats` times."""
     wide = max(8, *(triton.next_power_of_2(w.eight + w.four // 2) for w in widths))

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from eigencache.modes import constant
+
 FEW = 32  # queries of a program, up to which tiles are tokens by queries
 _PAIRED = 16  # up to which pairs pay
 Tiles = tuple[int, int, int, int | None]  # blocks at a time, warps, stages, and registers of a thread at most
@@ -41,6 +43,7 @@ def described(keys: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[tuple[i
 
 
 @lru_cache(maxsize=4096)
+@constant
 def pieces_of(
     chunks: tuple[tuple[int, ...], ...], key_stride: int, other_stride: int, splits: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

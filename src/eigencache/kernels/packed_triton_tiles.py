@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.kernels.reference import BLOCK, Widths
+from eigencache.modes import constant
 
 _WORD = tl.constexpr(4)  # tokens
 _WORDS = tl.constexpr(BLOCK // 4)
@@ -29,6 +30,7 @@ def padded(count: int, least: int = 16) -> int:
 
 
 @lru_cache(maxsize=1024)
+@constant
 def places(widths: tuple[Widths, ...], repeats: int, device: torch.device) -> Tensor:
     """Row << 8 | bits << 4 | first bit of every coefficient [bundles · repeats, padded] int32, of no bits beyond the last.
 

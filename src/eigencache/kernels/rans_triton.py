@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eigencache.errors import CodecError
 from eigencache.kernels.rans import LOWER, MAX_LANES, PRECISION, SLOTS, pack_slots
+from eigencache.modes import constant
 
 _LOWER, _PRECISION, _SLOTS = tl.constexpr(LOWER), tl.constexpr(PRECISION), tl.constexpr(SLOTS)
 _WARP = tl.constexpr(MAX_LANES)
@@ -84,6 +85,7 @@ def launch(words: Tensor, spans: Tensor, tables: StaticTables, lanes: int, out: 
 
 
 @lru_cache(maxsize=4)
+@constant
 def _uploaded(tables: StaticTables, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per coefficient table << 16 | half << 8 | shift, int64; per slot index | frequency << 8 | place << 20, in 32 bits."""
     t = tables.table_of.astype(np.int64)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eigencache.modes import constant
+
 BLOCK = 64  # tokens
 GROUP = 8  # coefficients that share a width
 _TILE = 16  # blocks that are unpacked at a time
@@ -131,6 +133,7 @@ def most_coefficients(widths: Sequence[Widths]) -> int:
 
 
 @cache
+@constant
 def largest_integers(widths: tuple[Widths, ...]) -> Tensor:
     """2^b − 1 of every coefficient [bundles, most] float32, zero beyond the last one of a bundle."""
     most = most_coefficients(widths)
@@ -138,6 +141,7 @@ def largest_integers(widths: tuple[Widths, ...]) -> Tensor:
 
 
 @cache
+@constant
 def bundles_of(widths: tuple[Widths, ...]) -> Tensor:
     """Per bundle [bundles, 4] int64: its first byte in a block, coefficients of 8, of 8 or 4, and of any bits."""
     found, at = [], 0
@@ -148,6 +152,7 @@ def bundles_of(widths: tuple[Widths, ...]) -> Tensor:
 
 
 @cache
+@constant
 def digits_of(widths: tuple[Widths, ...], six: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row [bundles, most]: the largest integer float32; the shift and mask uint8 that make a digit of it.
 

@@ -20,6 +20,7 @@ from eigencache.models.cache_keyword import innermost
 from eigencache.models.compressed_attention import require_compressed_attention
 from eigencache.models.compressed_layer import CompressedLayer
 from eigencache.models.compressed_passes import watch
+from eigencache.models.devices import device_of
 from eigencache.models.quantized_cache import tensors_of
 
 
@@ -68,7 +69,7 @@ class CompressedCache(DynamicCache):
         for layer in [layer for layer in found.values() if layer.turns][1:]:
             layer.watches_positions = False  # they are those of the first
         require_compressed_attention(model)
-        self._device = model.device
+        self._device = device_of(model)
         self.backend  # noqa: B018 - compiled, looked at or refused now, not in the middle of a text
         self._pass: tuple[nn.Module, list[int]] | None = None  # whose it is, and tokens of compressed layers before it
         self._model = ref(model)

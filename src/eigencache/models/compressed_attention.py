@@ -21,8 +21,8 @@ from eigencache.errors import UnsupportedArchitectureError
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_blocks import Partial, block_attention, block_logits, block_sums
 from eigencache.models.compressed_layer import CompressedLayer, updated
-from eigencache.models.linear_map import is_plain, linear_map
-from eigencache.modes import uncompiled
+from eigencache.models.linear_map import linear_map
+from eigencache.modes import own_modes, uncompiled
 
 NAME = "eigencache"
 _LOGITS = 2**26  # at a time: more queries wait
@@ -41,8 +41,8 @@ def require_compressed_attention(model: PreTrainedModel) -> None:
     for config, own in zip(configs, before, strict=True):
         config._attn_implementation_internal = own
     for module in model.modules():
-        if hasattr(module, "kv_b_proj") and not is_plain(module.kv_b_proj):
-            Latent(module, module.kv_b_proj.in_features)  # type: ignore[arg-type] # refused now, not in the middle of a text
+        if hasattr(module, "kv_b_proj"):
+            Latent(module, module.kv_lora_rank)  # type: ignore[arg-type] # refused now, not in the middle of a text
     if not taken:
         raise UnsupportedArchitectureError(
             f"{model.config.model_type}: its attention cannot be replaced (it does not use transformers' AttentionInterface)"
@@ -72,10 +72,10 @@ def _attention(
     if softcap is None and s_aux is None and (layer is None or not (layer.blocks or layer.sinks)):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
     else:
-        with torch.autocast(query.device.type, enabled=False):
+        with own_modes():
             out = attend(module, layer, query, key, value, attention_mask, scaling, softcap, s_aux)
     if layer is not None:
-        with torch.autocast(query.device.type, enabled=False):
+        with own_modes():
             layer.compact()
     return out, None
 
@@ -224,8 +224,11 @@ class Latent:
     def __init__(self, module: nn.Module, rank: int) -> None:
         self.nope = module.qk_nope_head_dim
         name = f"layer {module.layer_idx}, kv_b_proj"
-        weight = linear_map(module.kv_b_proj, rank, name)[0].unflatten(0, (-1, self.nope + module.v_head_dim))  # type: ignore[arg-type, operator]
-        self.up_keys, self.up_values = weight.split([self.nope, module.v_head_dim], 1)  # type: ignore[list-item]
+        weight, bias = linear_map(module.kv_b_proj, rank, name)  # type: ignore[arg-type]
+        if bias is not None:
+            raise UnsupportedArchitectureError(f"{name}: adds a bias, which a live cache does not serve: use a plain cache")
+        heads = weight.unflatten(0, (-1, self.nope + module.v_head_dim))  # type: ignore[operator]
+        self.up_keys, self.up_values = heads.split([self.nope, module.v_head_dim], 1)  # type: ignore[list-item]
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Of the latent and of the rotary key."""

@@ -18,7 +18,7 @@ from eigencache.errors import CodecError, NonFiniteError
 from eigencache.kernels.packed import BackendName
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_rows import Rows, unpadded
-from eigencache.modes import uncompiled
+from eigencache.modes import own_modes, uncompiled
 
 _GROWTH = 8  # a new storage has room for an eighth of the blocks there are, so that at most that much is empty
 _MOST = 64  # blocks of room in a new storage
@@ -40,7 +40,8 @@ class Chunk:
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Put blocks behind those there are."""
         stop = self.filled + keys.shape[1]
-        self.keys[:, self.filled : stop], self.values[:, self.filled : stop] = keys, values
+        with torch.inference_mode():  # in which a chunk of a copy that was made there can be written too
+            self.keys[:, self.filled : stop], self.values[:, self.filled : stop] = keys, values
         self.filled = stop
 
 
@@ -126,7 +127,7 @@ class CompressedLayer(DynamicLayer):
         Raises `CodecError` for another batch and where attention did not read the cache, `NonFiniteError` for numbers that
         16 bits do not hold. Nothing is added then, nor when memory runs out.
         """
-        with torch.autocast(key_states.device.type, enabled=False):
+        with own_modes():
             return self._update(key_states, value_states)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

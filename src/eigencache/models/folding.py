@@ -102,8 +102,8 @@ def folded(model: PreTrainedModel, geometry: KVGeometry, codec: PCACodec) -> Ite
                 _swap(swapped, attention, "kv_b_proj", _after_decoding(up, basis[0]))
             elif basis := bases.get((layer_idx, 1)):
                 name, projection = found
-                rows = output_rows(projection, geometry.layers[layer_idx])
-                _swap(swapped, attention, name, _output(projection, rows, basis))
+                rows, own = output_rows(projection, geometry.layers[layer_idx])
+                _swap(swapped, attention, name, _output(rows, own, basis))
         if not geometry.mla:
             _register(bases)
             model.set_attn_implementation(ATTENTION)
@@ -126,13 +126,12 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
-def _output(projection: nn.Module, rows: Tensor, basis: list[Transform]) -> nn.Linear:
-    """D_v W_O per query head, and μ_v W_O in the bias; `rows` [query heads, v_head_dim, hidden]."""
+def _output(rows: Tensor, own: Tensor | None, basis: list[Transform]) -> nn.Linear:
+    """D_v W_O per query head, and μ_v W_O in the bias; `rows` [query heads, v_head_dim, hidden], `own` its bias."""
     group = len(rows) // len(basis)
     weight = torch.cat([basis[h // group].decoder @ rows[h] for h in range(len(rows))])
     bias = sum(basis[h // group].mean @ rows[h] for h in range(len(rows)))
-    own = getattr(projection, "bias", None)
-    return _linear(weight.mT, bias if own is None else bias + own.detach())  # type: ignore[arg-type, operator]
+    return _linear(weight.mT, bias if own is None else bias + own)  # type: ignore[arg-type]
 
 
 def _after_decoding(up: nn.Module, transform: Transform) -> nn.Linear:

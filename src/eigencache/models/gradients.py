@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -17,11 +18,14 @@ def cache_gradients(
     """∂(Σ NLL in nats of the text)/∂(cached vector): layer → gradients of both slots, [batch, heads, seq, dim].
 
     Through everything that reads the vector, later layers included. The model's weights keep their `requires_grad`.
-    Cost: a forward pass with logits and the backward pass through activations.
+    Cost: a forward pass with logits and the backward pass through activations; for a model that was loaded in inference
+    mode also a copy of its weights, because autograd does not save inference tensors.
     """
+    copies = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_inference()}
     with _frozen(model), torch.enable_grad():
         cache, stored = tapped_cache(model, track=True)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True).logits
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
+        logits = (functional_call(model, copies, kwargs=given) if copies else model(**given)).logits
         targets = (
             input_ids[:, 1:] if attention_mask is None else input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
         )
@@ -32,7 +36,7 @@ def cache_gradients(
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    flags = [(weight, weight.requires_grad) for weight in model.parameters() if not weight.is_inference()]
     try:
         for weight, _ in flags:
             weight.requires_grad_(False)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from eigencache.models.adapters import adapter_for
 from eigencache.models.capture import Capture
+from eigencache.models.linear_map import bias_of
 from eigencache.models.load import LoadedModel
 
 _PROBE_TOKENS = 16
@@ -21,7 +22,7 @@ def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
     ids = torch.randint(1, loaded.embedded_ids, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     with Capture(loaded.model, loaded.geometry) as capture:
         capture.run(ids.to(loaded.device))
-    readings = capture.readings
+    readings, hidden = capture.readings, loaded.model.config.get_text_config(decoder=True).hidden_size
     found: dict[int, Tensor] = {}
     for module in loaded.model.modules():
         layer_idx = getattr(module, "layer_idx", None)
@@ -29,7 +30,8 @@ def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
         if style is None or layer_idx not in readings or layer_idx in found:
             continue
         role, projection = next((r, m) for r, m in style.modules(module).items() if r in ("keys", "fused"))
-        bias = getattr(projection, "bias", None)
+        inputs = getattr(projection, "in_features", hidden)
+        bias = bias_of(projection, inputs, f"layer {layer_idx}, the projection of keys")
         if bias is None:
             continue
         outputs = {role: bias.detach().float()[None, None]}

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
+from eigencache.models.devices import device_of
 
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 
@@ -39,7 +40,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids have to be: the device of the embedding."""
-        return _embedding(self.model).device
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def learned_positions(self) -> int | None:
@@ -49,7 +50,7 @@ class LoadedModel:
     @property
     def embedded_ids(self) -> int:
         """How many token ids the model knows."""
-        return _embedding(self.model).shape[0]
+        return _embedded_ids(self.model)
 
 
 def bundled_path(name: str) -> Path:
@@ -131,7 +132,7 @@ def check_device(device: str) -> None:
 
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
     """Raises `TokenizerMismatchError` when the tokenizer has ids that the model's embedding does not."""
-    rows = _embedding(model).shape[0]
+    rows = _embedded_ids(model)
     if len(tokenizer) > rows:
         raise TokenizerMismatchError(
             f"the tokenizer has {len(tokenizer)} entries, the model embeds only {rows}: they do not belong together"
@@ -176,8 +177,9 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     return spec, {}
 
 
-def _embedding(model: PreTrainedModel) -> torch.Tensor:
-    return model.get_input_embeddings().weight  # type: ignore[return-value]
+def _embedded_ids(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()  # the weight of a quantized one may be packed
+    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
 
 
 def _gguf(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,14 @@ def output_projection(attention: nn.Module) -> tuple[str, nn.Module] | None:
     """Its name and itself, or None for a module that is no attention layer of a known kind."""
     for name in OUTPUT_PROJECTIONS:
         module = getattr(attention, name, None)
-        if isinstance(module, nn.Module) and isinstance(getattr(module, "weight", None), Tensor):
+        if isinstance(module, nn.Module):
             return name, module
     return None
 
 
-def output_rows(projection: nn.Module, layer: Layer) -> Tensor:
-    """W_O per query head [heads, v_head_dim, hidden]: what a head's output is multiplied with."""
-    weight, _ = linear_map(projection, layer.num_attention_heads * layer.v_head_dim, "the output projection")
-    return weight.detach().mT.unflatten(0, (layer.num_attention_heads, layer.v_head_dim))
+def output_rows(projection: nn.Module, layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """Return W_O per query head [heads, v_head_dim, hidden], which multiplies a head's output, and the bias or None."""
+    name = f"layer {layer.layer_idx}, the output projection"
+    weight, bias = linear_map(projection, layer.num_attention_heads * layer.v_head_dim, name)
+    rows = weight.detach().mT.unflatten(0, (layer.num_attention_heads, layer.v_head_dim))
+    return rows, None if bias is None else bias.detach()

@@ -18,7 +18,7 @@ from eigencache.errors import NonFiniteError, UnsupportedArchitectureError
 from eigencache.geometry import KVGeometry, Layer
 from eigencache.models.adapters import adapter_for
 from eigencache.models.capture import Capture, check_layers
-from eigencache.models.linear_map import has_dense_weight
+from eigencache.models.linear_map import linear_map
 
 AdapterTarget = Literal["v", "k"]
 WORDS: dict[AdapterTarget, str] = {"v": "values", "k": "keys"}
@@ -52,6 +52,7 @@ class Site:
     layer_idx: int
     module: nn.Module
     columns: Tensor  # Int64 [heads · dim], head by head
+    inputs: int  # numbers per token that the projection is given
 
     @property
     def width(self) -> int:
@@ -110,7 +111,7 @@ def find_sites(
             f"{WORDS[target]} has no cache mode: use a model with MHA, GQA or MQA"
         )
     found: dict[int, tuple[nn.Module, bool]] = {}
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, tuple[Tensor, Tensor]] = {}  # input and output of the projection
     with ExitStack() as stack:
         for module in model.modules():
             layer_idx = getattr(module, "layer_idx", None)
@@ -118,8 +119,8 @@ def find_sites(
                 continue
             found[layer_idx] = projection
 
-            def after(_module: nn.Module, _args: tuple, output: Tensor, layer_idx: int = layer_idx) -> None:
-                outputs[layer_idx] = output
+            def after(_module: nn.Module, args: tuple, output: Tensor, layer_idx: int = layer_idx) -> None:
+                outputs[layer_idx] = args[0], output
 
             stack.callback(projection[0].register_forward_hook(after).remove)
         captured = stack.enter_context(Capture(model, geometry, layers=chosen)).run(input_ids)
@@ -132,7 +133,7 @@ def find_sites(
             if not stored.isfinite().all():
                 raise NonFiniteError(f"{WORDS[target]}: layer {layer_idx} holds NaN or infinite values: try --dtype float32")
             module, fused = found[layer_idx]
-            site = _proved(layer_idx, module, outputs[layer_idx], stored, geometry.layers[layer_idx], target, fused)
+            site = _proved(layer_idx, module, *outputs[layer_idx], stored, geometry.layers[layer_idx], target, fused)
         if site is None:
             raise UnsupportedArchitectureError(
                 f"{geometry.model_type}: the {WORDS[target]} that layer {layer_idx} caches are not what a projection of it "
@@ -155,7 +156,14 @@ def _projection(attention: nn.Module, target: AdapterTarget) -> tuple[nn.Module,
 
 
 def _proved(
-    layer_idx: int, module: nn.Module, output: Tensor, stored: Tensor, layer: Layer, target: AdapterTarget, fused: bool
+    layer_idx: int,
+    module: nn.Module,
+    given: Tensor,
+    output: Tensor,
+    stored: Tensor,
+    layer: Layer,
+    target: AdapterTarget,
+    fused: bool,
 ) -> Site | None:
     """The site whose columns, read head by head, are what the cache was given."""
     for columns in _columns(output.shape[-1], layer, target, fused):
@@ -163,7 +171,7 @@ def _proved(
         if read.shape[-1] % stored.shape[-1] == 0 and torch.equal(
             read.unflatten(-1, (-1, stored.shape[-1])).transpose(1, 2), stored
         ):
-            return Site(layer_idx, module, columns)
+            return Site(layer_idx, module, columns, given.shape[-1])
     return None
 
 
@@ -182,16 +190,10 @@ def _columns(width: int, layer: Layer, target: AdapterTarget, fused: bool) -> It
 
 
 def weight_rows(site: Site) -> tuple[Tensor, Tensor | None]:
-    """Weight [columns, hidden] and bias of what a site gives: of a linear layer, or of the transposed one of GPT-2.
+    """Return weight [columns, inputs] and bias [columns] of the map that gives a site its vectors; None without a bias.
 
-    Raises `UnsupportedArchitectureError` for any other module.
+    Raises `UnsupportedArchitectureError` for a module that is not linear.
     """
-    weight, bias = getattr(site.module, "weight", None), getattr(site.module, "bias", None)
-    if isinstance(site.module, nn.Linear) and has_dense_weight(site.module):
-        rows: Tensor = site.module.weight  # type: ignore[assignment]
-    elif type(site.module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        rows = weight.mT
-    else:
-        raise UnsupportedArchitectureError(f"layer {site.layer_idx}: {type(site.module).__name__} is no plain linear layer")
+    rows, bias = linear_map(site.module, site.inputs, f"layer {site.layer_idx}")
     columns = site.columns.to(rows.device)
     return rows.detach()[columns], None if bias is None else bias.detach()[columns]

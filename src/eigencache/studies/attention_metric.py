@@ -128,7 +128,7 @@ def output_metric(attention: nn.Module, layer: Layer) -> Tensor:
     """W_O,h W_O,hᵀ per query head [heads, v_head_dim, v_head_dim]: the squared output error of an error in the value."""
     found = output_projection(attention)
     assert found is not None
-    weights = output_rows(found[1], layer).double()
+    weights = output_rows(found[1], layer)[0].double()
     return weights @ weights.mT
 
 
@@ -139,7 +139,7 @@ def latent_metric(attention: nn.Module, layer: Layer, queries: Tensor, outputs: 
     """
     mla = layer.mla
     assert mla is not None
-    up = linear_map(attention.kv_b_proj, mla.kv_lora_rank, "kv_b_proj")[0].detach().double()  # type: ignore[arg-type]
+    up = linear_map(attention.kv_b_proj, mla.kv_lora_rank, f"layer {layer.layer_idx}, kv_b_proj")[0].detach().double()  # type: ignore[arg-type]
     nope = mla.qk_nope_head_dim
     keys, values = up.unflatten(0, (layer.num_attention_heads, -1)).split(
         [nope, up.shape[0] // layer.num_attention_heads - nope], 1

@@ -9,8 +9,11 @@ import math
 import torch
 from torch import Tensor
 
+from eigencache.modes import constant
+
 
 @functools.cache
+@constant
 def gaussian_codebook(bits: int) -> Tensor:
     """The 2^bits numbers, ascending, float32; found by Lloyd's iteration in float64."""
     numbers = torch.erfinv(torch.arange(1, 2 ** (bits + 1), 2, dtype=torch.float64) / 2**bits - 1) * math.sqrt(2)

@@ -1,0 +1,16 @@
+"""The device on which a module computes, also where accelerate keeps its weights on disk and their tensors are on `meta`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device to which the input of a module belongs; the CPU for a module without tensors."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if (device := getattr(part, "execution_device", None)) is not None:
+            return torch.device(device)
+    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta")
+    return next((t.device for t in tensors), torch.device("cpu"))
