@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from eigencache.geometry import geometry_from_config
 from eigencache.models.belonging import check_belongs
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
-from eigencache.models.identity import fingerprint, state_of
+from eigencache.models.identity import known_fingerprint
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
 from eigencache.models.stored import cache_holding, cached_of, first_position
 from eigencache.modes import own_modes
@@ -209,7 +209,7 @@ def fit(
     """
     with own_modes(), _evaluating(model):
         loaded = _loaded(model, tokenizer)
-        identity = fingerprint(loaded.model)  # before the work: another model is noticed while it goes on
+        identity = known_fingerprint(loaded.model)  # before the work: another model is noticed while it goes on
         source = read_text(text) if isinstance(text, str) else _documents(text)
         sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
         fitted = fit_codec(
@@ -235,21 +235,17 @@ class CacheCodec:
     live: LiveCodec | None = None  # for `CompressedCache`
     identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
     folder: Path | None = None  # that it was loaded from
-    _states: dict[int, int] = field(init=False, default_factory=dict, repr=False)  # by model: the last that was right
 
     def require_model(self, model: Any) -> None:
         """Raises `CodecError` unless `model` is the one that the codec was fitted on, as it was then.
 
         Cheap while nothing has changed; weights are hashed anew where one was written, or an adapter added or switched.
         """
-        if self.identity is None or self._states.get(id(model)) == (state := state_of(model)):
-            return
-        if fingerprint(model) != self.identity:
+        if self.identity is not None and known_fingerprint(model) != self.identity:
             raise CodecError(
                 f"the model is not the one that this codec was fitted on: other weights, another configuration, or an "
                 f"adapter that was added, switched or merged since: restore {self.loaded.name}, or fit a codec on this one"
             )
-        self._states[id(model)] = state
 
     def encode(self, cache: Any) -> bytes:
         """The container of what a model gave as `past_key_values`, batch 1, from position 0 on.
@@ -302,7 +298,7 @@ class CacheCodec:
     def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
         saved, loaded = load_codec(folder), _loaded(model, tokenizer)
         check_belongs(saved, loaded)
-        identity = fingerprint(loaded.model)
+        identity = known_fingerprint(loaded.model)
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():

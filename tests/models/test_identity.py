@@ -2,15 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from eigencache.api import CacheCodec
 from eigencache.errors import CodecError
-from eigencache.models.identity import _sample, fingerprint, fingerprint_before, state_of
+from eigencache.models import identity
+from eigencache.models.identity import _sample, fingerprint, fingerprint_before, known_fingerprint, state_of
+from eigencache.models.load import bundled_path
 from known import bundled
 from tiny_models import tiny
 
@@ -119,3 +123,93 @@ def test_a_codec_in_memory_is_refused_for_a_model_that_changed_and_taken_again_w
 
 def test_codecs_saved_before_are_recognised(model) -> None:
     assert fingerprint_before(model) == fingerprint_before(tiny("llama")) != fingerprint(model)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("ref-gpt2", "2b0c280625d8"),
+        ("ref-llama", "fe3531e7172b"),
+        ("ref-qwen2", "893b0cd84c25"),
+        ("ref-deepseek", "0e59be91fef2"),
+    ],
+)
+def test_every_version_of_transformers_gives_the_same_hash(name: str, start: str) -> None:
+    assert fingerprint(bundled(name).model).startswith(start)
+
+
+def test_hashes_do_not_depend_on_what_a_later_version_adds_as_a_default(model) -> None:
+    before = fingerprint(model)
+    model.config.router_aux_loss_coef = 0.5
+    model.config.layer_types = ["full_attention"] * 3
+    assert fingerprint(model) == before
+    model.config.layer_types = ["sliding_attention"] * 3
+    assert fingerprint(model) != before
+
+
+def test_a_module_that_peft_trains_a_copy_of_counts_while_the_copy_is_used(model) -> None:
+    peft = pytest.importorskip("peft")
+    before = fingerprint(model)
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    with_copy = fingerprint(wrapped)
+    with torch.no_grad():
+        wrapped.get_input_embeddings().modules_to_save["default"].weight[0, 0] += 1
+    assert fingerprint(wrapped) not in (before, with_copy)
+    with wrapped.disable_adapter():
+        assert fingerprint(wrapped) == before
+
+
+def test_the_hash_is_made_anew_only_where_something_changed(model, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr(identity, "fingerprint", lambda model: made.append(model) or f"{len(made)}")
+    assert [known_fingerprint(model) for _ in range(3)] == ["1", "1", "1"]
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # other numbers may stand there now
+    assert [known_fingerprint(model) for _ in range(2)] == ["2", "2"]
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64))
+    assert known_fingerprint(model) == "2"
+
+
+@pytest.fixture
+def offloaded(tmp_path: Path) -> Any:
+    """A bundled model whose last layer lies on disk between passes."""
+    pytest.importorskip("accelerate")
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{i}": "cpu" if i < 6 else "disk" for i in range(7)}
+    return AutoModelForCausalLM.from_pretrained(
+        bundled_path("ref-llama"), dtype=torch.float32, device_map=parts | layers, offload_folder=tmp_path
+    ).eval()
+
+
+def test_weights_on_disk_are_hashed_and_no_change_is_seen_in_a_pass(offloaded) -> None:
+    assert fingerprint(offloaded) == fingerprint(bundled("ref-llama").model)
+    before = state_of(offloaded)
+    with torch.no_grad():
+        offloaded(torch.ones(1, 4, dtype=torch.int64))
+    assert state_of(offloaded) == before
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_are_hashed_with_their_scales(bits: int, model, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model.save_pretrained(tmp_path)
+    options = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True}}[bits]
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options)).eval()
+    before = fingerprint(packed)
+    with torch.no_grad():
+        packed(torch.ones(1, 4, dtype=torch.int64))
+    assert fingerprint(packed) == before != fingerprint(model)
+    layer = packed.model.layers[1].self_attn.k_proj
+    with torch.no_grad():
+        (layer.state.SCB if bits == 8 else layer.weight.quant_state.absmax)[0] *= 2
+    assert fingerprint(packed) != before
+
+
+def test_weights_of_torchao_are_hashed_and_a_codec_of_before_is_no_error(model) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
+    before = fingerprint(model)
+    assert fingerprint(model) == before != fingerprint(tiny("llama"))
+    assert fingerprint_before(model) != fingerprint_before(tiny("llama"))

@@ -2,7 +2,7 @@
 
 from eigencache.codec.folder import SavedCodec
 from eigencache.errors import CodecError
-from eigencache.models.identity import fingerprint, fingerprint_before
+from eigencache.models.identity import fingerprint_before, known_fingerprint
 from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.spectral.rope import rope_sha256
@@ -27,8 +27,8 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
             f"{saved.folder}: fitted on {origin.model} with another RoPE ({origin.rope_sha256[:12]}) than {loaded.name} "
             f"has ({rope[:12]}): load the model with the RoPE it was fitted with, {anew}"
         )
-    found = fingerprint(loaded.model)
-    if origin.model_sha256 not in (found, fingerprint_before(loaded.model)):
+    found = known_fingerprint(loaded.model)
+    if found != origin.model_sha256 and fingerprint_before(loaded.model) != origin.model_sha256:
         raise CodecError(
             f"{saved.folder}: fitted on {origin.model} ({origin.model_sha256[:12]}), this is {loaded.name} ({found[:12]}), "
             f"other weights or another configuration: load the model it was fitted on, {anew}"
