@@ -257,7 +257,7 @@ def test_another_model_is_refused(folder: Path) -> None:
         CacheCodec.load(folder, "ref-gpt2")
     path = bundled_path("ref-deepseek")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    with pytest.raises(CodecError, match="use --dtype float32"):
+    with pytest.raises(CodecError, match="use `dtype` float32"):
         CacheCodec.load(folder, model, AutoTokenizer.from_pretrained(path))
     other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():

@@ -27,22 +27,22 @@ class Budget(Record):
     @classmethod
     def of_nll(cls, text: str) -> Self:
         """`0.01` nats per token. Raises `BudgetError`."""
-        what = f"--budget-nll {text}"
+        what = f"`budget_nll` {text}"
         nats = _number(text, f"{what}: give nats per token, such as 0.01")
         if nats < 0:
             raise BudgetError(f"{what}: a budget below zero asks for a gain: give nats per token, such as 0.01")
-        return cls(nats=nats, given=what)
+        return cls(nats=nats, given=f"--budget-nll {text}")
 
     @classmethod
     def of_ppl(cls, text: str) -> Self:
         """`1%` or `0.01` of perplexity: ΔNLL = ln(1 + share). Raises `BudgetError`."""
-        what = f"--budget-ppl {text}"
+        what = f"`budget_ppl` {text}"
         say = f"{what}: give a share of perplexity of at least 0 and below 100 %, such as 1% or 0.01"
         percent = text.strip().endswith("%")
         share = _number(text.strip().removesuffix("%"), say) / (100 if percent else 1)
         if not 0 <= share < 1:
             raise BudgetError(say)
-        return cls(nats=math.log1p(share), given=what)
+        return cls(nats=math.log1p(share), given=f"--budget-ppl {text}")
 
 
 def _number(text: str, say: str) -> float:

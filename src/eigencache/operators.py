@@ -35,7 +35,7 @@ class Training(Record):
             return []
         return [
             f"training did not lower its loss ({self.loss_before:.4f} before, {self.loss_after:.4f} after): "
-            "lower --learning-rate, or raise --steps"
+            "lower `learning_rate`, or raise `steps`"
         ]
 
 

@@ -1,5 +1,6 @@
 """Static tables and the coder that uses them: exact, near the ideal length, and their faults are found."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigencache.codec.entropy import RansCoder
-from eigencache.codec.tables import MAX_HALF, edges_of, fault_of, fit_tables
+from eigencache.codec.tables import MAX_HALF, Tables, edges_of, fault_of, fit_tables
 from eigencache.errors import CodecError
 from eigencache.kernels.rans import SLOTS
 
@@ -82,6 +83,51 @@ def test_bytes_that_no_block_has_are_refused(harm):
     harmed = {"cut": data[:20], "odd": data[:-1], "other": data[:40] + bytes(100) + data[140:], "longer": data + b"\0\0"}
     with pytest.raises(CodecError):
         coder.decode(harmed[harm], 64)
+
+
+def certain(width: int, frequency: int) -> Tables:
+    """A table whose integer 0 has a share of `frequency` / 2^12, the most that one can have being 4,093."""
+    edges = np.array([0, 1, 1 + frequency, 2 + frequency, SLOTS])
+    starts = np.pad(edges, (0, 2 * MAX_HALF - 2), mode="edge")[None].astype(np.int32)
+    return Tables(np.zeros(width, np.int32), np.zeros(1, np.int32), np.ones(1, np.int32), starts)
+
+
+def test_the_fewest_bits_of_a_token_are_those_of_its_likeliest_integers():
+    assert certain(50, 4093).least_bits == pytest.approx(50 * np.log2(4096 / 4093))
+    assert certain(50, 8).least_bits == 50 * 9, "an escape has most slots and takes 32 bits more"
+    tables = fit_tables(laplacian(SCALES, 512), TABLE_OF)
+    slots = zip(tables.shifts, tables.halves, tables.starts, strict=True)
+    likeliest = np.array([np.diff(edges[: 2 * half + 2]).argmax() - half << shift for shift, half, edges in slots])
+    assert tables.least_bits == pytest.approx(tables.bits(likeliest[TABLE_OF][:, None]))
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 500, 4000])
+@pytest.mark.parametrize("frequency", [1500, 2048, 3000, 4000, 4093])
+@pytest.mark.parametrize("lanes", [1, 8, 32])
+def test_the_smallest_blocks_that_an_encoder_writes_are_read(tokens, frequency, lanes):
+    coder = RansCoder(certain(40, frequency), lanes)
+    data = coder.encode(np.zeros((40, tokens), np.int32))
+    assert (coder.decode(data, tokens) == 0).all()
+
+
+def test_the_cap_is_near_what_a_block_takes():
+    coder = RansCoder(certain(40, 3000), 8)
+    data = coder.encode(np.zeros((40, 4000), np.int32))
+    with pytest.raises(CodecError, match=rf"corrupt block: 4400 tokens take more than .* bytes, found {len(data)}"):
+        coder.decode(data, 4400)
+
+
+def test_tokens_that_a_block_only_claims_take_no_memory():
+    coder = RansCoder(fit_tables(laplacian(SCALES, 512), TABLE_OF), 8)
+    data = RansCoder(coder.tables, 8).encode(np.zeros((400, 0), np.int32))  # states alone
+    _ = coder.tables.slots
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match=r"corrupt block: 65535 tokens take more than .* bytes, found 32"):
+            coder.decode(data, 65_535)
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # 105 MB would hold the claim
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

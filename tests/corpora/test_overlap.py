@@ -62,6 +62,6 @@ def test_the_sketch_of_a_long_text_is_small_and_estimates_the_share(share: float
 
 def test_overlap_with_a_sketch_is_refused_unless_forced_and_then_marked() -> None:
     assert check_sketched_overlap([ids(0)], sketch([ids(1)])) is None
-    with pytest.raises(CorpusError, match=r"100 % of the evaluation text's .* choose another --text, or --force"):
+    with pytest.raises(CorpusError, match=r"100 % of the evaluation text's .* choose another `text`, or `force`"):
         check_sketched_overlap([ids(0)], sketch([ids(0)]))
     assert "OVERLAP: 100 %" in (check_sketched_overlap([ids(0)], sketch([ids(0)]), force=True) or "")

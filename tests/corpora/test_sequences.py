@@ -122,13 +122,13 @@ def test_a_text_that_ends_early_is_a_warning_with_both_figures(make_text):
 @pytest.mark.parametrize(
     ("length", "tokens", "max_length", "message"),
     [
-        (100, None, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or --max-length 100"),
-        (100, 1024, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or --max-length 100"),
+        (100, None, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
+        (100, 1024, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
         (31, None, 512, "given: text has 31 tokens, fewer than one sequence of 512: give more text"),
-        (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or shorten --max-length"),
-        (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or shorten --max-length"),
-        (100, None, 7, "--max-length 7: a sequence must hold at least 8 tokens"),
-        (100, None, -1, "--max-length -1: a sequence must hold at least 8 tokens"),
+        (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or shorten `max_length`"),
+        (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or shorten `max_length`"),
+        (100, None, 7, "`max_length` 7: a sequence must hold at least 8 tokens"),
+        (100, None, -1, "`max_length` -1: a sequence must hold at least 8 tokens"),
     ],
 )
 def test_less_than_one_sequence_is_refused_with_figures(make_text, length, tokens, max_length, message):

@@ -65,11 +65,11 @@ def test_tests_and_other_files_are_left_out(tmp_path):
 
 
 def test_a_python_without_modules_on_disk_is_refused_with_the_folder(tmp_path):
-    with pytest.raises(CorpusError, match=rf"no standard library modules as \.py files below {tmp_path}: pass --text FILE"):
+    with pytest.raises(CorpusError, match=rf"no standard library modules as \.py files below {tmp_path}: pass `text` FILE"):
         module_paths("calibration", tmp_path)
 
 
 def test_a_module_that_cannot_be_read_is_refused_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(stdlib, "module_paths", lambda split: [("gone.py", tmp_path / "gone.py")])
-    with pytest.raises(CorpusError, match=r"gone\.py: cannot be read \(No such file or directory\): pass --text FILE"):
+    with pytest.raises(CorpusError, match=r"gone\.py: cannot be read \(No such file or directory\): pass `text` FILE"):
         read_text("stdlib:held-out")

@@ -58,7 +58,7 @@ def test_entries_of_the_widest_tables_fit_32_bits(run: Run) -> None:
     assert (out[0] == block).all()
 
 
-@pytest.mark.parametrize("harm", ["cut", "short", "odd", "other", "state", "longer"])
+@pytest.mark.parametrize("harm", ["cut", "short", "odd", "other", "state", "longer", "claim"])
 def test_bytes_that_the_cpu_refuses_are_refused_in_the_same_words(run: Run, harm: str) -> None:
     rng = np.random.default_rng(5)
     block = rng.laplace(scale=3, size=(6, 11)).astype(np.int32)
@@ -71,11 +71,14 @@ def test_bytes_that_the_cpu_refuses_are_refused_in_the_same_words(run: Run, harm
         "other": data[:20] + bytes(4) + data[24:],
         "state": bytes([data[0] ^ 1]) + data[1:],
         "longer": data + b"\0\0",
+        "claim": data,
     }[harm]
+    claimed = 4_000 if harm == "claim" else 11
     with pytest.raises(CodecError) as by_cpu:
-        RansCoder(tables, 4).decode(harmed, 11)
+        RansCoder(tables, 4).decode(harmed, claimed)
     with pytest.raises(CodecError) as by_triton:
-        run(decoded_by_triton, [data, harmed], [11, 11], tables, 4)
+        run(decoded_by_triton, [data, harmed], [11, claimed], tables, 4)
+    assert harm != "claim" or "4000 tokens take more than" in str(by_cpu.value)
     assert str(by_triton.value) == str(by_cpu.value)
 
 

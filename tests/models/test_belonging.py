@@ -92,5 +92,5 @@ def test_other_weights_are_refused_naming_both_models(llama: SavedCodec) -> None
 
 
 def test_another_dtype_is_named_with_the_option_that_mends_it(llama: SavedCodec) -> None:
-    with pytest.raises(CodecError, match="in float32, other is loaded in bfloat16: use --dtype float32, or fit"):
+    with pytest.raises(CodecError, match="in float32, other is loaded in bfloat16: use `dtype` float32, or fit"):
         check_belongs(llama, of(copy.deepcopy(tiny("llama")).to(torch.bfloat16)))

@@ -425,7 +425,7 @@ def test_a_coarse_step_that_is_within_the_loss_by_luck_is_not_taken(monkeypatch)
 
 def test_a_loss_that_no_step_keeps_is_refused(monkeypatch) -> None:
     stubbed(monkeypatch, lambda step: 0.25)
-    with pytest.raises(BudgetError, match=r"--max-nll 0.1: even the finest step loses 0.2500 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll` 0.1: even the finest step loses 0.2500 nats: allow more"):
         at_loss(planted(), None, 0.1)  # type: ignore[arg-type]
 
 

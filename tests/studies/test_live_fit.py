@@ -446,16 +446,16 @@ def test_a_codec_below_one_that_loses_more_is_not_trusted(monkeypatch: pytest.Mo
 
 
 def test_a_loss_that_even_8_bits_exceed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BudgetError, match=r"--max-nll 0\.02: even 8 bits lose 0\.0500 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll` 0\.02: even 8 bits lose 0\.0500 nats: allow more"):
         reached(monkeypatch, lambda _: 0.05, max_nll=0.02)
-    with pytest.raises(BudgetError, match=r"--max-nll 0\.01: even 8 bits lose 0\.0700 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll` 0\.01: even 8 bits lose 0\.0700 nats: allow more"):
         reached(monkeypatch, lambda bits: 0.07 if bits > 7 else 0.0)
     assert TRIED[-1] == 8 and list(TRIED) == sorted(TRIED)
 
 
 def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     own = source("llama")
-    with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise --max-length to 136"):
+    with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise `max_length` to 136"):
         fit_live_target(fitted("llama"), own.loaded, own.apart, bits=2.0)
 
 

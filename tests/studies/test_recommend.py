@@ -54,14 +54,14 @@ def test_a_share_of_perplexity_becomes_nats(given: str, nats: float | None) -> N
 
 @pytest.mark.parametrize("given", ["", "one", "nan", "inf", "-1%", "1", "100%", "1%%"])
 def test_what_is_no_share_of_perplexity_is_refused(given: str) -> None:
-    with pytest.raises(BudgetError, match="--budget-ppl"):
+    with pytest.raises(BudgetError, match="`budget_ppl`"):
         Budget.of_ppl(given)
 
 
 def test_nats_are_taken_as_they_are_and_nonsense_is_refused() -> None:
     assert Budget.of_nll("0.02").nats == 0.02
     for given in ("1%", "nan", "inf", "-0.1", ""):
-        with pytest.raises(BudgetError, match="--budget-nll"):
+        with pytest.raises(BudgetError, match="`budget_nll`"):
             Budget.of_nll(given)
 
 
@@ -347,9 +347,9 @@ def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(l
     other = probe.model_copy(update={"model": probe.model.model_copy(update={"name": "other", "sha256": "f" * 64})})
     path = tmp_path / "report.json"
     ReportRecord(probes=[probe, other]).save(path)
-    with pytest.raises(RecordError, match="is of 2 models: choose one with --model: tiny, other"):
+    with pytest.raises(RecordError, match="is of 2 models: choose one with `model`: tiny, other"):
         read_subject(str(path))
-    with pytest.raises(RecordError, match="--model third"):
+    with pytest.raises(RecordError, match="`model` third"):
         read_subject(str(path), "third")
     assert read_subject(str(path), "other") == other
     check_same_model(model, probe, str(path))

@@ -104,7 +104,7 @@ def test_text_that_was_calibrated_on_is_refused_unless_forced(calibration) -> No
 
 
 def test_a_rank_that_does_not_exist_is_refused(calibration, text) -> None:
-    with pytest.raises(StatisticsError, match="--ranks 17: v · head · frobenius · centred has ranks 1 to 16"):
+    with pytest.raises(StatisticsError, match="`ranks` 17: v · head · frobenius · centred has ranks 1 to 16"):
         swept(calibration, text, [Plan(PCASettings("v"), ranks=(17,))])
 
 

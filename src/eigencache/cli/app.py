@@ -23,6 +23,7 @@ from eigencache.cli import (
     score,
     sweep,
 )
+from eigencache.cli.flags import flags_of, with_flags
 from eigencache.errors import EigencacheError
 
 
@@ -34,13 +35,14 @@ def fail(message: str) -> None:
 
 def guarded(run: Callable[..., None]) -> Callable[..., None]:
     """The command, with a user's mistakes and interruptions turned into one line and exit code 2."""
+    flags = flags_of(run)
 
     @functools.wraps(run)
     def command(*args: Any, **kwargs: Any) -> None:
         try:
             run(*args, **kwargs)
         except EigencacheError as error:
-            fail(str(error))
+            fail(with_flags(str(error), flags))
         except KeyboardInterrupt:
             fail("interrupted: no result was written")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from eigencache.codec.tables import Tables
 from eigencache.errors import CodecError
-from eigencache.kernels.rans import LOWER, decode_words, encode_words
+from eigencache.kernels.rans import LOWER, decode_words, encode_words, require_block
 
 
 class EntropyCoder(Protocol):
@@ -44,8 +44,7 @@ class RansCoder:
     def decode(self, data: bytes | memoryview, tokens: int) -> np.ndarray:
         """Integers int32 [coefficients, tokens]; the states must end as an encoder's begin."""
         t, header = self.tables, 4 * self.lanes
-        if len(data) < header or len(data) % 2:
-            raise CodecError(f"a block of {len(data)} bytes: {header} for its states and an even number are needed")
+        require_block(len(data), tokens, self.lanes, t.least_bits)
         states = np.frombuffer(data, "<u4", self.lanes).astype(np.uint32)
         words = np.frombuffer(data, "<u2", offset=header).astype(np.uint16, copy=False)
         out = np.empty((len(t.table_of), tokens), np.int32)

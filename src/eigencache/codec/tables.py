@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from eigencache.kernels.rans import PRECISION, SLOTS, pack_slots
+from eigencache.kernels.rans import PRECISION, SLOTS, least_bits, pack_slots
 
 MAX_HALF = 127
 _WIDE = 24.0  # mean magnitude in units of 2^shift that a table is allowed
@@ -30,6 +30,15 @@ class Tables:
     def slots(self) -> np.ndarray:
         """What the decoder looks up, made once."""
         return pack_slots(self.starts, self.halves)
+
+    @property
+    def least_bits(self) -> float:
+        """Fewest bits that the integers of one token can cost."""
+        return self._least_bits
+
+    @cached_property
+    def _least_bits(self) -> float:
+        return least_bits(self.table_of, self.shifts, self.halves, self.starts)
 
     def variances(self) -> np.ndarray:
         """Mean square of the integers of every coefficient [coefficients], by its table, escapes left out.

@@ -43,12 +43,12 @@ def check_overlap(ids: list[np.ndarray], other: list[np.ndarray], *, force: bool
 
     Raises `CorpusError` with the share otherwise.
     """
-    return _judged(overlap_share(ids, other), "--text or --calibration-text", force)
+    return _judged(overlap_share(ids, other), "`text` or `calibration_text`", force)
 
 
 def check_sketched_overlap(ids: list[np.ndarray], kept: np.ndarray, *, force: bool = False) -> str | None:
     """As `check_overlap`, with the sketch of a calibration text whose tokens are not at hand."""
-    return _judged(sketched_share(ids, kept), "--text", force)
+    return _judged(sketched_share(ids, kept), "`text`", force)
 
 
 def _judged(share: float, options: str, force: bool) -> str | None:
@@ -56,7 +56,7 @@ def _judged(share: float, options: str, force: bool) -> str | None:
         return None
     found = f"{100 * share:.0f} % of the evaluation text's {GRAM}-token windows occur in the calibration text"
     if not force:
-        raise CorpusError(f"{found}: figures would flatter; choose another {options}, or --force")
+        raise CorpusError(f"{found}: figures would flatter; choose another {options}, or `force`")
     return f"OVERLAP: {found}: these figures flatter"
 
 

@@ -67,14 +67,14 @@ def pack(
     A text that ends early is a warning of the record. Raises `CorpusError` where there is not one whole sequence.
     """
     if max_length < CONTEXT:
-        raise CorpusError(f"--max-length {max_length}: a sequence must hold at least {CONTEXT} tokens")
+        raise CorpusError(f"`max_length` {max_length}: a sequence must hold at least {CONTEXT} tokens")
     if tokens is not None and tokens < max_length:
         raise CorpusError(
-            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or shorten --max-length"
+            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or shorten `max_length`"
         )
     stream = _first(token_stream(text.documents, tokenizer), tokens, on_progress)
     if len(stream) < max_length:
-        shorten = f" or --max-length {len(stream)}" if len(stream) >= MIN_TAIL else ""
+        shorten = f" or `max_length` {len(stream)}" if len(stream) >= MIN_TAIL else ""
         raise CorpusError(
             f"{text.name}: text has {len(stream):,} tokens, fewer than one sequence of {max_length:,}: "
             f"give more text{shorten}"

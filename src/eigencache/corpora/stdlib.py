@@ -48,7 +48,7 @@ def module_paths(split: str, root: Path | None = None) -> list[tuple[str, Path]]
             if path.suffix == ".py" and split_of(relative) == split:
                 found.append((relative, path))
     if not found:
-        raise CorpusError(f"no standard library modules as .py files below {root}: pass --text FILE instead")
+        raise CorpusError(f"no standard library modules as .py files below {root}: pass `text` FILE instead")
     return sorted(found, key=lambda item: hashlib.sha1(item[0].encode(), usedforsecurity=False).digest())
 
 
@@ -65,4 +65,4 @@ def _documents(modules: list[tuple[str, Path]]) -> Iterator[Document]:
         try:
             yield Document(title, path.read_text(encoding="utf8", errors="ignore"))
         except OSError as error:
-            raise CorpusError(f"{path}: cannot be read ({error.strerror}): pass --text FILE instead") from error
+            raise CorpusError(f"{path}: cannot be read ({error.strerror}): pass `text` FILE instead") from error

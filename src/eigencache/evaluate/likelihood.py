@@ -73,7 +73,7 @@ def batches_of(sequences: Sequences, protocol: Protocol, batch_size: int) -> lis
     if not rows:
         raise CorpusError(
             f"no sequence is longer than the first {protocol.length:,} tokens, of which none is scored: "
-            "raise --max-length or lower --prefix"
+            "raise `max_length` or lower `prefix`"
         )
     return list(_of_equal_length(rows, batch_size))
 

@@ -87,7 +87,7 @@ def require_finite(logits: Tensor, codec: str = "a codec") -> None:
     """Raises `NonFiniteError` where logits hold NaN or infinite values."""
     if not torch.stack(torch.aminmax(logits)).isfinite().all():
         raise NonFiniteError(
-            f"logits through the cache of {codec} hold NaN or infinite values: use a wider --dtype or another codec"
+            f"logits through the cache of {codec} hold NaN or infinite values: use a wider `dtype` or another codec"
         )
 
 

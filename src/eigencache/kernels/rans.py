@@ -10,12 +10,15 @@ states. Nothing is clipped. `encode_words` and `decode_words` are compiled; test
 import numba
 import numpy as np
 
+from eigencache.errors import CodecError
+
 PRECISION = 12  # bits of a table
 SLOTS = 1 << PRECISION
 LOWER = 1 << 16  # least value of a state between words, and the value that every state begins with
 MAX_LANES = 32
 _STEP = 8  # bits of an escaped integer that go through a state at a time
 _LOW = SLOTS >> _STEP
+_SLACK = 1.08  # bits of integers over bits of a block, at most: see `require_block`
 _compiled = numba.njit(cache=True, nogil=True, boundscheck=False)
 
 
@@ -32,6 +35,39 @@ def pack_slots(starts: np.ndarray, halves: np.ndarray) -> np.ndarray:
         place = np.arange(SLOTS) - edges[index]
         slots[table] = index.astype(np.uint64) | (frequency[index].astype(np.uint64) << 16) | (place.astype(np.uint64) << 32)
     return slots
+
+
+def least_bits(table_of: np.ndarray, shifts: np.ndarray, halves: np.ndarray, starts: np.ndarray) -> float:
+    """Return the fewest bits that one token can cost: Σ over coefficients of −log₂ of the largest share in their table."""
+    least = np.zeros(len(halves))
+    for table, (edges, half) in enumerate(zip(starts, halves, strict=True)):
+        beside = np.append(np.full(2 * half + 1, shifts[table]), 32)  # bits outside of the table: lowest bits, or an escape
+        least[table] = (PRECISION - np.log2(np.diff(edges[: 2 * half + 3])) + beside).min()
+    return float(least[table_of].sum())
+
+
+def require_block(nbytes: int, tokens: int, lanes: int, bits: float) -> None:
+    """Check that a block can hold its tokens, before memory for them is allocated.
+
+    A state of at least 16 f grows by at least 15/16 of −log₂(f / 2^12) when a number of frequency f is added, and cutting
+    off a word of 16 bits loses at most log₂(17/16). w words and N states of 32 bits, which begin with 16, therefore hold
+    at most 16/15 · (16.09 w + 16 N) bits, less than 1.08 times their size: no block that an encoder wrote is refused.
+
+    Args:
+        nbytes: size of the block.
+        tokens: number of tokens that its header claims.
+        lanes: number of interleaved states.
+        bits: fewest bits that a token can cost, from `least_bits`.
+
+    Raises:
+        CodecError: the states are missing, the size is odd, or the tokens cannot fit.
+    """
+    states = 4 * lanes
+    if nbytes < states or nbytes % 2:
+        raise CodecError(f"corrupt block: expected at least {states} bytes and an even number, found {nbytes}")
+    if tokens * bits > _SLACK * 8 * nbytes:
+        fewest = int(tokens * bits / (_SLACK * 8))
+        raise CodecError(f"corrupt block: {tokens} tokens take more than {fewest} bytes, found {nbytes}")
 
 
 @_compiled

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.errors import CodecError
-from eigencache.kernels.rans import LOWER, MAX_LANES, PRECISION, SLOTS, pack_slots
+from eigencache.kernels.rans import LOWER, MAX_LANES, PRECISION, SLOTS, pack_slots, require_block
 from eigencache.modes import constant
 
 _LOWER, _PRECISION, _SLOTS = tl.constexpr(LOWER), tl.constexpr(PRECISION), tl.constexpr(SLOTS)
@@ -28,7 +28,10 @@ _WARP = tl.constexpr(MAX_LANES)
 
 
 class StaticTables(Protocol):
-    """What is looked up: `table_of` [coefficients]; per table `shifts`, `halves` and `starts` as in `pack_slots`."""
+    """What is looked up: `table_of` [coefficients]; per table `shifts`, `halves` and `starts` as in `pack_slots`.
+
+    `least_bits`: fewest bits that a token can cost.
+    """
 
     @property
     def table_of(self) -> np.ndarray: ...  # noqa: D102
@@ -38,6 +41,8 @@ class StaticTables(Protocol):
     def halves(self) -> np.ndarray: ...  # noqa: D102
     @property
     def starts(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def least_bits(self) -> float: ...  # noqa: D102
 
 
 def decode_blocks(
@@ -52,6 +57,8 @@ def decode_blocks(
 
     Beyond a block's own tokens `out` is left as it is. Raises `CodecError` where `RansCoder.decode` does.
     """
+    for data, count in zip(sections, tokens, strict=True):
+        require_block(len(data), count, lanes, tables.least_bits)
     words, spans = upload_blocks(sections, tokens, lanes, device)
     if out is None:
         out = torch.empty(len(sections), len(tables.table_of), max(tokens), dtype=torch.int32, device=device)
@@ -64,10 +71,6 @@ def upload_blocks(
     sections: Sequence[bytes | memoryview], tokens: Sequence[int], lanes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """All sections as words uint16, one after the other; per block [blocks, 3] its first word, their end and its tokens."""
-    header = 4 * lanes
-    for data in sections:
-        if len(data) < header or len(data) % 2:
-            raise CodecError(f"a block of {len(data)} bytes: {header} for its states and an even number are needed")
     ends = np.cumsum([0, *(len(data) // 2 for data in sections)])
     words = torch.empty(int(ends[-1]), dtype=torch.uint16, pin_memory=device.type == "cuda")
     np.concatenate([np.frombuffer(data, np.uint16) for data in sections], out=words.numpy())

@@ -19,7 +19,7 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
     if dtype != origin.dtype:
         raise CodecError(
             f"{saved.folder}: fitted on {origin.model} in {origin.dtype}, {loaded.name} is loaded in {dtype}: "
-            f"use --dtype {origin.dtype}, {anew}"
+            f"use `dtype` {origin.dtype}, {anew}"
         )
     rope = rope_sha256(rotations_of(loaded))
     if rope != origin.rope_sha256:

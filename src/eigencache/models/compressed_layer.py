@@ -200,7 +200,7 @@ class CompressedLayer(DynamicLayer):
         stored = [x[:, :, : count * BLOCK] for x in self.window]
         for what, x in zip(("keys", "values"), stored, strict=True):
             if not x.isfinite().all():
-                raise NonFiniteError(f"layer {self.layer_idx} stores NaN or infinite {what}: try --dtype float32")
+                raise NonFiniteError(f"layer {self.layer_idx} stores NaN or infinite {what}: try `dtype` float32")
         positions = self._positions(self.blocks, count)
         packed = [heads.encode(x, positions) for heads, x in zip(self.heads, stored, strict=True)]
         left = self._without(count * BLOCK)

@@ -96,7 +96,7 @@ def folded(model: PreTrainedModel, geometry: KVGeometry, codec: PCACodec) -> Ite
             if found is None or not isinstance(layer_idx, int):
                 continue
             if geometry.mla and (layer_idx, 1) in bases:
-                raise CodecError(f"{codec.name}: the rotary key cannot be folded: choose --target latent")
+                raise CodecError(f"{codec.name}: the rotary key cannot be folded: choose `target` latent")
             if geometry.mla and (basis := bases.get((layer_idx, 0))):
                 up: nn.Module = attention.kv_b_proj  # type: ignore[assignment]
                 _swap(swapped, attention, "kv_b_proj", _after_decoding(up, basis[0]))

@@ -124,10 +124,10 @@ def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ModelError(f"--device {device}: no such kind of device; use cpu, cuda, cuda:0, mps or auto") from error
+        raise ModelError(f"`device` {device}: no such kind of device; use cpu, cuda, cuda:0, mps or auto") from error
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, True):
-        raise ModelError(f"--device {device}: this machine has no {kind} device; use --device cpu")
+        raise ModelError(f"`device` {device}: this machine has no {kind} device; use `device` cpu")
 
 
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
@@ -191,7 +191,7 @@ def _dtype(dtype: str | None, device: str) -> Any:
         on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         return torch.float32 if on_cpu else "auto"
     if dtype not in ("float32", "bfloat16", "float16", "float64", "auto"):
-        raise ModelError(f"--dtype {dtype}: use float32, bfloat16, float16, float64 or auto")
+        raise ModelError(f"`dtype` {dtype}: use float32, bfloat16, float16, float64 or auto")
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 

@@ -131,7 +131,7 @@ def find_sites(
         site = None
         if stored is not None and layer_idx in outputs:
             if not stored.isfinite().all():
-                raise NonFiniteError(f"{WORDS[target]}: layer {layer_idx} holds NaN or infinite values: try --dtype float32")
+                raise NonFiniteError(f"{WORDS[target]}: layer {layer_idx} holds NaN or infinite values: try `dtype` float32")
             module, fused = found[layer_idx]
             site = _proved(layer_idx, module, *outputs[layer_idx], stored, geometry.layers[layer_idx], target, fused)
         if site is None:

@@ -32,6 +32,6 @@ def rotations_of(loaded: LoadedModel) -> dict[int, Rotation]:
     if unknown:
         raise UnsupportedArchitectureError(
             f"{loaded.name}: the rotation of layers {', '.join(map(str, unknown))} could not be identified: "
-            "keys can be compressed after rotation only (--frame post)"
+            "keys can be compressed after rotation only (`frame` post)"
         )
     return found

@@ -62,7 +62,7 @@ class Accumulator:
         if not self.folds:
             raise StatisticsError(
                 f"moments need {self._nbytes(2) / 2**30:.1f} GiB, the budget is {budget / 2**30:.1f} GiB: "
-                "look at fewer layers, at --scope head, or raise --memory"
+                "look at fewer layers, at `scope` head, or raise `memory`"
             )
 
     def _affordable(self, name: str, columns: list[Columns], scopes: Sequence[Scope]) -> tuple[Scope, ...]:

@@ -42,9 +42,9 @@ class TrainingSettings:
 def new_residuals(sites: list[Site], settings: TrainingSettings) -> dict[int, Residual]:
     """Layer → an adapter that is the identity. Raises `TrainingError` for ranks and rates that cannot be."""
     if not 0 < settings.learning_rate <= 1:
-        raise TrainingError(f"--learning-rate {settings.learning_rate:g}: give a number above 0 and at most 1")
+        raise TrainingError(f"`learning_rate` {settings.learning_rate:g}: give a number above 0 and at most 1")
     narrowest = min(site.width for site in sites)
-    for option, rank in (("--inner-rank", settings.inner_rank), ("--loss-rank", settings.loss_rank)):
+    for option, rank in (("`inner_rank`", settings.inner_rank), ("`loss_rank`", settings.loss_rank)):
         if rank is not None and not 1 <= rank <= narrowest:
             raise TrainingError(f"{option} {rank}: vectors of a layer have {narrowest} numbers: give 1 to {narrowest}")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -112,7 +112,7 @@ def cut(vectors: Tensor, rank: int) -> Tensor:
 def _leading(x: Tensor, rank: int) -> Tensor:
     scatter = (x.mT @ x).detach().double()
     if not scatter.isfinite().all():
-        raise TrainingError("the adapted vectors hold NaN or infinite values: lower --learning-rate or --scale")
+        raise TrainingError("the adapted vectors hold NaN or infinite values: lower `learning_rate` or `scale`")
     return eigenbasis_of(scatter)[1][:, :rank].to(x.dtype)
 
 
@@ -157,7 +157,7 @@ def _mean_loss(
 def _finite(loss: Tensor, where: str) -> float:
     value = float(loss.detach())
     if not np.isfinite(value):
-        raise TrainingError(f"the training loss is {value} at {where}: lower --learning-rate or --scale")
+        raise TrainingError(f"the training loss is {value} at {where}: lower `learning_rate` or `scale`")
     return value
 
 

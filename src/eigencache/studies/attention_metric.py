@@ -70,7 +70,7 @@ def _add_queries(queries: Metrics, layer: CapturedLayer, mask: Tensor, model: st
     names = [name for name in layer.tensors if name.startswith("queries")]
     if not names:
         raise UnsupportedArchitectureError(
-            f"{model}: the queries of layer {layer.layer_idx} cannot be captured: use --metric fisher or frobenius"
+            f"{model}: the queries of layer {layer.layer_idx} cannot be captured: use `metric` fisher or frobenius"
         )
     for name in names:
         x = layer.tensors[name]
@@ -120,7 +120,7 @@ def _attention(loaded: LoadedModel, layer_idx: int) -> nn.Module:
             return module
     raise UnsupportedArchitectureError(
         f"{loaded.name}: layer {layer_idx} has no output projection of a known name "
-        f"({', '.join(OUTPUT_PROJECTIONS)}): use --metric fisher or frobenius"
+        f"({', '.join(OUTPUT_PROJECTIONS)}): use `metric` fisher or frobenius"
     )
 
 

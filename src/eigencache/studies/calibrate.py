@@ -186,7 +186,7 @@ class Calibration:
             where = f"layer {place.layer_idx}" if place.layer_idx is not None else "all layers"
             raise StatisticsError(
                 f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
-                f"{moments.width:,} dimensions: raise --tokens, or choose a narrower --scope"
+                f"{moments.width:,} dimensions: raise `tokens`, or choose a narrower `scope`"
             )
 
 
@@ -214,7 +214,7 @@ def check_target(loaded: LoadedModel, target: Target) -> None:
     cached = sorted({kind for one in targets_of(loaded) for kind in _KINDS[one]})
     if missing := [kind for kind in _KINDS[target] if kind not in cached]:
         raise CodecError(
-            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}; choose such a --target"
+            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}; choose such a `target`"
         )
 
 

@@ -91,7 +91,7 @@ def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | N
         low, over, high, under = (middle, excess, high, under) if excess > 0 else (low, over, middle, excess)
     raise BudgetError(
         f"{bits:g} bits per value of {context:,} tokens cannot be had, {found:.3g} can: "
-        "ask for another number, or keep fewer --sinks and a shorter --window"
+        "ask for another number, or keep fewer `sinks` and a shorter `window`"
     )
 
 
@@ -109,7 +109,7 @@ def at_loss(
         if within:
             break
     else:
-        raise BudgetError(f"--max-nll {max_nll:g}: even the finest step loses {points[-1][1]:.4f} nats: allow more")
+        raise BudgetError(f"`max_nll` {max_nll:g}: even the finest step loses {points[-1][1]:.4f} nats: allow more")
     best = points[within[0]][0]
     finer = [best.codec.step * 2 ** (i / (_BETWEEN + 1)) for i in range(_BETWEEN, 0, -1)]
     return next((p for p, loss in _scored(fit, loaded, finer, batch_size, on_progress) if loss <= max_nll), best)

@@ -81,7 +81,7 @@ def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
     positions = loaded.learned_positions
     if positions and max_length > positions:
         raise ModelError(
-            f"{loaded.name} has {positions} positions, sequences have {max_length}: use --max-length {positions}"
+            f"{loaded.name} has {positions} positions, sequences have {max_length}: use `max_length` {positions}"
         )
 
 
@@ -92,7 +92,7 @@ def check_finite(captured: Iterable[CapturedLayer]) -> None:
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 head = int((~tensor.isfinite()).any(-1).any(-1).any(0).nonzero()[0])
                 raise NonFiniteError(
-                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values: try --dtype float32"
+                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values: try `dtype` float32"
                 )
 
 

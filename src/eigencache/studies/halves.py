@@ -21,7 +21,7 @@ def halves_of(sequences: Sequences, protocol: Protocol) -> tuple[Sequences, Sequ
     if len(usable) < 2 * MIN_SEQUENCES:
         raise CorpusError(
             f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens: {2 * MIN_SEQUENCES} are needed, "
-            f"{MIN_SEQUENCES} to choose on and as many to state the loss on: raise --tokens or shorten --max-length"
+            f"{MIN_SEQUENCES} to choose on and as many to state the loss on: raise `tokens` or shorten `max_length`"
         )
     middle = len(usable) // 2
     return _half(sequences, usable[:middle]), _half(sequences, usable[middle:])

@@ -165,7 +165,7 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
     metrics = _stored_metric(source, reach)
     sinks = settings.sinks
     if sinks >= max(source.samples.lengths):
-        raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer --sinks or raise --max-length")
+        raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer `sinks` or raise `max_length`")
     vectors, positions = _stored(source, sinks, reach)
     ats = sorted(vectors)
     _, roots, inverses = scaled_metrics([metrics[at] for at in ats], alpha)

@@ -43,12 +43,12 @@ def fit_live_target(
         raise BudgetError("give one of a number of bits, a loss and safe, not several")
     limit = DEFAULT_MAX_NLL if max_nll is None else max_nll
     if not 0 < limit < math.inf:
-        raise BudgetError(f"--max-nll {limit:g}: must be a number above 0")
+        raise BudgetError(f"`max_nll` {limit:g}: must be a number above 0")
     kept = fit.sinks + fit.settings.window
     if apart.corpus.max_length // 2 < kept + BLOCK:
         raise StatisticsError(
             f"behind prefixes of half of {apart.corpus.max_length} tokens no block of {BLOCK} is packed, {kept} being kept "
-            f"apart: raise --max-length to {2 * (kept + BLOCK)} at least"
+            f"apart: raise `max_length` to {2 * (kept + BLOCK)} at least"
         )
     one = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
     tried = [one] if one else [fit.at_bits(b) for b in TRIED]
@@ -60,7 +60,7 @@ def fit_live_target(
         ordered = sorted(names, key=float)
         within = [i for i in range(len(ordered)) if all(quality[n].delta_nll <= limit for n in ordered[i:])]
         if not within:
-            raise BudgetError(f"--max-nll {limit:g}: even 8 bits lose {quality[ordered[-1]].delta_nll:.4f} nats: allow more")
+            raise BudgetError(f"`max_nll` {limit:g}: even 8 bits lose {quality[ordered[-1]].delta_nll:.4f} nats: allow more")
         name = ordered[within[0]]
     codec = names[name]
     values = loaded.geometry.values_per_token

@@ -165,5 +165,5 @@ def chosen_methods(names: str | None) -> list[str]:
     """`eigen,kvtc` → those methods, in order; None: all. Raises `CodecError` for one that does not exist."""
     chosen = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in METHODS]:
-        raise CodecError(f"--methods {unknown[0]}: no such method; there are {', '.join(METHODS)}")
+        raise CodecError(f"`methods` {unknown[0]}: no such method; there are {', '.join(METHODS)}")
     return chosen

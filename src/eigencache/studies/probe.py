@@ -69,7 +69,7 @@ def probe_gathered(
     unwanted = {"pre": "post_rope", "post": "pre_rope", "both": ""}[settings.frame]
     spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
     if not spectra:
-        raise StatisticsError(f"--frame {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
+        raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
     said = [*corpus.warnings, *loaded.geometry.notes, *notes, *gathered.accumulator.notes]
     options: dict[str, Any] = asdict(settings) | {
         "layers": ",".join(map(str, settings.layers)) if settings.layers else "all",

@@ -44,7 +44,7 @@ class Samples:
         kept = self.positions >= count
         lengths = tuple(length - count for length in self.lengths if length > count)
         if not lengths:
-            raise StatisticsError(f"no sequence is longer than {count} sinks: keep fewer --sinks or raise --max-length")
+            raise StatisticsError(f"no sequence is longer than {count} sinks: keep fewer `sinks` or raise `max_length`")
         return replace(self, vectors=self.vectors[kept], ids=self.ids[kept], lengths=lengths)
 
     def less_mean(self, mean: Tensor) -> "Samples":
@@ -129,4 +129,4 @@ def _check_finite(stored: dict[int, tuple[Tensor, Tensor]]) -> None:
     for layer_idx, both in stored.items():
         for slot, x in zip(("keys", "values"), both, strict=True):
             if not x.isfinite().all():
-                raise NonFiniteError(f"layer {layer_idx} stores NaN or infinite {slot}: try --dtype float32")
+                raise NonFiniteError(f"layer {layer_idx} stores NaN or infinite {slot}: try `dtype` float32")

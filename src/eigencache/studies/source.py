@@ -42,8 +42,8 @@ class Source:
     def __post_init__(self) -> None:
         if len(self.sequences.ids) < 2 * APART:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise --tokens "
-                "(of a bench --calibration-tokens), or lower --max-length"
+                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise `tokens` "
+                "(of a bench `calibration_tokens`), or lower `max_length`"
             )
 
     @property

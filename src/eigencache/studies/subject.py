@@ -26,13 +26,13 @@ def read_subject(spec: str, model: str | None = None) -> Subject:
     path = Path(spec).expanduser()
     if path.suffix != ".json" or path.is_dir():
         if model is not None:
-            raise RecordError(f"--model {model}: chooses among the models of a report; {spec} is no report")
+            raise RecordError(f"`model` {model}: chooses among the models of a report; {spec} is no report")
         return spec
     record = _KNOWN[_schema(path)].load(path)
     if isinstance(record, ReportRecord):
         return _of_report(record, path, model)
     if model is not None and record.model.name != model:
-        raise RecordError(f"--model {model}: {path} is of {record.model.name}")
+        raise RecordError(f"`model` {model}: {path} is of {record.model.name}")
     return record
 
 
@@ -57,8 +57,8 @@ def _of_report(record: ReportRecord, path: Path, model: str | None) -> ProbeReco
     if model is None and len(names) == 1:
         return record.probes[0]
     if model not in names:
-        asked = "" if model is None else f"--model {model}: "
-        raise RecordError(f"{asked}{path} is of {len(names)} models: choose one with --model: {', '.join(names)}")
+        asked = "" if model is None else f"`model` {model}: "
+        raise RecordError(f"{asked}{path} is of {len(names)} models: choose one with `model`: {', '.join(names)}")
     return record.probes[names.index(model)]
 
 

@@ -39,7 +39,7 @@ class Plan:
         wanted = [round(share * width) for share in self.shares] if self.ranks is None else [r or width for r in self.ranks]
         if bad := [rank for rank in wanted if rank > width]:
             raise StatisticsError(
-                f"--ranks {bad[0]}: {self.settings.describe()} has ranks 1 to {width}; use a lower one, or full"
+                f"`ranks` {bad[0]}: {self.settings.describe()} has ranks 1 to {width}; use a lower one, or full"
             )
         return sorted({max(1, rank) for rank in wanted})
 
