@@ -146,7 +146,7 @@ def test_the_cache_that_is_encoded_is_left_alone() -> None:
 
 
 def test_several_rows_are_refused() -> None:
-    with pytest.raises(CodecError, match="a cache of 2 rows: encode them one by one, each without padding"):
+    with pytest.raises(CodecError, match="a cache of 2 rows: encode them one by one, each taken out of a copy"):
         tiny_codec("llama").encode(read("llama", rows=2))
 
 

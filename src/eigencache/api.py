@@ -25,7 +25,7 @@ from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
 from eigencache.models.identity import known_fingerprint
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
-from eigencache.models.stored import cache_holding, cached_of, first_position
+from eigencache.models.stored import cache_holding, cached_of, first_slot, padding_of, position_at, without_padding
 from eigencache.modes import own_modes
 from eigencache.records import ProbeRecord, Spectrum
 from eigencache.studies.eigen_fit import EigenSettings
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "stdlib"
 DEFAULT_TOKENS = 131_072
+_CLEARLY = 1.2  # times the bytes at a wrong position: at the right one a block of text costs a sixth
+_FEW = 16  # coded tokens, below which an average says little
+_FAR = 4  # times the bits of the fit: other languages and random tokens cost 2, padding and wrong positions 8
 
 
 def probe(
@@ -222,7 +225,8 @@ def fit(
             on_progress=on_progress,
         )
         live_codec = fitted.live and fitted.live.codec
-        return CacheCodec(loaded, fitted.codec.to(loaded.device), fitted, live_codec, identity)
+        codec = fitted.codec.to(loaded.device)
+        return CacheCodec(loaded, codec, fitted, live_codec, identity, coded_bits=fitted.expected.coded_bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +239,7 @@ class CacheCodec:
     live: LiveCodec | None = None  # for `CompressedCache`
     identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
     folder: Path | None = None  # that it was loaded from
+    coded_bits: float | None = None  # what a coded token cost on the text of the fit; None: not checked
 
     def require_model(self, model: Any) -> None:
         """Raises `CodecError` unless `model` is the one that the codec was fitted on, as it was then.
@@ -247,20 +252,54 @@ class CacheCodec:
                 f"adapter that was added, switched or merged since: restore {self.loaded.name}, or fit a codec on this one"
             )
 
-    def encode(self, cache: Any) -> bytes:
-        """The container of what a model gave as `past_key_values`, batch 1, from position 0 on.
+    def encode(self, cache: Any, attention_mask: Any = None, position_ids: Any = None, *, force: bool = False) -> bytes:
+        """Return the container of a cache: what a model gave as `past_key_values` for one row.
 
-        Raises `CodecError` for several rows (encode each by itself), padding being unknown to a cache.
+        Args:
+            cache: a dynamic cache of transformers, batch 1.
+            attention_mask: the row's mask [1, tokens] as the model was given it; needed for a row with padding on its left,
+                which a cache does not tell from text. The padding is left out.
+            position_ids: the row's positions [1, tokens] as the model was given them. Default: from 0 on, or, for a row with
+                padding, from 0 at the first slot or at the first token, whichever the keys show.
+            force: encode also what costs far more bits than the codec was fitted to.
+
+        Raises:
+            CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens cost
+                more than four times the bits of the text that the codec was fitted on.
         """
         self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
-            return self._encode(cache)
+            return self._encode(cache, attention_mask, position_ids, force)
 
-    def _encode(self, cache: Any) -> bytes:
+    def _encode(self, cache: Any, attention_mask: Any, position_ids: Any, force: bool) -> bytes:
         cached = cached_of(cache)
         if (rows := len(next(iter(cached.values()))[0])) != 1:
-            raise CodecError(f"a cache of {rows} rows: encode them one by one, each without padding")
-        return self.codec.encode(cached, first_position(cache)).rows[0]
+            raise CodecError(
+                f"a cache of {rows} rows: encode them one by one, each taken out of a copy: "
+                "`row = copy.deepcopy(cache); row.batch_select_indices(torch.tensor([0]))`"
+            )
+        padding = 0 if attention_mask is None else padding_of(attention_mask, cache.get_seq_length())
+        first = max(first_slot(cache), padding)
+        if position_ids is not None:
+            starts = {position_at(position_ids, first, cache.get_seq_length())}
+        else:
+            starts = {first, first - padding}
+        cached = without_padding(cache, padding)
+        blob, *others = sorted((self.codec.encode(cached, start).rows[0] for start in starts), key=len)
+        if others and len(others[0]) < _CLEARLY * len(blob):
+            raise CodecError(
+                f"{cache.get_seq_length() - padding} tokens behind padding do not show at which position they begin: "
+                "give `position_ids` as the model was given them"
+            )
+        tokens, bits = self.codec.cost(blob)
+        if not force and self.coded_bits and tokens >= _FEW and bits > _FAR * self.coded_bits:
+            raise CodecError(
+                f"a token costs {bits:,.0f} bits, {bits / self.coded_bits:.1f} times what the codec was fitted to: this is "
+                "not the cache of a text that this model read from position 0 on. Give `attention_mask` if it begins with "
+                "padding, `position_ids` if it begins elsewhere; a rotation that changed needs a codec of its own. "
+                "`force` encodes it all the same"
+            )
+        return blob
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
@@ -302,7 +341,8 @@ class CacheCodec:
         if not isinstance(saved.codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():
-            return cls(loaded, saved.codec.to(loaded.device), identity=identity, folder=Path(folder))
+            return cls(loaded, saved.codec.to(loaded.device), None, None, identity, Path(folder), saved.coded_bits)
         live = load_live(folder)
         check_belongs(live, loaded)
-        return cls(loaded, saved.codec.to(loaded.device), live=live.codec, identity=identity, folder=Path(folder))  # type: ignore[arg-type]
+        codec = saved.codec.to(loaded.device)
+        return cls(loaded, codec, None, live.codec, identity, Path(folder), saved.coded_bits)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from eigencache.errors import CodecError
-from eigencache.models.stored import cache_holding, cached_of, first_position
+from eigencache.models.stored import cache_holding, cached_of, first_slot
 from tiny_models import tiny, token_ids
 
 pytestmark = pytest.mark.versions
@@ -30,7 +30,7 @@ def test_what_is_read_is_what_every_layer_holds(name: str) -> None:
     for layer, (keys, values) in zip(cache.layers, found.values(), strict=True):
         assert keys.data_ptr() == layer.keys.data_ptr() and values.data_ptr() == layer.values.data_ptr()
         assert keys.shape[2] == (WINDOW - 1 if isinstance(layer, DynamicSlidingWindowLayer) else READ)
-    assert first_position(cache) == (READ - WINDOW + 1 if name == "mistral" else 0)
+    assert first_slot(cache) == (READ - WINDOW + 1 if name == "mistral" else 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,7 +40,7 @@ def test_a_cache_that_is_made_again_goes_on_bit_for_bit(name: str, tokens: int) 
     """Windows are shorter than the text: positions go on from all that was seen, not from what is held."""
     model, ids = tiny(name), token_ids()
     cache = read(model, ids[:, :tokens])
-    start, held = first_position(cache), cached_of(cache)
+    start, held = first_slot(cache), cached_of(cache)
     again = cache_holding(model, held, start, tokens - start)
     assert again.get_seq_length() == cache.get_seq_length() == tokens
     assert [type(layer) for layer in again.layers] == [type(layer) for layer in cache.layers]
@@ -116,7 +116,7 @@ def test_a_stretch_goes_on_at_its_positions_as_if_what_is_before_were_masked(nam
     model(input_ids=ids[:, :16], past_key_values=full, use_cache=True)
     held = {i: (k[:, :, 6:], v[:, :, 6:]) for i, (k, v) in cached_of(full).items()}
     stretch = cache_holding(model, held, 6, 10)
-    assert stretch.get_seq_length() == 16 and first_position(stretch) == 6
+    assert stretch.get_seq_length() == 16 and first_slot(stretch) == 6
     mask = torch.cat([torch.zeros(len(ids), 6), torch.ones(len(ids), 14)], 1).long()
     positions = torch.arange(16, 20)[None]
     right = model(input_ids=ids[:, 16:20], past_key_values=full, attention_mask=mask, position_ids=positions).logits

@@ -165,6 +165,16 @@ class EigenCodec:
         states = 4 * self.lanes * header.block_count
         return header.header_nbytes + raw + states + (stop - sinks) * coded_bits / 8
 
+    def cost(self, row: bytes) -> tuple[int, float]:
+        """Return the coded tokens of a container and the bits that one of them cost on average, without states."""
+        reader = Reader(row)
+        header = reader.header
+        tokens = header.tokens - header.window - header.sinks
+        if not tokens:
+            return 0, 0.0
+        coded = [len(reader.section(i)) for i in header.sections_of(range(header.sinks, header.sinks + tokens))]
+        return tokens, 8 * (sum(coded) - 4 * self.lanes * len(coded)) / tokens
+
     def _kept(self, cached: Cached, span: range, tokens: int) -> Tensor:
         """Vectors of a few tokens as the cache holds them; what a layer does not hold of them is zero."""
         if not span:

@@ -5,6 +5,7 @@ What is decoded is a `DynamicCache` like any other. Keys stand at the positions 
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -34,11 +35,53 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def first_position(cache: Any) -> int:
-    """Position of the first token that any layer still holds: 0 unless all layers have a window and have moved on."""
+def first_slot(cache: Any) -> int:
+    """Slot of the first token that any layer still holds: 0 unless all layers have a window and have moved on."""
     return min(
         layer.get_seq_length() - layer.keys.shape[2] for layer in cache.layers if getattr(layer, "is_initialized", False)
     )
+
+
+def padding_of(attention_mask: Any, slots: int) -> int:
+    """Return how many slots of a cache of one row are padding, from the mask [1, slots] or [slots] that the model was given.
+
+    Raises `CodecError` for a mask of another shape, without a token, or with padding behind a token.
+    """
+    mask = torch.as_tensor(attention_mask).cpu()
+    if mask.numel() != slots or mask.shape[-1:] != (slots,):
+        raise CodecError(f"`attention_mask` is {list(mask.shape)}: the cache holds 1 row of {slots} tokens")
+    attended = mask.flatten() != 0
+    tokens = int(attended.sum())
+    if not tokens:
+        raise CodecError("`attention_mask` is 0 everywhere: there is no token to encode")
+    if not attended[-tokens:].all():
+        raise CodecError(
+            "`attention_mask` has padding behind a token: pad on the left, and encode what was read without gaps"
+        )
+    return slots - tokens
+
+
+def position_at(position_ids: Any, first: int, slots: int) -> int:
+    """Return the position of slot `first`, from the positions [1, slots] or [slots] that the model was given.
+
+    Raises `CodecError` for positions of another shape, and for those that do not go up by 1 from `first` on.
+    """
+    positions = torch.as_tensor(position_ids).cpu()
+    if positions.numel() != slots or positions.shape[-1:] != (slots,):
+        raise CodecError(f"`position_ids` are {list(positions.shape)}: the cache holds 1 row of {slots} tokens")
+    text = positions.flatten()[first:]
+    if int(text[0]) < 0 or not (text.diff() == 1).all():
+        raise CodecError("`position_ids` do not go up by 1 from token to token: neighbours are encoded")
+    return int(text[0])
+
+
+def without_padding(cache: Any, padding: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """`cached_of` without the first slots, which hold padding, where a layer still has them."""
+    found = {}
+    for layer_idx, (keys, values) in cached_of(cache).items():
+        first = max(0, padding - cache.layers[layer_idx].get_seq_length() + keys.shape[2])
+        found[layer_idx] = (keys[:, :, first:], values[:, :, first:])
+    return found
 
 
 class StretchLayer(DynamicLayer):
