@@ -61,6 +61,12 @@ class Quality(Record):
         """16-bit bytes of K and V over bytes held, the basis apart."""
         return self.sixteen_bit_nbytes / self.encoded_nbytes
 
+    @property
+    def paid_back_at(self) -> int | None:
+        """Tokens whose saved bytes are as many as the basis; None where nothing is saved."""
+        saved = (self.sixteen_bit_nbytes - self.encoded_nbytes) / self.encoded_tokens
+        return math.ceil(self.basis_nbytes / saved) if saved > 0 else None
+
 
 class SweepPoint(Record):
     """One rank of a series."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eigencache.codec.ledger import ledger, paid_back_at
 from eigencache.errors import OutputError
 from eigencache.quality import Accuracy, BenchPoint, BenchRecord, Divergence, EqualLoss, Retrieval
 from eigencache.records import Interval
@@ -118,13 +119,16 @@ def cells(table: Table) -> dict[str, dict[str, str]]:
 
 def test_cells_are_bits_with_interval_or_which_end_was_not_reached() -> None:
     table = frontier_table(planted(refused={"xquant": "keys are narrow"}), 384)
-    assert table.columns == ("Method", "Bits at ΔNLL 0.03", "Bits at ΔNLL 0.1", "Ratio at 0.03", "Ratio at 0.1")
+    columns = ("Method", "Bits at ΔNLL 0.03", "Bits at ΔNLL 0.1", "Ratio at 0.03", "Ratio at 0.1")
+    assert table.columns == (*columns, "Held once (MB)", "Paid back at (tokens)")
     found = cells(table)
     assert found["eigen"] == {
         "Bits at ΔNLL 0.03": "1.2 (no interval)",
         "Bits at ΔNLL 0.1": "0.5 [0.4, 0.6]",
         "Ratio at 0.03": "13 x",
         "Ratio at 0.1": "32 x",
+        "Held once (MB)": "0.01",
+        "Paid back at (tokens)": "29",
     }
     assert found["kvtc"]["Bits at ΔNLL 0.03"] == "2.5 [2.2, 2.8]"
     assert (found["kvtc"]["Bits at ΔNLL 0.1"], found["kvtc"]["Ratio at 0.1"]) == ("< 0.8", ABSENT)
@@ -194,7 +198,7 @@ def test_every_point_is_listed_with_its_basis() -> None:
     table = points_table(record, 1920)
     assert len(table.rows) == len(record.points) // 2
     row = next(row for row in table.rows if row[:3] == ("kvtc", "1", "1"))
-    assert row[3:] == ("1.600", "10.00", "0.0500 [0.0480, 0.0520]", "0.0500", "99.0 %", "0.01")
+    assert row[3:] == ("1.600", "10.00", "0.0500 [0.0480, 0.0520]", "0.0500", "99.0 %", "0.01", "28")
 
 
 def test_against_ours_bits_are_ratios_and_what_never_gets_there_is_said() -> None:
@@ -257,7 +261,7 @@ def test_generation_and_retrieval_are_shown_where_they_were_measured() -> None:
 
 def test_a_record_of_nothing_but_refusals_is_shown() -> None:
     record = bench([], [], refused={"xquant": "keys are narrow"})
-    assert frontier_table(record, 384).rows == (("xquant",),)
+    assert frontier_table(record, 384).rows == (("xquant", ABSENT, ABSENT),)
     assert "keys are narrow" in markdown([record], "c") and "keys are narrow" in page([record], {record.model.name: ""})
     assert plot_bench(record).axes
 
@@ -411,6 +415,10 @@ def test_a_codec_is_shown_with_size_loss_and_what_the_text_lacks() -> None:
         assert float(row[3]) == pytest.approx(8 * held / (context * 192), abs=1e-3)
         assert float(row[4]) == pytest.approx(sixteen / held, abs=0.06) and float(row[5]) <= float(row[4])
     notes = " ".join(table.notes)
+    paid = paid_back_at(fitted.codec, 192, coded_bits=expected.coded_bits)
+    assert paid and f"as many as {fitted.codec.nbytes / 384:,.0f} tokens in 16 bits; one of {paid:,} tokens" in notes
+    before, after = ledger(fitted.codec, 192, (paid - 1, paid), coded_bits=expected.coded_bits)
+    assert before.ratio_with_basis <= 1 < after.ratio_with_basis
     assert f"Loses {expected.delta_nll:+.4f} nats [" in notes and f"{expected.tokens:,} tokens" in notes
     without = codec_table("tiny", fitted.codec, expected.model_copy(update={"delta_nll_interval": None}), 192)
     assert f"{expected.delta_nll:+.4f} nats, KL" in without.notes[0] and not without.warnings

@@ -18,6 +18,7 @@ from eigencache.cli.options import (
     unique,
 )
 
+_SEQUENCES = 64  # fewer leave a loss of 0.01 nats to chance
 EXAMPLES = """
 [b]Examples[/b]\n
   eigencache bench ref-llama --methods eigen,kvtc,int --lengths 512 --seeds 1\n
@@ -39,7 +40,10 @@ def run(
     ] = "512,2048",
     scored: Annotated[int, typer.Option("--scored", min=2, help="Tokens at the end of a sequence that are scored.")] = 128,
     text: Text = "stdlib:held-out",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at every length.")] = 49_152,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="Tokens of the held-out text; default: 64 sequences of every length."),
+    ] = None,
     calibration_text: CalibrationText = "stdlib",
     calibration_tokens: Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens of every seed.")] = 65_536,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Calibrations, each on other sequences of its text.")] = 3,
@@ -117,7 +121,9 @@ def run(
             device=device,
             dtype=dtype,
         )
-        held_out = {length - scored: pack_with_progress(loaded, text, tokens, length) for length in whole}
+        held_out = {
+            length - scored: pack_with_progress(loaded, text, tokens or _SEQUENCES * length, length) for length in whole
+        }
         partial = output / f"{file_name(loaded.name)}.partial" if output else None
         with progress_bar(model) as on_progress:
             records.append(

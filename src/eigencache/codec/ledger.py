@@ -1,6 +1,7 @@
 """The byte ledger: what a codec holds as the context grows, and where its basis is paid back (THEORY 11)."""
 
 import math
+from bisect import bisect_left
 
 from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.live import LiveCodec
@@ -9,6 +10,7 @@ from eigencache.errors import CodecError
 from eigencache.quality import LedgerRow
 
 CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
+_LONGEST = 2**22  # tokens that are looked at
 
 
 def ledger(
@@ -34,16 +36,21 @@ def ledger(
     ]
 
 
-def paid_back_at(codec: PCACodec, values_per_token: int) -> int | None:
-    """Tokens from which payload and basis together are less than 16 bits; None where nothing is saved per token.
+def paid_back_at(
+    codec: PCACodec | EigenCodec | LiveCodec, values_per_token: int, *, coded_bits: float | None = None
+) -> int | None:
+    """Return the tokens of one sequence from which payload and what is held once are less than 16 bits.
 
-    Scales come in groups of tokens, so a step of one group is looked at: the figure is exact to 64 tokens.
+    None where 4 million tokens are too few. Blocks and scales come in groups of tokens: the figure is exact to one group. `coded_bits` as in `ledger`.
     """
-    first, far = ledger(codec, values_per_token, (64, 64 * 1024))
-    saved = (far.sixteen_bit_nbytes - far.payload_nbytes) / far.context
-    if saved <= 0 or first.sixteen_bit_nbytes <= first.payload_nbytes:
+
+    def pays(tokens: int) -> bool:
+        (row,) = ledger(codec, values_per_token, (tokens,), coded_bits=coded_bits)
+        return row.payload_nbytes + row.basis_nbytes < row.sixteen_bit_nbytes
+
+    if not pays(_LONGEST):
         return None
-    return int(-(-codec.nbytes // saved))
+    return bisect_left(range(_LONGEST), True, lo=1, key=pays)
 
 
 def _payload_nbytes(

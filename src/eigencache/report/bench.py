@@ -5,7 +5,7 @@ from math import inf
 
 import numpy as np
 
-from eigencache.quality import BenchRecord, EqualLoss
+from eigencache.quality import BenchRecord, EqualLoss, Quality
 from eigencache.report.evaluations import divergence_table, retrieval_table
 from eigencache.report.measured import ABSENT
 from eigencache.report.sweeps import interval_cell
@@ -13,6 +13,12 @@ from eigencache.report.table import Table
 from eigencache.studies.frontier import bits_at_loss, median_of
 
 DIVERGENCES = (0.003, 0.01, 0.03, 0.1)  # nats
+HELD_ONCE = ("Held once (MB)", "Paid back at (tokens)")
+_AT = 0.03  # nats of KL: the operating point whose bytes held once are shown
+ONCE_NOTE = (
+    f"Held once: bases, means, tables, on top of all bits, of the point nearest to a KL of {_AT:g}; paid back: the tokens "
+    "whose saved bytes are as many."
+)
 
 
 def frontier_table(record: BenchRecord, context: int) -> Table:
@@ -22,13 +28,13 @@ def frontier_table(record: BenchRecord, context: int) -> Table:
     methods = sorted(
         dict.fromkeys(one.method for one in own), key=lambda m: _order(record, [o for o in own if o.method == m])
     )
-    columns = ("Method", *(f"Bits at ΔNLL {loss:g}" for loss in losses), *(f"Ratio at {loss:g}" for loss in losses))
+    columns = ("Method", *(f"Bits at ΔNLL {x:g}" for x in losses), *(f"Ratio at {x:g}" for x in losses), *HELD_ONCE)
     rows = []
     for method in methods:
         at = {one.delta_nll: one for one in own if one.method == method}
         bits = [_bits(record, at[loss]) for loss in losses]
         ratios = [f"{significant(16 / b, None)} x" if (b := median_of(at[loss].by_seed)[0]) else ABSENT for loss in losses]
-        rows.append((method, *bits, *ratios))
+        rows.append((method, *bits, *ratios, *held_once(record, method, context)))
     rows += [(method, *(ABSENT for _ in columns[1:])) for method in record.refused]
     return Table(
         f"{record.model.name}, {context:,} tokens held: bits per value at equal loss",
@@ -51,7 +57,7 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
         f"{'latent and rotary key' if record.model.geometry.mla else 'K and V'}; read off each method's interpolated curve. "
         "Intervals: 95 %, bootstrap over sequences and seeds; no interval where a twentieth of the draws have no crossing. "
         "k of n seeds: the median, seeds without a crossing counted as more bits than any. <: the method's fewest bits lose "
-        "less; >: the most bits that were measured lose more in half of the seeds.",
+        "less; >: the most bits that were measured lose more in half of the seeds. " + ONCE_NOTE,
         *(f"{method}: not for this model: {why}." for method, why in record.refused.items()),
         f"Machine: {record.run.machine}.",
     )
@@ -78,7 +84,12 @@ def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -
 
 def divergences_table(record: BenchRecord, context: int) -> Table:
     """One row per method: bits per value at equal KL to the uncompressed model, fewest first."""
-    columns = ("Method", *(f"Bits at KL {kl:g}" for kl in DIVERGENCES), *(f"Ratio at {kl:g}" for kl in DIVERGENCES))
+    columns = (
+        "Method",
+        *(f"Bits at KL {kl:g}" for kl in DIVERGENCES),
+        *(f"Ratio at {kl:g}" for kl in DIVERGENCES),
+        *HELD_ONCE,
+    )
     at = {
         method: [divergence_bits(record, method, context, kl) for kl in DIVERGENCES]
         for method in dict.fromkeys(p.method for p in record.points if p.context == context)
@@ -91,19 +102,31 @@ def divergences_table(record: BenchRecord, context: int) -> Table:
             method,
             *(f"{sign} {bits:.3g}".strip() for sign, bits in at[method]),
             *(ABSENT if sign else f"{16 / bits:.1f} x" for sign, bits in at[method]),
+            *held_once(record, method, context),
         )
         for method in order
     )
     notes = (
         "KL(uncompressed ‖ compressed) in nats per token, over the same tokens. <: the method's fewest bits diverge less; "
-        ">: its most diverge more.",
+        ">: its most diverge more. " + ONCE_NOTE,
     )
     return Table(f"{record.model.name}, {context:,} tokens held: bits per value at equal KL", columns, rows, notes=notes)
 
 
+def held_once(record: BenchRecord, method: str, context: int) -> tuple[str, str]:
+    """Cells of `HELD_ONCE`, of the point of a method that is nearest to a KL of 0.03."""
+    own = [p.quality for p in record.points if (p.method, p.context) == (method, context)]
+    return _once(min(own, key=lambda q: abs(np.log(max(q.kl, 1e-9) / _AT)))) if own else (ABSENT, ABSENT)
+
+
+def _once(quality: Quality) -> tuple[str, str]:
+    tokens = quality.paid_back_at
+    return f"{quality.basis_nbytes / 1e6:.2f}", "never" if tokens is None else f"{tokens:,}"
+
+
 def points_table(record: BenchRecord, context: int) -> Table:
     """Every operating point of every seed: bits, loss with interval, KL, agreement, basis."""
-    columns = ("Method", "Point", "Seed", "Bits", "Ratio", "ΔNLL (nats)", "KL (nats)", "Top-1", "Basis (MB)")
+    columns = ("Method", "Point", "Seed", "Bits", "Ratio", "ΔNLL (nats)", "KL (nats)", "Top-1", *HELD_ONCE)
     rows = [
         (
             p.method,
@@ -114,7 +137,7 @@ def points_table(record: BenchRecord, context: int) -> Table:
             interval_cell(p.quality),
             f"{p.quality.kl:.4f}",
             f"{100 * p.quality.top1_agreement:.1f} %",
-            f"{p.quality.basis_nbytes / 1e6:.2f}",
+            *_once(p.quality),
         )
         for p in record.points
         if p.context == context
@@ -151,6 +174,9 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
     for name in names:
         cells = []
         for place in places:
+            if name not in {p.method for p in place[0].points}:
+                cells.append(ABSENT)  # not for this model
+                continue
             (unknown, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
             cells.append(ABSENT if unknown or sign == "<" else sign or f"{other / own:.2f}")
         rows.append((name, *cells))

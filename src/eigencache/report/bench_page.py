@@ -55,7 +55,7 @@ def markdown(records: Sequence[BenchRecord], command: str) -> str:
 def tables_of(record: BenchRecord) -> list[Table]:
     """What is read first of a model: frontiers, then generation and retrieval."""
     contexts = sorted(record.corpora)
-    frontiers = [table(record, context) for context in contexts for table in (frontier_table, divergences_table)]
+    frontiers = [table(record, context) for context in contexts for table in (divergences_table, frontier_table)]
     return [*frontiers, *generation_tables(record)]
 
 
@@ -63,7 +63,7 @@ def against_tables(records: Sequence[BenchRecord]) -> list[Table]:
     """All methods in units of ours, where it was measured."""
     if not any(one.method == OURS for record in records for one in record.equal_loss):
         return []
-    return [against_table(records, OURS), against_by_divergence_table(records, OURS)]
+    return [against_by_divergence_table(records, OURS), against_table(records, OURS)]
 
 
 def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:

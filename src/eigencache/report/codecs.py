@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from eigencache.codec.card import Expected
 from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.ledger import CONTEXTS, ledger
+from eigencache.codec.ledger import CONTEXTS, ledger, paid_back_at
 from eigencache.codec.live import LiveCodec
 from eigencache.kernels.reference import BLOCK
 from eigencache.report.table import Table
@@ -17,8 +17,7 @@ def codec_table(
     notes = (
         _loss(expected),
         f"{codec.transform.coefficients:,} of {values_per_token:,} coefficients are coded, {codec.kept.sinks} sinks and a "
-        f"window of {codec.kept.window} kept in {codec.kept.bits} bits; {codec.nbytes:,} bytes are held once for all "
-        "sequences.",
+        f"window of {codec.kept.window} kept in {codec.kept.bits} bits. {_held_once(codec, values_per_token, expected)}",
     )
     return _table(model, codec, values_per_token, notes, warnings, expected.coded_bits)
 
@@ -28,7 +27,7 @@ def live_table(model: str, codec: LiveCodec, expected: Expected, values_per_toke
     notes = (
         _loss(expected),
         f"{codec.bits_per_value:.3f} bits per packed value; {codec.sinks} sinks and up to {codec.window + BLOCK - 1} last "
-        f"tokens in 16 bits; {codec.nbytes:,} bytes are held once for all sequences.",
+        f"tokens in 16 bits. {_held_once(codec, values_per_token, expected)}",
     )
     return _table(model, codec, values_per_token, notes)
 
@@ -54,6 +53,17 @@ def _table(
     )
     columns = ("Context", "16 bit", "Held", "Bits per value", "Ratio", "with what is held once")
     return Table(f"{model}: {codec.name}", columns, rows, notes=notes, warnings=tuple(warnings))
+
+
+def _held_once(codec: EigenCodec | LiveCodec, values_per_token: int, expected: Expected) -> str:
+    """What comes on top of every sequence's bytes, once, and how long one sequence must be to make up for it."""
+    bits = expected.coded_bits if isinstance(codec, EigenCodec) else None
+    tokens = paid_back_at(codec, values_per_token, coded_bits=bits)
+    when = "none is long enough to make up for them" if tokens is None else f"one of {tokens:,} tokens makes up for them"
+    return (
+        f"{codec.nbytes:,} bytes are held once for all sequences, as many as {codec.nbytes / (2 * values_per_token):,.0f} "
+        f"tokens in 16 bits; {when}."
+    )
 
 
 def _loss(expected: Expected) -> str:
