@@ -17,14 +17,14 @@ from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.folder import LIVE, copy_codec, load_codec, load_live, save_codec
 from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import Document, Text, read_text
-from eigencache.errors import CodecError, LayerError
-from eigencache.geometry import geometry_from_config
+from eigencache.errors import CodecError, LayerError, ModelError
+from eigencache.inputs import model_of, text_of
 from eigencache.models.belonging import check_belongs
+from eigencache.models.cache_keyword import innermost
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
 from eigencache.models.identity import known_fingerprint
-from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence
+from eigencache.models.load import LoadedModel
 from eigencache.models.stored import cache_holding, cached_of, first_slot, padding_of, position_at, without_padding
 from eigencache.modes import own_modes
 from eigencache.records import ProbeRecord, Spectrum
@@ -62,13 +62,14 @@ def probe(
     """Probe the KV cache of `model` on `text`; the model's weights and hooks are as before afterwards.
 
     `model`: a name or folder, or a model already loaded in any way `from_pretrained` offers (then `tokenizer` is
-    needed). `text`: a spec as on the command line (`stdlib`, a file, `hf:…`), or the documents themselves.
+    needed). `text`: a spec as on the command line (`stdlib`, a file, `hf:…`), a path, the text itself, or an iterable of
+    strings, paths or rows with a field "text".
     `tokens`: how many to use at most, None for all. `max_length`: tokens per sequence, by default 512 or what the
     model has positions for. Raises the errors of `eigencache.errors`.
     """
     with own_modes(), _evaluating(model):
-        loaded = _loaded(model, tokenizer)
-        source = read_text(text) if isinstance(text, str) else _documents(text)
+        loaded = model_of(model, tokenizer)
+        source = text_of(text)
         sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
         extra = {} if on_progress is None else {"on_progress": on_progress}
         return Probe(probe_model(loaded, sequences, settings, **extra))
@@ -83,25 +84,6 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
-    if isinstance(model, str):
-        if tokenizer is None or isinstance(tokenizer, str):
-            return load(model, tokenizer=tokenizer)
-        loaded = load(model)
-        model = loaded.model
-    if tokenizer is None:
-        raise TypeError("a model object needs its tokenizer: probe(model, tokenizer, text)")
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    check_tokenizer(tokenizer, model)
-    name = Path(model.config.name_or_path).name or type(model).__name__
-    return LoadedModel(name, model.eval(), tokenizer, with_evidence(geometry_from_config(model.config), model))
-
-
-def _documents(texts: Iterable[str]) -> Text:
-    documents = [Document(f"document {index}", text) for index, text in enumerate(texts)]
-    return Text.scan("documents passed from Python", lambda: documents)
 
 
 @dataclass(frozen=True)
@@ -211,9 +193,13 @@ def fit(
     loss or as the goal says. Raises the errors of `eigencache.errors`.
     """
     with own_modes(), _evaluating(model):
-        loaded = _loaded(model, tokenizer)
+        loaded = model_of(model, tokenizer)
+        innermost(loaded.model)  # refuses prefix tuning
+        if loaded.model.base_model is loaded.model:
+            kind = type(loaded.model).__name__
+            raise ModelError(f"`model` is a {kind}, which predicts no tokens: load it with AutoModelForCausalLM")
         identity = known_fingerprint(loaded.model)  # before the work: another model is noticed while it goes on
-        source = read_text(text) if isinstance(text, str) else _documents(text)
+        source = text_of(text)
         sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
         fitted = fit_codec(
             loaded,
@@ -335,7 +321,7 @@ class CacheCodec:
 
     @classmethod
     def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
-        saved, loaded = load_codec(folder), _loaded(model, tokenizer)
+        saved, loaded = load_codec(folder), model_of(model, tokenizer)
         check_belongs(saved, loaded)
         identity = known_fingerprint(loaded.model)
         if not isinstance(saved.codec, EigenCodec):

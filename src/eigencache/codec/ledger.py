@@ -41,7 +41,8 @@ def paid_back_at(
 ) -> int | None:
     """Return the tokens of one sequence from which payload and what is held once are less than 16 bits.
 
-    None where 4 million tokens are too few. Blocks and scales come in groups of tokens: the figure is exact to one group. `coded_bits` as in `ledger`.
+    None where 4 million tokens are too few. Blocks and scales come in groups of tokens: the figure is exact to one group.
+    `coded_bits` as in `ledger`.
     """
 
     def pays(tokens: int) -> bool:

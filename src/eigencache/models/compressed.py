@@ -4,6 +4,7 @@
 """
 
 import copy
+from os import PathLike
 from typing import Any
 from weakref import ref
 
@@ -143,6 +144,10 @@ class CompressedCache(DynamicCache):
 
 def live_codec(codec: Any) -> LiveCodec:
     """The `LiveCodec` itself or in what holds one as `live`. Raises `CodecError` where there is none."""
+    if isinstance(codec, str | PathLike):
+        raise CodecError(
+            f"{codec}: a live cache takes a codec, not its folder: give CacheCodec.load(folder, model, tokenizer)"
+        )
     found = getattr(codec, "live", codec)
     if not isinstance(found, LiveCodec):
         raise CodecError("this codec has no part for a live cache: fit it with `--live` (fit(..., live=True) in Python)")

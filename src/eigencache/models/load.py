@@ -17,7 +17,14 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of httpx or of httpx2, by version
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from eigencache.errors import ModelError, TokenizerMismatchError
@@ -128,6 +135,11 @@ def check_device(device: str) -> None:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, True):
         raise ModelError(f"`device` {device}: this machine has no {kind} device; use `device` cpu")
+
+
+def wrapped_tokenizer(tokenizer: Any) -> Any:
+    """Return a `tokenizers.Tokenizer` as one of transformers."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:

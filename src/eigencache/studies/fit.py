@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import isfinite
+from numbers import Real
 
 from eigencache.codec.card import Expected, LiveCardSettings
 from eigencache.codec.eigen import EigenCodec
@@ -34,6 +35,8 @@ class Goal:
         if len(given) > 1:
             raise BudgetError(f"{' and '.join(given)}: give one of bits, ratio and max_nll")
         for name, x in given.items():
+            if not isinstance(x, Real):
+                raise BudgetError(f"{name} {x!r}: must be a number, not a {type(x).__name__}")
             if not (isfinite(x) and x > 0):
                 raise BudgetError(f"{name} {x:g}: must be a number above 0")
         if ratio is not None:

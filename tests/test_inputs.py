@@ -1,0 +1,100 @@
+"""Models, tokenizers and texts in every form that callers have them in, and one line for what is none of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoModel
+
+import eigencache
+from eigencache.errors import BudgetError, CodecError, CorpusError, EigencacheError, ModelError
+from eigencache.inputs import model_of, text_of
+from eigencache.models.load import bundled_path
+from known import bundled
+
+TEXTS = ["The first of them.\nIt has two lines.", "And the second."]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.txt"
+    path.write_text(TEXTS[0], "utf-8")
+    return path
+
+
+def read(given) -> list[str]:
+    return [document.text for document in text_of(given).documents]
+
+
+def test_texts_are_taken_as_they_come(file: Path) -> None:
+    assert read(file) == read(str(file)) == read([file]) == read(TEXTS[0]) == TEXTS[:1]
+    assert read(TEXTS) == read(iter(TEXTS)) == read([{"text": x, "id": 1} for x in TEXTS]) == TEXTS
+    assert read([TEXTS[1], file]) == TEXTS[::-1]
+
+
+def test_rows_and_columns_of_a_dataset_are_texts() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    assert read(rows) == read(rows["text"]) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "`text` is a NoneType: give a name such as 'stdlib', a path, or an iterable of strings"),
+        (b"bytes", "`text` is a bytes"),
+        ({"train": []}, "`text` is a dict"),
+        (3, "`text` is a int"),
+        ([b"bytes"], "document 0 is a bytes: give"),
+        (["one", {"content": "two"}], 'document 1 is a dict without a string "text"'),
+        (["one", "two \ud800"], r"document 1: character 4 is no text ('\ud800'): decode the file it came from with errors="),
+        ([], "no text in it"),
+        (["", " "], "no text in it"),
+        ([Path("absent.txt")], "absent.txt"),
+    ],
+)
+def test_what_is_no_text_is_named(given, words: str) -> None:
+    with pytest.raises(CorpusError, match=re.escape(words)):
+        text_of(given)
+
+
+def test_a_model_and_a_tokenizer_may_be_names_paths_or_objects() -> None:
+    known, path = bundled("ref-llama"), bundled_path("ref-llama")
+    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    for tokenizer in ("ref-llama", path, str(path), known.tokenizer, backend):
+        found = model_of(known.model, tokenizer)
+        assert found.model is known.model
+        assert found.tokenizer("def run():")["input_ids"] == known.tokenizer("def run():")["input_ids"]
+    assert model_of(path).geometry == model_of("ref-llama", known.tokenizer).geometry == known.geometry
+
+
+def test_what_is_no_model_is_named() -> None:
+    known = bundled("ref-llama")
+    with pytest.raises(
+        ModelError, match="`model` is a LlamaConfig: give a loaded model of transformers, a name or a folder"
+    ):
+        model_of(known.model.config, known.tokenizer)
+    with pytest.raises(TypeError, match="a model object needs its tokenizer"):
+        model_of(known.model)
+    base = AutoModel.from_pretrained(bundled_path("ref-llama"))
+    with pytest.raises(
+        ModelError, match="`model` is a LlamaModel, which predicts no tokens: load it with AutoModelForCausalLM"
+    ):
+        eigencache.fit(base, known.tokenizer)
+
+
+def test_prefix_tuning_is_refused_before_the_work() -> None:
+    peft = pytest.importorskip("peft")
+    known = model_of(bundled_path("ref-llama"))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(EigencacheError, match="prefix and prompt tuning"):
+        eigencache.fit(peft.get_peft_model(known.model, config), known.tokenizer)
+
+
+def test_a_goal_of_words_and_a_folder_in_place_of_a_codec_are_named() -> None:
+    known = bundled("ref-llama")
+    with pytest.raises(BudgetError, match="bits '2': must be a number, not a str"):
+        eigencache.fit(known.model, known.tokenizer, bits="2")  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match=r"here: a live cache takes a codec, not its folder: give CacheCodec.load\("):
+        eigencache.CompressedCache(known.model, Path("here"))
