@@ -279,7 +279,7 @@ def test_the_live_codec_loses_no_more_than_was_allowed_or_is_what_its_goal_says(
 
     for name, stand_in in {
         "fit_eigen": lambda *_, **__: None,
-        "fit_target": lambda *_, **__: (stored, None),
+        "fit_target": lambda *_, **__: (stored, SimpleNamespace(coded_bits=None)),
         "eigen_fitting_of": lambda *_: SimpleNamespace(_replace=lambda **_: None),
         "fit_live": lambda *_: SimpleNamespace(settings=LiveSettings(alpha=1.0)),
         "fit_live_target": fit_live_target,

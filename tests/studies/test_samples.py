@@ -7,11 +7,11 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
-from eigencache.errors import NonFiniteError, StatisticsError
+from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import Capture
 from eigencache.models.rotation import rotations_of
 from eigencache.studies.gather import captured_by_name
-from eigencache.studies.samples import Samples, sample_vectors, tensor_names
+from eigencache.studies.samples import Samples, layout_of, sample_vectors, tensor_names
 from tiny_models import tiny
 
 NAMES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek_v3", "smollm3")
@@ -114,3 +114,11 @@ def test_progress_counts_sequences(loaded, sequences) -> None:
     seen: list[tuple[str, int, int]] = []
     sampled(loaded("gpt2"), sequences(*[8] * 5), batch_size=2, what="these", on_progress=lambda *a: seen.append(a))
     assert seen == [("these", 2, 5), ("these", 4, 5), ("these", 5, 5)]
+
+
+def test_a_slot_without_numbers_is_refused_by_layer() -> None:
+    stored = {0: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 2)), 3: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 0))}
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"layers \[3\] cache vectors of 0 numbers, as MLA without a rotary"
+    ):
+        layout_of(stored, {}, mla=True)

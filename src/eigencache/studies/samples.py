@@ -11,7 +11,7 @@ from torch import Tensor
 from eigencache.codec.layout import Layout, Part
 from eigencache.codec.positions import PositionMeans
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import NonFiniteError, StatisticsError
+from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
 from eigencache.spectral.rope import Rotation
@@ -95,7 +95,14 @@ def sample_vectors(
 
 
 def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rotation], *, mla: bool) -> Layout:
-    """All heads of the first slot of every layer, then all of the second; rotated ones before rotation."""
+    """All heads of the first slot of every layer, then all of the second; rotated ones before rotation.
+
+    Raises `UnsupportedArchitectureError` where a slot has no numbers, as in MLA without a rotary key.
+    """
+    if empty := [layer_idx for layer_idx, both in sorted(stored.items()) if 0 in (both[0].shape[3], both[1].shape[3])]:
+        raise UnsupportedArchitectureError(
+            f"layers {empty} cache vectors of 0 numbers, as MLA without a rotary key does: such a cache has no codec yet"
+        )
     parts = [
         Part(layer_idx, slot, (0, both[slot].shape[1]), both[slot].shape[3])
         for slot in (0, 1)
