@@ -296,6 +296,11 @@ class CacheCodec:
         """
         self.require_model(self.loaded.model)
         header = Reader(blob).header
+        if header.start and max(tokens.start or 0, tokens.stop or 0) > header.tokens:
+            raise CodecError(
+                f"tokens {tokens.start or 0} to {'the end' if tokens.stop is None else tokens.stop}: every layer has a "
+                f"window, so that {header.tokens} tokens from position {header.start} on are there: count from their first"
+            )
         with own_modes(), torch.no_grad():
             cached = self.codec.decode(EncodedBytes((bytes(blob),), header.start, header.tokens), tokens)
             span = range(header.tokens)[tokens]
