@@ -10,7 +10,10 @@ from transformers import DynamicCache
 import eigencache
 from eigencache.api import CacheCodec
 from eigencache.errors import CodecError
-from known import bundled
+from eigencache.studies.eigen_fit import EigenSettings
+from eigencache.studies.fit import Goal, fit_codec
+from known import bundled, random_sequences, tiny_loaded
+from tiny_models import token_ids
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +121,14 @@ def test_several_rows_are_refused_with_the_way_to_take_one(codec: CacheCodec, id
     row = copy.deepcopy(cache)
     row.batch_select_indices(torch.tensor([0]))
     assert codec.encode(row)
+
+
+def test_learned_positions_that_the_fit_did_not_see_are_refused() -> None:
+    loaded = tiny_loaded("gpt2")
+    fitted = fit_codec(loaded, random_sequences(*[16] * 128), EigenSettings(sinks=1, block=8), Goal.of(bits=5.5))
+    codec = CacheCodec(loaded, fitted.codec, fitted)
+    with torch.no_grad():
+        short, long = (loaded.model(token_ids(1)[:, :n], use_cache=True).past_key_values for n in (16, 20))
+    with pytest.raises(CodecError, match=r"20 tokens from position 0 on: .* seen below 16 in the fit: .*`max_length` 20"):
+        codec.encode(long)
+    assert codec.encode(short) and codec.encode(long, force=True)

@@ -247,11 +247,11 @@ class CacheCodec:
                 which a cache does not tell from text. The padding is left out.
             position_ids: the row's positions [1, tokens] as the model was given them. Default: from 0 on, or, for a row with
                 padding, from 0 at the first slot or at the first token, whichever the keys show.
-            force: encode also what costs far more bits than the codec was fitted to.
+            force: encode also what costs far more bits than the fitted text, or stands beyond its positions.
 
         Raises:
-            CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens cost
-                more than four times the bits of the text that the codec was fitted on.
+            CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens
+                stand at learned positions that the fit did not see or cost more than four times the bits of the fitted text.
         """
         self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
@@ -270,6 +270,8 @@ class CacheCodec:
             starts = {position_at(position_ids, first, cache.get_seq_length())}
         else:
             starts = {first, first - padding}
+        if not force:
+            starts = self._within_reach(starts, cache.get_seq_length() - first)
         cached = without_padding(cache, padding)
         blob, *others = sorted((self.codec.encode(cached, start).rows[0] for start in starts), key=len)
         if others and len(others[0]) < _CLEARLY * len(blob):
@@ -286,6 +288,18 @@ class CacheCodec:
                 "`force` encodes it all the same"
             )
         return blob
+
+    def _within_reach(self, starts: set[int], tokens: int) -> set[int]:
+        """The starts from which tokens stand at positions that the codec was fitted on. Raises `CodecError` without any."""
+        if self.codec.positions is None:
+            return starts
+        reach = len(self.codec.positions.places)
+        if not (within := {start for start in starts if start + tokens <= reach}):
+            raise CodecError(
+                f"{tokens} tokens from position {min(starts)} on: the model's learned positions were seen below {reach} in "
+                f"the fit: fit the codec with `max_length` {min(starts) + tokens} at least; `force` encodes them as they are"
+            )
+        return within
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
