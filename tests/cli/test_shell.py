@@ -12,6 +12,8 @@ import eigencache
 from cli_process import run, shown
 from eigencache.provenance import peak_memory_mb
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
     assert eigencache.__version__ == version("eigencache")

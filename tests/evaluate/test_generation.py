@@ -20,6 +20,8 @@ from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.fit import Goal, LiveGoal, fit_codec
 from known import bundled, random_sequences, tiny_loaded
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "In the beginning there were keys, and there were values, and each of them took sixteen bits, for every token. " * 2
 
 

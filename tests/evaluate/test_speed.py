@@ -14,6 +14,8 @@ from eigencache.models.compressed import CompressedCache
 from eigencache.models.random_model import RATES, filled_caches, noise_codec, stored_shapes
 from eigencache.report.speed import plot_roofline, speed_tables, write_speed
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -12,6 +12,8 @@ from eigencache.studies.calibrate import Calibration, PCASettings
 from eigencache.studies.gather import gather
 from eigencache.studies.verdict import judge, verdict_plans
 
+pytestmark = pytest.mark.slow
+
 BUDGET = Budget.of_ppl("5%")
 
 

@@ -25,6 +25,8 @@ from eigencache.studies.subject import check_same_model, read_subject
 from planted_sweeps import series, sweep
 from tiny_models import tiny
 
+pytestmark = pytest.mark.slow
+
 PROTOCOL = Protocol(kind="prefix", length=20)
 SEARCH = Search(coarse_shares=(0.25, 1.0), coarse_sequences=4, fine=((8, (1,)), (16, (1,))))
 LOOSE, ZERO = Budget(nats=10.0, given="loose"), Budget(nats=0.0, given="--budget-nll 0")
