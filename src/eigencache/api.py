@@ -264,19 +264,17 @@ class CacheCodec:
                 f"a cache of {rows} rows: encode them one by one, each taken out of a copy: "
                 "`row = copy.deepcopy(cache); row.batch_select_indices(torch.tensor([0]))`"
             )
-        padding = 0 if attention_mask is None else padding_of(attention_mask, cache.get_seq_length())
+        slots = cache.get_seq_length()
+        padding = 0 if attention_mask is None else padding_of(attention_mask, slots)
         first = max(first_slot(cache), padding)
-        if position_ids is not None:
-            starts = {position_at(position_ids, first, cache.get_seq_length())}
-        else:
-            starts = {first, first - padding}
+        starts = {first, first - padding} if position_ids is None else {position_at(position_ids, first, slots)}
         if not force:
-            starts = self._within_reach(starts, cache.get_seq_length() - first)
-        cached = without_padding(cache, padding)
+            starts = self._within_reach(starts, slots - first)
+        cached = without_padding(cache, cached, padding)
         blob, *others = sorted((self.codec.encode(cached, start).rows[0] for start in starts), key=len)
         if others and len(others[0]) < _CLEARLY * len(blob):
             raise CodecError(
-                f"{cache.get_seq_length() - padding} tokens behind padding do not show at which position they begin: "
+                f"{slots - padding} tokens behind padding do not show at which position they begin: "
                 "give `position_ids` as the model was given them"
             )
         tokens, bits = self.codec.cost(blob)

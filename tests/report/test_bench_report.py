@@ -233,6 +233,9 @@ def test_a_model_that_ours_is_refused_for_has_dashes() -> None:
     other = bench([point("int", "4", 4, 0.01)], [equal("int", 0.03, 4.0)], name="other", refused={"eigen": "no"})
     found = cells(against_table([planted(), other], "eigen"))
     assert found["int"]["other 384 at 0.03"] == ABSENT and found["kvtc"]["other 384 at 0.03"] == ABSENT
+    found = cells(against_by_divergence_table([planted(), other], "eigen"))
+    assert set(found["int"][name] for name in found["int"] if name.startswith("other")) == {ABSENT}
+    assert set(found["kvtc"][name] for name in found["kvtc"] if name.startswith("other")) == {ABSENT}
 
 
 ACCURACY = Accuracy(codec="uncompressed", correct=8, examples=10, interval=(0.49, 0.94))

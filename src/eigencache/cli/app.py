@@ -35,14 +35,13 @@ def fail(message: str) -> None:
 
 def guarded(run: Callable[..., None]) -> Callable[..., None]:
     """The command, with a user's mistakes and interruptions turned into one line and exit code 2."""
-    flags = flags_of(run)
 
     @functools.wraps(run)
     def command(*args: Any, **kwargs: Any) -> None:
         try:
             run(*args, **kwargs)
         except EigencacheError as error:
-            fail(with_flags(str(error), flags))
+            fail(with_flags(str(error), flags_of(run)))
         except KeyboardInterrupt:
             fail("interrupted: no result was written")
 

@@ -47,10 +47,7 @@ def padding_of(attention_mask: Any, slots: int) -> int:
 
     Raises `CodecError` for a mask of another shape, without a token, or with padding behind a token.
     """
-    mask = torch.as_tensor(attention_mask).cpu()
-    if mask.numel() != slots or mask.shape[-1:] != (slots,):
-        raise CodecError(f"`attention_mask` is {list(mask.shape)}: the cache holds 1 row of {slots} tokens")
-    attended = mask.flatten() != 0
+    attended = _by_slot(attention_mask, "`attention_mask` is", slots) != 0
     tokens = int(attended.sum())
     if not tokens:
         raise CodecError("`attention_mask` is 0 everywhere: there is no token to encode")
@@ -66,19 +63,24 @@ def position_at(position_ids: Any, first: int, slots: int) -> int:
 
     Raises `CodecError` for positions of another shape, and for those that do not go up by 1 from `first` on.
     """
-    positions = torch.as_tensor(position_ids).cpu()
-    if positions.numel() != slots or positions.shape[-1:] != (slots,):
-        raise CodecError(f"`position_ids` are {list(positions.shape)}: the cache holds 1 row of {slots} tokens")
-    text = positions.flatten()[first:]
+    text = _by_slot(position_ids, "`position_ids` are", slots)[first:]
     if int(text[0]) < 0 or not (text.diff() == 1).all():
         raise CodecError("`position_ids` do not go up by 1 from token to token: neighbours are encoded")
     return int(text[0])
 
 
-def without_padding(cache: Any, padding: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """`cached_of` without the first slots, which hold padding, where a layer still has them."""
+def _by_slot(given: Any, said: str, slots: int) -> Tensor:
+    """One number for every slot [slots], on the CPU. Raises `CodecError`, which begins as `said`, for another shape."""
+    found = torch.as_tensor(given).cpu()
+    if found.numel() != slots or found.shape[-1:] != (slots,):
+        raise CodecError(f"{said} {list(found.shape)}: the cache holds 1 row of {slots} tokens")
+    return found.flatten()
+
+
+def without_padding(cache: Any, cached: Cached, padding: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """What `cached_of` gives of a cache without the first slots, which hold padding, where a layer still has them."""
     found = {}
-    for layer_idx, (keys, values) in cached_of(cache).items():
+    for layer_idx, (keys, values) in cached.items():
         first = max(0, padding - cache.layers[layer_idx].get_seq_length() + keys.shape[2])
         found[layer_idx] = (keys[:, :, first:], values[:, :, first:])
     return found

@@ -66,6 +66,8 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
 def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float]:
     """Bits per value at a KL to the uncompressed model, a mean over seeds; `<` the method's fewest bits, `>` its most.
 
+    `ABSENT` and infinity for a method that was not measured.
+
     KL cannot be bought below zero as ΔNLL can, by an error that happens to help; it needs fewer tokens to be known.
     """
     found: list[float | None] = []
@@ -78,7 +80,7 @@ def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -
         found.append(at)
     median = median_of(found)[0]
     if median is None:
-        return next((end for end, at in zip(ends, found, strict=True) if at is None), ("", inf))
+        return next((end for end, at in zip(ends, found, strict=True) if at is None), (ABSENT, inf))
     return "", float(np.exp(np.mean(np.log(found)))) if None not in found else median  # type: ignore[arg-type]
 
 
@@ -174,9 +176,6 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
     for name in names:
         cells = []
         for place in places:
-            if name not in {p.method for p in place[0].points}:
-                cells.append(ABSENT)  # not for this model
-                continue
             (unknown, own), (sign, other) = (divergence_bits(place[0], m, *place[1:]) for m in (method, name))
             cells.append(ABSENT if unknown or sign == "<" else sign or f"{other / own:.2f}")
         rows.append((name, *cells))
