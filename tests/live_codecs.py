@@ -109,11 +109,22 @@ class _Unpacked(CompressedLayer):
         self.entered = 0
         positions, found = self._positions(0, self.blocks), []
         for slot, (heads, window) in enumerate(zip(self.heads, windows, strict=True)):
-            sinks = [] if self.sinks is None else [self.sinks[slot].to(window.dtype)]
+            sinks = [window.new_zeros(*window.shape[:2], self.led, window.shape[3])]  # filled below
             packed = [chunk.slot(slot) for chunk in self.chunks]
             blocks = [heads.decode(torch.cat(packed, 1), positions).to(window.dtype)] if packed else []
-            found.append(torch.cat([*sinks, *blocks, window], 2))
+            whole = torch.cat([*sinks, *blocks, window], 2)
+            for row, sink in self._sink_slots():
+                at = int(self.sinks.slots[row, sink]) - self.dropped
+                whole[row, :, at] = (self.sinks.keys, self.sinks.values)[slot][row, :, sink].to(whole.dtype)
+            found.append(whole)
         return found[0], found[1]
+
+    def _sink_slots(self) -> list[tuple[int, int]]:
+        """Rows and numbers of the sinks that are held."""
+        if self.sinks is None:
+            return []
+        held = (self.sinks.slots < self.sinks.seen) & (self.sinks.slots >= self.dropped)
+        return [(row, sink) for row, sink in held.nonzero().tolist()]
 
 
 def unpacked_cache(model: PreTrainedModel, codec: LiveCodec) -> CompressedCache:

@@ -73,7 +73,7 @@ def test_attention_reads_the_packed_past_in_every_architecture_that_is_not_refus
 def test_sinks_windows_and_shared_bases_are_read_too(name: str, sinks: int, window: int, bundled: bool) -> None:
     codec = fine_codec(long_model(name), sinks=sinks, window=window, bundled=bundled)
     for layer in agree(name, codec, long_ids()).compressed_layers:
-        assert layer.sink_count == (0 if layer.dropped else sinks) and window <= layer.window_count < window + BLOCK
+        assert layer.led == (0 if layer.dropped else sinks) and window <= layer.window_count < window + BLOCK
 
 
 @pytest.mark.parametrize("name", ["qwen2", "deepseek_v2"])

@@ -238,7 +238,7 @@ def test_layers_that_attend_to_what_another_caches_are_refused(name: str) -> Non
 
 def states(layer: CompressedLayer) -> list[Tensor]:
     filled = [chunk.slot(slot) for chunk in layer.chunks for slot in (0, 1)]
-    return [*layer.window, *(layer.sinks or ()), *(x.clone() for x in filled)]
+    return [*layer.window, *layer.tensors()["sinks"], *(x.clone() for x in filled)]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -69,7 +69,7 @@ def _attention(
         layer = None  # its cache was updated, and another layer attends
     if layer is not None:
         layer.place(_no_padding(attention_mask, query.shape[2]), kwargs.get("position_ids"))
-    if softcap is None and s_aux is None and (layer is None or not (layer.blocks or layer.sinks)):
+    if softcap is None and s_aux is None and (layer is None or not _holds_more(layer)):
         out = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
     else:
         with own_modes():
@@ -103,19 +103,27 @@ def attend(
 
     [batch, seq, heads, dim of values] in the query's dtype; as many queries at a time as logits fit.
     """
-    stretches = _stretches(module, layer, key, value)
-    tokens = [one.tokens for one in stretches]
-    total = sum(tokens)
-    if mask is None and query.shape[2] > 1:
-        new = query.shape[2]
+    stretches, new = _stretches(module, layer, key, value), query.shape[2]
+    total = key.shape[2] if layer is None else layer.get_seq_length() - layer.dropped
+    if mask is None and (new > 1 or (layer is not None and layer.padded)):
         mask = torch.ones(1, 1, new, total, dtype=torch.bool, device=query.device).tril(total - new)
     step = max(1, _LOGITS // (query.shape[0] * query.shape[1] * total))
     found = []
     for at in range(0, query.shape[2], step):
         q = query[:, :, at : at + step].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        own = [None] * len(tokens) if mask is None else mask[:, :, at : at + step, -total:].split(tokens, -1)
+        own = _masks(None if mask is None else mask[:, :, at : at + step, -total:], layer, stretches)
         found.append(_merged([one.attention(q, part, softcap) for one, part in zip(stretches, own, strict=True)], s_aux))
     return torch.cat(found, 2).transpose(1, 2).to(query.dtype)
+
+
+def _masks(mask: Tensor | None, layer: CompressedLayer | None, stretches: Sequence["Stretch"]) -> Sequence[Tensor | None]:
+    """What of a mask over all slots belongs to each stretch. Where padding comes first, sinks are hidden at their slots."""
+    if mask is None:
+        return [None] * len(stretches)
+    if layer is None or layer.sinks is None or not layer.padded:
+        return mask.split([one.tokens for one in stretches], -1)
+    own, mask = layer.sinks.split(mask, layer.dropped)
+    return own, *mask[..., layer.led :].split([one.tokens for one in stretches[1:]], -1)
 
 
 def _merged(partials: Sequence[Partial], s_aux: Tensor | None) -> Tensor:
@@ -280,14 +288,20 @@ class LatentBlocks(Blocks):
         return self.latent.expanded(block_sums(self.layer, 0, weights))
 
 
+def _holds_more(layer: CompressedLayer) -> bool:
+    """Whether it holds anything beside its window."""
+    return bool(layer.blocks) or layer.sinks is not None
+
+
 def _stretches(module: nn.Module, layer: CompressedLayer | None, key: Tensor, value: Tensor) -> list[Stretch]:
     """Sinks and blocks, where there are any, and the window. The model has expanded MLA's window itself."""
     found: list[Stretch] = []
     latent = None
-    if layer is not None and hasattr(module, "kv_b_proj") and (layer.blocks or layer.sinks):
+    if layer is not None and hasattr(module, "kv_b_proj") and _holds_more(layer):
         latent = Latent(module, layer.window[0].shape[-1])
     if layer is not None and layer.sinks is not None:
-        found.append(PlainLatents(*layer.sinks, latent) if latent else Plain(*layer.sinks))
+        sinks = layer.sinks.first(layer.wanted_sinks if layer.padded else layer.led)
+        found.append(PlainLatents(*sinks, latent) if latent else Plain(*sinks))
     if layer is not None and layer.chunks:
         found.append(LatentBlocks(layer, latent) if latent else Blocks(layer))
     return [*found, Plain(key, value)]

@@ -18,6 +18,7 @@ from eigencache.errors import CodecError, NonFiniteError
 from eigencache.kernels.packed import BackendName
 from eigencache.kernels.reference import BLOCK
 from eigencache.models.compressed_rows import Rows, unpadded
+from eigencache.models.compressed_sinks import Sinks, no_sinks
 from eigencache.modes import own_modes, uncompiled
 
 _GROWTH = 8  # a new storage has room for an eighth of the blocks there are, so that at most that much is empty
@@ -84,7 +85,8 @@ class CompressedLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.chunks: list[Chunk] = []
-        self.sinks: tuple[Tensor, Tensor] | None = None
+        self.sinks: Sinks | None = None
+        self.led = 0  # first slots of all rows that left the window for the sinks
         self.rows: Rows | None = None  # where they begin
         self.dropped = 0  # first tokens that no token will attend to any more
         self.entered = 0  # tokens of the window that entered last
@@ -95,9 +97,9 @@ class CompressedLayer(DynamicLayer):
         return sum(chunk.filled for chunk in self.chunks)
 
     @property
-    def sink_count(self) -> int:
-        """First tokens that are held in 16 bits."""
-        return 0 if self.sinks is None else self.sinks[0].shape[2]
+    def padded(self) -> bool:
+        """Whether a row begins with padding."""
+        return self.rows is not None and bool(self.rows.first.any())
 
     @property
     def window(self) -> tuple[Tensor, Tensor]:
@@ -186,14 +188,7 @@ class CompressedLayer(DynamicLayer):
         Neither is anything when memory runs out: what is new is made before what is old is let go.
         """
         self.entered = 0
-        first = 0 if self.rows is None else int(self.rows.first.max())
-        lacking = min(self.window_count, (self.wanted_sinks + first if self.wanted_sinks else 0) - self.sink_count)
-        if lacking > 0 and not self.blocks and not self.dropped:
-            taken = [x[:, :, :lacking].clone() for x in self.window]
-            if self.sinks is not None:
-                taken = [torch.cat(pair, 2) for pair in zip(self.sinks, taken, strict=True)]
-            left = self._without(lacking)
-            self.sinks, (self.keys, self.values) = (taken[0], taken[1]), left
+        self._take_sinks()
         count = max(0, self.window_count - self.least_window) // BLOCK
         if not count:
             return
@@ -208,9 +203,26 @@ class CompressedLayer(DynamicLayer):
         self.keys, self.values = left
         self._drop()
 
+    @property
+    def _after_sinks(self) -> int:
+        """The slot behind every row's first tokens."""
+        return (0 if self.rows is None else int(self.rows.first.max())) + self.wanted_sinks
+
+    def _take_sinks(self) -> None:
+        """Hold first tokens of rows in 16 bits. The first slots of all leave the window for that, others are packed too."""
+        stop = self._after_sinks
+        if not self.wanted_sinks or self.dropped >= stop or (self.sinks is not None and self.sinks.seen >= stop):
+            return
+        sinks = no_sinks(self.window, self.wanted_sinks) if self.sinks is None else self.sinks
+        rows = self.rows or unpadded(len(self.window[0]))
+        sinks = sinks.with_tokens(self.window, self.get_seq_length(), rows.first)
+        leading = 0 if self.blocks or self.dropped else min(self.window_count, self.wanted_sinks - self.led)
+        window = self._without(leading) if leading else self.window
+        self.sinks, self.led, (self.keys, self.values) = sinks, self.led + leading, window
+
     def starts(self, block: int, count: int) -> Tensor:
         """Position of the first token of `count` blocks from `block` on, row by row [batch, count]."""
-        slots = self.dropped + self.sink_count + BLOCK * (block + torch.arange(count))
+        slots = self.dropped + self.led + BLOCK * (block + torch.arange(count))
         rows = self.rows or unpadded(len(self.window[0]))
         return slots[None] + rows.origin[:, None]
 
@@ -240,12 +252,14 @@ class CompressedLayer(DynamicLayer):
         if self.sliding_window is None:
             return
         while self.chunks and BLOCK * (self.blocks - self.chunks[0].filled - 1) + self.window_count >= self.sliding_window:
-            self.dropped += self.sink_count + BLOCK * self.chunks.pop(0).filled
+            self.dropped += self.led + BLOCK * self.chunks.pop(0).filled
+            self.led = 0
+        if self.dropped >= self._after_sinks:
             self.sinks = None
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
-        return self.dropped + self.sink_count + BLOCK * self.blocks + self.window_count
+        return self.dropped + self.led + BLOCK * self.blocks + self.window_count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what is attended to: sinks and everything that is still held."""
@@ -266,16 +280,15 @@ class CompressedLayer(DynamicLayer):
         self.entered = 0
         while count > self.window_count and self.chunks:
             self._unpack_last(-(-(count - self.window_count) // BLOCK))
-        if count > self.window_count + self.sink_count:
+        if count > self.window_count + self.led:
             raise CodecError(f"{count} tokens are to be forgotten, of which a sliding window holds no longer all")
         if not self.is_initialized:
             return
-        from_sinks = max(0, count - self.window_count)
-        left = self.window_count - (count - from_sinks)
-        window, sinks = [x[:, :, :left].clone() for x in self.window], self.sinks
-        if from_sinks and sinks is not None:
-            sinks = sinks[0][:, :, :-from_sinks].clone(), sinks[1][:, :, :-from_sinks].clone()
-        (self.keys, self.values), self.sinks = window, sinks
+        leading = max(0, count - self.window_count)
+        left = self.window_count - (count - leading)
+        window = [x[:, :, :left].clone() for x in self.window]
+        sinks = self.sinks and self.sinks.cropped(self.get_seq_length() - count)
+        self.sinks, self.led, (self.keys, self.values) = sinks, self.led - leading, window
 
     def _unpack_last(self, count: int) -> None:
         last = self.chunks[-1]
@@ -289,13 +302,12 @@ class CompressedLayer(DynamicLayer):
 
     def select(self, rows: Tensor) -> None:
         """The given rows of the batch, each as often as it is named."""
-        if not self.is_initialized:
+        if not self.is_initialized or torch.equal(rows.cpu(), torch.arange(len(self.window[0]))):
             return
         at = rows.to(self.window[0].device)
         window = [x[at] for x in self.window]
         chunks = [Chunk(chunk.keys[at], chunk.values[at], chunk.filled) for chunk in self.chunks]
-        sinks = self.sinks and (self.sinks[0][at], self.sinks[1][at])
-        begun = self.rows and self.rows.select(rows)
+        sinks, begun = self.sinks and self.sinks.select(at), self.rows and self.rows.select(rows)
         (self.keys, self.values), self.chunks, self.sinks, self.rows = window, chunks, sinks, begun
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -319,7 +331,7 @@ class CompressedLayer(DynamicLayer):
     def tensors(self) -> dict[str, list[Tensor]]:
         """All that is held, by what it is."""
         return {
-            "sinks": [] if self.sinks is None else list(self.sinks),
+            "sinks": [] if self.sinks is None else [self.sinks.keys, self.sinks.values],
             "keys": [chunk.keys for chunk in self.chunks],
             "values": [chunk.values for chunk in self.chunks],
             "window": list(self.window) if self.is_initialized else [],
