@@ -25,6 +25,7 @@ from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
 from eigencache.models.identity import known_fingerprint
 from eigencache.models.load import LoadedModel
+from eigencache.models.rotation import steady_tokens
 from eigencache.models.stored import cache_holding, cached_of, first_slot, padding_of, position_at, without_padding
 from eigencache.modes import own_modes
 from eigencache.records import ProbeRecord, Spectrum
@@ -247,11 +248,12 @@ class CacheCodec:
                 which a cache does not tell from text. The padding is left out.
             position_ids: the row's positions [1, tokens] as the model was given them. Default: from 0 on, or, for a row with
                 padding, from 0 at the first slot or at the first token, whichever the keys show.
-            force: encode also what costs far more bits than the fitted text, or stands beyond its positions.
+            force: encode also what costs far more bits than the fitted text, or stands beyond what the fit saw.
 
         Raises:
             CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens
-                stand at learned positions that the fit did not see or cost more than four times the bits of the fitted text.
+                stand at learned positions or with a rotation that the fit did not see, or cost over four times the bits of
+                the fitted text.
         """
         self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
@@ -288,16 +290,19 @@ class CacheCodec:
         return blob
 
     def _within_reach(self, starts: set[int], tokens: int) -> set[int]:
-        """The starts from which tokens stand at positions that the codec was fitted on. Raises `CodecError` without any."""
-        if self.codec.positions is None:
-            return starts
-        reach = len(self.codec.positions.places)
-        if not (within := {start for start in starts if start + tokens <= reach}):
-            raise CodecError(
-                f"{tokens} tokens from position {min(starts)} on: the model's learned positions were seen below {reach} in "
-                f"the fit: fit the codec with `max_length` {min(starts) + tokens} at least; `force` encodes them as they are"
-            )
-        return within
+        """The starts from which tokens stand where the codec was fitted. Raises `CodecError` without any."""
+        learned, steady = self.codec.positions, steady_tokens(self.loaded.model.config)
+        reach = steady if learned is None else len(learned.places)
+        if reach is None or (within := {start for start in starts if start + tokens <= reach}):
+            return starts if reach is None else within
+        stop = min(starts) + tokens
+        raise CodecError(
+            f"a text of {stop} tokens: in more than {reach} the model rotates keys with frequencies that this codec does "
+            "not know, and it would lose much: keep such a cache as it is; `force` encodes it all the same"
+            if learned is None
+            else f"{tokens} tokens from position {min(starts)} on: the model's learned positions were seen below {reach} in "
+            f"the fit: fit the codec with `max_length` {stop} at least; `force` encodes them as they are"
+        )
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
         """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.

@@ -235,4 +235,4 @@ def test_it_moves_with_everything_that_is_held() -> None:
     assert len(list(moved.tensors())) == 2 * 2 * 3 + 2
     for field in ("name", "sinks", "window", "dtype"):
         assert getattr(moved, field) == getattr(codec, field)
-    assert {f.name for f in dataclasses.fields(codec)} == {"name", "layers", "sinks", "window", "dtype"}
+    assert {f.name for f in dataclasses.fields(codec)} == {"name", "layers", "sinks", "window", "dtype", "reach"}

@@ -63,7 +63,7 @@ def planted(pairing: Pairing | None = "half", turned: int = 0, seed: int = 0) ->
         return PackedHeads(widths, drawn(*shape), drawn(*shape), drawn(HEADS, dim), turning)
 
     layers = {i: (heads(i, 0), heads(i, 1)) for i in LAYERS}
-    return LiveCodec("planted – ünïcode", layers, 2, 3, torch.float32)
+    return LiveCodec("planted – ünïcode", layers, 2, 3, torch.float32, 512)
 
 
 def saved(folder: Path, codec: LiveCodec | None = None) -> Path:
@@ -89,7 +89,7 @@ def cache(tokens: int = 150, seed: int = 0) -> dict[int, tuple[Tensor, Tensor]]:
 
 
 def assert_alike(codec: LiveCodec, other: LiveCodec) -> None:
-    for field in ("name", "sinks", "window", "dtype", "nbytes", "bits_per_value"):
+    for field in ("name", "sinks", "window", "dtype", "reach", "nbytes", "bits_per_value"):
         assert getattr(other, field) == getattr(codec, field), field
     assert list(other.layers) == list(codec.layers)
     for i in codec.layers:

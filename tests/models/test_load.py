@@ -60,7 +60,7 @@ def llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
+def write_gguf(model: PreTrainedModel, path: Path, *, stretched: bool = False) -> None:
     """The model in llama.cpp's format, its query and key rows in llama.cpp's order."""
     gguf = pytest.importorskip("gguf")
     config, weights = model.config, model.state_dict()
@@ -86,6 +86,9 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
             heads = array.shape[0] // config.head_dim
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(array))
+    if stretched:  # as files of Llama 3 are, and of models with YaRN
+        writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, dtype=np.float32))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,6 +101,18 @@ def test_a_gguf_file_gives_the_spectra_of_its_model(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled_path("ref-llama"))
     from_file = probe(str(tmp_path / "tiny.gguf"), "ref-llama", **FEW)
     assert ranks(from_file) == pytest.approx(ranks(probe(model, tokenizer, **FEW)), rel=1e-4)
+
+
+def test_what_a_gguf_file_says_of_its_rotation_and_is_not_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, stretched in (("plain.gguf", False), ("stretched.gguf", True)):
+        write_gguf(llama(), tmp_path / name, stretched=stretched)
+        load(str(tmp_path / name), tokenizer="ref-llama")
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "eigencache.models.load")
+    assert said.startswith(
+        "stretched.gguf: transformers does not read rope_freqs.weight, llama.rope.scaling.type and rotates"
+    )
 
 
 def test_an_eight_bit_model_is_probed_like_any_other() -> None:

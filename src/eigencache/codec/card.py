@@ -228,4 +228,5 @@ class LiveCard(CodecCard):
     expected: Expected
     sinks: Count32
     window: Count32
+    reach: PositiveInt | None = None  # positions it was fitted for; None in cards of earlier versions
     slots: Annotated[list[CardHeads], Field(min_length=1)]

@@ -5,7 +5,7 @@ bytes while a model generates. No entropy coding: integers of 8, 4 and 2 bits th
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ from eigencache.kernels.reference import BLOCK
 
 @dataclass(frozen=True, eq=False)
 class LiveCodec:
-    """Layer → keys and values; `sinks` first tokens and at least `window` last ones are not packed."""
+    """Layer → keys and values; `sinks` first tokens and at least `window` last ones are not packed.
+
+    `reach`: positions that it was fitted for, from 0 on; None: not known.
+    """
 
     name: str
     layers: Mapping[int, tuple[PackedHeads, PackedHeads]]
     sinks: int
     window: int
     dtype: torch.dtype  # of the model
+    reach: int | None = None
 
     def tensors(self) -> Iterable[Tensor]:
         """All that is held."""
@@ -54,7 +58,7 @@ class LiveCodec:
     def to(self, device: str | torch.device) -> "LiveCodec":
         """The same where the cache is."""
         layers = {i: (keys.to(device), values.to(device)) for i, (keys, values) in self.layers.items()}
-        return LiveCodec(self.name, layers, self.sinks, self.window, self.dtype)
+        return replace(self, layers=layers)
 
     def packed_of(self, tokens: int, start: int) -> tuple[int, int]:
         """From and up to which of `tokens` tokens are packed, the first of which stands at position `start`."""

@@ -29,6 +29,7 @@ def _entries_of(codec: LiveCodec) -> dict[str, Any]:
     return {
         "sinks": codec.sinks,
         "window": codec.window,
+        "reach": codec.reach,
         "rotations": card_rotations(_rotations_of(codec)),
         "slots": [
             CardHeads(
@@ -115,7 +116,7 @@ def _codec_from(card: LiveCard, tensors: Tensors) -> LiveCodec:
         )
         layers.setdefault(one.layer_idx, []).append(heads)
     pairs = {i: (keys, values) for i, (keys, values) in layers.items()}
-    return LiveCodec(card.name, pairs, card.sinks, card.window, getattr(torch, card.origin.dtype))
+    return LiveCodec(card.name, pairs, card.sinks, card.window, getattr(torch, card.origin.dtype), card.reach)
 
 
 KIND = Kind(LiveCodec, LiveCard, _entries_of, _tensors_of, _card_fault, _tensor_kinds, nothing, _codec_from, nothing)

@@ -4,13 +4,14 @@
 """
 
 import copy
+import logging
 from os import PathLike
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from eigencache.codec.base import storage_bytes
@@ -23,6 +24,9 @@ from eigencache.models.compressed_layer import CompressedLayer
 from eigencache.models.compressed_passes import watch
 from eigencache.models.devices import device_of
 from eigencache.models.quantized_cache import tensors_of
+from eigencache.models.rotation import steady_tokens
+
+_LOG = logging.getLogger(__name__)
 
 
 class CompressedCache(DynamicCache):
@@ -30,6 +34,7 @@ class CompressedCache(DynamicCache):
 
     In passes with this cache the model's attention goes through this package, in others through its own. A pass that breaks
     off, for memory or for NaN, leaves a cache that holds what it held before: packed tokens may come back as unpacked.
+    Where the text grows beyond what the codec was fitted for, one warning says so.
 
     `model`: a transformers model, or one inside of PEFT or `torch.compile`. `codec`: a `LiveCodec`, or what
     `eigencache.fit(..., live=True)` gives. `backend`: what reads packed blocks (`kernels/packed.py`); None: the fastest.
@@ -73,7 +78,7 @@ class CompressedCache(DynamicCache):
         self._device = device_of(model)
         self.backend  # noqa: B018 - compiled, looked at or refused now, not in the middle of a text
         self._pass: tuple[nn.Module, list[int]] | None = None  # whose it is, and tokens of compressed layers before it
-        self._model = ref(model)
+        self._model, self._far = ref(model), _far(model, codec)
         watch(model, self)
 
     @property
@@ -130,11 +135,20 @@ class CompressedCache(DynamicCache):
         for layer, length in zip(self.compressed_layers, self._pass[1], strict=True) if failed else ():
             layer.crop(min(0, length - layer.get_seq_length()))
         self._pass = None
+        if not failed:
+            self._warn_of_length()
         if unread := [layer for layer in self.compressed_layers if layer.entered]:
             raise CodecError(
                 f"layer {unread[0].layer_idx}: its attention did not read the compressed cache: the model's attention was "
                 "replaced in the middle of a pass"
             )
+
+    def _warn_of_length(self) -> None:
+        """Say once what begins where the text has become longer than the codec was fitted for."""
+        length = max((layer.get_seq_length() for layer in self.compressed_layers), default=0)
+        for reach, why in [one for one in self._far.items() if one[0] < length]:
+            del self._far[reach]
+            _LOG.warning("the live cache holds %d tokens: %s", length, why)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         found = [(name, t) for layer in self.compressed_layers for name, ts in layer.tensors().items() for t in ts]
@@ -151,4 +165,20 @@ def live_codec(codec: Any) -> LiveCodec:
     found = getattr(codec, "live", codec)
     if not isinstance(found, LiveCodec):
         raise CodecError("this codec has no part for a live cache: fit it with `--live` (fit(..., live=True) in Python)")
+    return found
+
+
+def _far(model: PreTrainedModel, codec: LiveCodec) -> dict[int, str]:
+    """Tokens beyond which the codec was not fitted → what that means."""
+    found, steady = {}, steady_tokens(model.config)
+    if codec.reach is not None:
+        found[codec.reach] = (
+            f"the codec was fitted for {codec.reach} positions, and may lose more behind them than stated: fit one with a "
+            "larger `max_length`, or `reach` of its live settings"
+        )
+    if steady is not None:
+        found[steady] = (
+            f"in texts of more than {steady} the model rotates keys with frequencies that the codec was not fitted for, and "
+            "it may lose more than it states"
+        )
     return found

@@ -6,6 +6,7 @@ and the refusal of checkpoints that leave weights at random values (a probe of t
 
 from dataclasses import dataclass
 from importlib import resources
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
 from eigencache.models.devices import device_of
 
+_LOG = getLogger(__name__)
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 
 
@@ -100,6 +102,8 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     for what, keys in (("missing from", report["missing_keys"]), ("of another shape in", report["mismatched_keys"])):
         if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
             raise ModelError(f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}")
+    if "gguf_file" in options and geometry.rope is not None and geometry.rope.rope_type == "default":
+        _warn_of_dropped_rotation(Path(source) / options["gguf_file"])
     if device != "auto":
         model.to(device)
     check_tokenizer(tokens, model)
@@ -187,6 +191,22 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
         raise ModelError(f"{spec}: no such folder, and no bundled model ({', '.join(BUNDLED)})")
     return spec, {}
+
+
+def _warn_of_dropped_rotation(path: Path) -> None:
+    """Name what a GGUF file says of its rotation and transformers, which rotates by the base alone, does not read."""
+    from gguf import GGUFReader  # which transformers has just read the file with
+
+    reader = GGUFReader(path)
+    names = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    names += [key for key in reader.fields if ".rope.scaling." in key]
+    if names:
+        _LOG.warning(
+            "%s: transformers does not read %s and rotates keys by the base alone: logits and spectra differ from those of "
+            "the model the file was made of: load that one's folder or hub name for figures of it",
+            path.name,
+            ", ".join(names),
+        )
 
 
 def _embedded_ids(model: PreTrainedModel) -> int:

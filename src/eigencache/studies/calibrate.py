@@ -17,7 +17,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.geometry import KVGeometry, Layer, kind_and_frame
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import rotations_of
+from eigencache.models.rotation import require_steady, rotations_of
 from eigencache.records import Scope
 from eigencache.spectral.measure import Place, effective_vectors
 from eigencache.spectral.metric import block_diagonal, regularised
@@ -91,6 +91,7 @@ class Calibration:
     _metrics: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_steady(self.loaded, max(map(len, self.sequences.ids), default=0))
         kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
         self.gathered = self.gathered or gather(
             self.loaded,

@@ -120,6 +120,7 @@ class LiveFit:
     slots: Mapping[tuple[int, int], FittedSlot]
     sinks: int
     dtype: torch.dtype
+    reach: int
 
     def at_bits(self, bits: float, name: str | None = None) -> LiveCodec:
         """The codec of at most `bits` per packed value. Raises `BudgetError` for more than widths give, and for none."""
@@ -151,7 +152,7 @@ class LiveFit:
         for at, slot in sorted(self.slots.items()):
             layers.setdefault(at[0], []).append(slot.at(widths[at]))
         pairs = {i: (keys, values) for i, (keys, values) in layers.items()}
-        return LiveCodec(name, pairs, self.sinks, self.settings.window, self.dtype)
+        return LiveCodec(name, pairs, self.sinks, self.settings.window, self.dtype, self.reach)
 
 
 def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
@@ -161,10 +162,12 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
         settings = replace(settings, alpha=0.75 if source.samples.layout.rotations else 1.0)
     alpha = settings.alpha
     assert alpha is not None
+    longest = max(source.samples.lengths)
     reach = settings.reach or getattr(source.loaded.model.config, "max_position_embeddings", None) or REACH
+    reach = reach if source.samples.layout.rotations else longest
     metrics = _stored_metric(source, reach)
     sinks = settings.sinks
-    if sinks >= max(source.samples.lengths):
+    if sinks >= longest:
         raise StatisticsError(f"no sequence is longer than {sinks} sinks: keep fewer `sinks` or raise `max_length`")
     vectors, positions = _stored(source, sinks, reach)
     ats = sorted(vectors)
@@ -175,7 +178,7 @@ def fit_live(source: Source, settings: LiveSettings | None = None) -> LiveFit:
         rotation = source.samples.layout.rotations.get(layer_idx)
         own = rotation[1] if rotation and rotation[0] == slot else None
         slots[at] = _fit_slot(vectors[at], positions, own, root, inverse, settings.shared)
-    return LiveFit(settings, slots, sinks, source.loaded.model.dtype)
+    return LiveFit(settings, slots, sinks, source.loaded.model.dtype, reach)
 
 
 def _stored_metric(source: Source, reach: int) -> dict[tuple[int, int], Tensor]:

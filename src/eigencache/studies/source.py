@@ -8,7 +8,7 @@ from torch import Tensor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import rotations_of
+from eigencache.models.rotation import require_steady, rotations_of, steady_tokens
 from eigencache.spectral.rope import Rotation
 from eigencache.studies.attention_metric import attention_metrics
 from eigencache.studies.calibrate import MetricName, spread_out
@@ -22,15 +22,19 @@ METRIC_TOKENS = 32_768
 
 
 def calibration_length(loaded: LoadedModel) -> int:
-    """Tokens of a sequence to fit on: 512, or every position that a model has learned; it stores them with the rest."""
-    return loaded.learned_positions or default_length(loaded)
+    """Tokens of a sequence to fit on: 512, or every position that a model has learned; it stores them with the rest.
+
+    Fewer where a longer text is rotated otherwise.
+    """
+    length = loaded.learned_positions or default_length(loaded)
+    return min(length, steady_tokens(loaded.model.config) or length)
 
 
 @dataclass(eq=False)
 class Source:
     """One model on one text; every part is measured when it is first asked for.
 
-    Raises `StatisticsError` for fewer than 16 sequences.
+    Raises `StatisticsError` for fewer than 16 sequences, and for sequences at whose length the model's rotation changes.
     """
 
     loaded: LoadedModel
@@ -40,6 +44,7 @@ class Source:
     on_progress: Progress = silent
 
     def __post_init__(self) -> None:
+        require_steady(self.loaded, max(map(len, self.sequences.ids), default=0))
         if len(self.sequences.ids) < 2 * APART:
             raise StatisticsError(
                 f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise `tokens` "
