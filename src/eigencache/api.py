@@ -19,7 +19,7 @@ from eigencache.codec.live import LiveCodec
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CodecError, LayerError, ModelError
 from eigencache.inputs import model_of, text_of
-from eigencache.models.belonging import check_belongs
+from eigencache.models.belonging import check_belongs, codec_for
 from eigencache.models.cache_keyword import innermost
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_context import compressed
@@ -344,13 +344,12 @@ class CacheCodec:
     @classmethod
     def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
         saved, loaded = load_codec(folder), model_of(model, tokenizer)
-        check_belongs(saved, loaded)
+        codec = codec_for(saved, loaded)
         identity = known_fingerprint(loaded.model)
-        if not isinstance(saved.codec, EigenCodec):
+        if not isinstance(codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():
-            return cls(loaded, saved.codec.to(loaded.device), None, None, identity, Path(folder), saved.coded_bits)
+            return cls(loaded, codec, None, None, identity, Path(folder), saved.coded_bits)
         live = load_live(folder)
         check_belongs(live, loaded)
-        codec = saved.codec.to(loaded.device)
         return cls(loaded, codec, None, live.codec, identity, Path(folder), saved.coded_bits)  # type: ignore[arg-type]

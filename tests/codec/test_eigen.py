@@ -21,6 +21,7 @@ from eigencache.codec.raw import raw_nbytes
 from eigencache.codec.tables import fit_tables
 from eigencache.codec.text import TextPredictor
 from eigencache.codec.token_digits import token_digits
+from eigencache.codec.token_features import EmbeddingFeatures, StoredFeatures
 from eigencache.errors import CodecError, ContainerError, ForeignContainerError
 from eigencache.spectral.rope import Rotation
 
@@ -49,9 +50,8 @@ def predictor() -> TextPredictor:
     rows[FEATURES:, : HEADS * DIM] = 0
     features, mix = 2 * draw(VOCABULARY, FEATURES, seed=103), torch.eye(2 * FEATURES)
     first, finder = torch.tensor([0], dtype=torch.int32), torch.eye(HEADS * DIM)
-    return TextPredictor(
-        features.half(), mix.half(), rows.half(), first, finder, rows.half().float()[:FEATURES, : len(finder)]
-    )
+    places = rows.half().float()[:FEATURES, : len(finder)]
+    return TextPredictor(StoredFeatures(features.half()), mix.half(), rows.half(), first, finder, places)
 
 
 def vectors(tokens: int, batch: int = 1, seed: int = 0, text: bool = False) -> Tensor:
@@ -359,6 +359,11 @@ def test_a_cache_of_another_model_is_refused() -> None:
             codec().encode(other, 0)
 
 
+def more(features: EmbeddingFeatures | StoredFeatures) -> Tensor:
+    (table,) = features.tensors()
+    return table + 1
+
+
 def changed_codecs() -> dict[str, EigenCodec]:
     one = base(text=True)
     t, q, tables = one.transform, one.quantiser, one.tables
@@ -383,10 +388,9 @@ def changed_codecs() -> dict[str, EigenCodec]:
         changes[field.name] = replace(one, quantiser=replace(q, **{field.name: getattr(q, field.name) + 0.001}))
     for field in fields(tables):
         changes[field.name] = replace(one, tables=replace(tables, **{field.name: getattr(tables, field.name) + 1}))
-    for field in fields(predictor()):
-        changes[f"text {field.name}"] = replace(
-            one, text=replace(predictor(), **{field.name: getattr(predictor(), field.name) + 1})
-        )
+    changes["text features"] = replace(one, text=replace(predictor(), features=StoredFeatures(more(predictor().features))))
+    for name in ("mix", "rows", "first", "finder", "places"):
+        changes[f"text {name}"] = replace(one, text=replace(predictor(), **{name: getattr(predictor(), name) + 1}))
     for name, rotation in {
         "frequencies": replace(ROTATION, frequencies=ROTATION.frequencies * 1.0000001),
         "rotation's scale": replace(ROTATION, scale=1.1),
@@ -428,7 +432,7 @@ def test_text_saves_bits_and_a_wrong_guess_costs_them_but_never_correctness() ->
             return (super().find(x) + 1 + torch.arange(x.shape[1])) % VOCABULARY
 
     one, given_, x = codec(text=True, kept=Kept(0, 0, 8)), cache(64, text=True), vectors(64, text=True)
-    wrong = replace(one, text=Wrong(*predictor().tensors()))
+    wrong = replace(one, text=Wrong(*(getattr(predictor(), field.name) for field in fields(TextPredictor))))
     right_row, wrong_row = (c.encode(given_, 0) for c in (one, wrong))
     assert one.sha256 == wrong.sha256  # ranks are said, so that any decoder follows
     assert right_row.nbytes < 0.8 * wrong_row.nbytes

@@ -26,6 +26,7 @@ from eigencache.codec.layout import Layout, Part
 from eigencache.codec.ledger import ledger
 from eigencache.codec.tables import fit_tables
 from eigencache.codec.text import TextPredictor
+from eigencache.codec.token_features import EmbeddingFeatures
 from eigencache.errors import CodecError, ForeignContainerError
 from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation
 from eigencache.studies.eigen_basis import JointScope, spans_of
@@ -43,7 +44,8 @@ EXPECTED = Expected(
     kl=0.02,
     top1_agreement=0.95,
 )
-VOCABULARY, FEATURES, RANK, PLACES = 11, 3, 2, 2
+VOCABULARY, EMBEDDING, FEATURES, RANK, PLACES = 11, 5, 3, 2, 2
+EMBEDDINGS = torch.randn(VOCABULARY, EMBEDDING, generator=torch.Generator().manual_seed(7))
 Cached = dict[int, tuple[Tensor, Tensor]]
 
 
@@ -74,7 +76,12 @@ def planted(
     count = transform.coefficients
     symbols = (4 * drawn(count + text, 500)).int().numpy()
     predictor = TextPredictor(
-        drawn(VOCABULARY, FEATURES).half(),
+        EmbeddingFeatures(
+            torch.randperm(VOCABULARY, generator=generator).int(),
+            drawn(EMBEDDING, FEATURES).half(),
+            drawn(FEATURES),
+            EMBEDDINGS.__getitem__,
+        ),
         drawn(2 * FEATURES, RANK).half(),
         drawn(RANK, layout.width).half(),
         torch.tensor([4], dtype=torch.int32),
@@ -120,6 +127,7 @@ def cache(tokens: int = 60, seed: int = 0) -> Cached:
 
 
 def assert_alike(codec: EigenCodec, other: EigenCodec) -> None:
+    other = other.of_model(EMBEDDINGS.__getitem__)
     assert (other.name, other.dtype, other.nbytes, other.sha256) == (codec.name, codec.dtype, codec.nbytes, codec.sha256)
     assert {x.dtype for x in other._tensors()} == {x.dtype for x in codec._tensors()}
     assert np.array_equal(other.tables.slots, codec.tables.slots)
@@ -158,7 +166,8 @@ def test_bases_that_were_fitted_column_by_column_multiply_as_they_are_stored(tmp
     t, text = codec.transform, codec.text
     bases = tuple(replace(b, rows=turned(b.rows)) for b in t.bases)
     transform = JointTransform(t.mean, bases, tuple(turned(m) for m in t.metrics))
-    text = replace(text, **{f: turned(getattr(text, f)) for f in ("features", "mix", "rows", "finder", "places")})
+    features = replace(text.features, projection=turned(text.features.projection))
+    text = replace(text, features=features, **{f: turned(getattr(text, f)) for f in ("mix", "rows", "finder", "places")})
     other = replace(codec, transform=transform, text=text)
     assert_alike(other, load_codec(saved(tmp_path / "codec", other)).codec)  # type: ignore[arg-type]
     assert all(x.is_contiguous() for x in other._tensors())
@@ -271,6 +280,10 @@ TENSOR_DAMAGES: dict[str, tuple[Damage, str]] = {
         "entropy tables: a table does not fill its slots",
     ),
     "before the first": (at("text.first", 0, -1), "tensor text.first is -1, not within 0 and 32"),
+    "token twice": (at("text.order", 0, -1), "tensor text.order does not name each of 11 tokens once"),
+    "shift lost": (tensors(lambda t: t.pop("text.shift")), "tensor text.shift is missing"),
+    "stored features": (card(lambda c: c["text"].update(embedding=None)), "tensor text.features is missing"),
+    "wide embedding": (card(lambda c: c["text"].update(embedding=6)), "tensor text.projection is torch.float16 [5, 3], the"),
     "beyond the last": (at("text.first", 0, 33), "tensor text.first is 33, not within 0 and 32"),
 }
 DAMAGES = {(CARD, n): d for n, d in CARD_DAMAGES.items()} | {(TENSORS, n): d for n, d in TENSOR_DAMAGES.items()}

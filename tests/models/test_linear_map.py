@@ -278,4 +278,5 @@ def test_features_of_tokens_see_adapters() -> None:
     merged = replace(loaded, model=copy.deepcopy(loaded.model))
     with torch.no_grad():
         merged.model.get_input_embeddings().weight += ids[:, None].remainder(7)  # type: ignore[operator]
-    assert found.equal(vocabulary(merged, ids)[1]) and not found.allclose(without, atol=0.1)
+    of = [x.of(torch.arange(100)) for x in (found, vocabulary(merged, ids)[1], without)]
+    assert of[0].equal(of[1]) and not of[0].allclose(of[2], atol=0.1)

@@ -14,6 +14,7 @@ from eigencache.codec.eigen import EigenCodec
 from eigencache.codec.joint import JointTransform
 from eigencache.codec.kept import FIRST_EXACT
 from eigencache.codec.layout import Layout, Part, by_layer
+from eigencache.codec.token_features import StoredFeatures
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import read_text
 from eigencache.errors import BudgetError, StatisticsError
@@ -194,22 +195,22 @@ def test_features_are_by_rank_and_centred_where_tokens_are_as_often_as_in_the_te
     loaded, ids = tiny_loaded("llama"), torch.tensor([5] * 9 + [3] * 4 + [7])
     ranks, features = vocabulary(loaded, ids)
     assert ranks[[5, 3, 7]].tolist() == [0, 1, 2] and sorted(ranks.tolist()) == list(range(len(ranks)))
-    assert features.dtype == torch.float16 and len(features) == len(ranks)
-    torch.testing.assert_close(features[ranks[ids]].float().mean(0), torch.zeros(features.shape[1]), rtol=0, atol=2e-3)
+    assert features.vocabulary == len(ranks)
+    torch.testing.assert_close(features.of(ranks[ids]).mean(0), torch.zeros(features.size), rtol=0, atol=2e-3)
     weights = loaded.model.get_input_embeddings().weight.detach()
     unit = torch.nn.functional.normalize(weights, dim=-1) * weights.shape[1] ** 0.5
-    torch.testing.assert_close((features[ranks[5]] - features[ranks[3]]).float(), unit[5] - unit[3], rtol=0, atol=1e-2)
+    torch.testing.assert_close(features.of(ranks[[5]]) - features.of(ranks[[3]]), unit[[5]] - unit[[3]], rtol=0, atol=1e-2)
 
 
 def test_wide_embeddings_are_cut_to_the_directions_that_the_text_uses() -> None:
     weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
-    model = SimpleNamespace(get_input_embeddings=lambda: lambda ids: weight[ids])
-    own = SimpleNamespace(model=model, embedded_ids=300, device=torch.device("cpu"))
+    embedding = torch.nn.Embedding.from_pretrained(weight)
+    own = SimpleNamespace(model=SimpleNamespace(get_input_embeddings=lambda: embedding), embedded_ids=300)
     ids = torch.arange(100).repeat(3)
     ranks, features = vocabulary(own, ids)  # type: ignore[arg-type]
-    assert features.shape == (300, MAX_FEATURES)
+    assert (features.vocabulary, features.size) == (300, MAX_FEATURES)
     unit = torch.nn.functional.normalize(weight, dim=-1) * 20
-    distances, expected = (torch.cdist(x, x) for x in (features[ranks[:100]].float(), unit[:100]))
+    distances, expected = (torch.cdist(x, x) for x in (features.of(ranks[:100]), unit[:100]))
     torch.testing.assert_close(distances, expected, rtol=1e-2, atol=0.1)  # a hundred tokens span less than 256
 
 
@@ -231,7 +232,7 @@ def test_what_is_linear_in_the_tokens_is_predicted_and_its_tokens_found(weighed:
     x = f @ here + previous(f, lengths) @ before
     samples = Samples(LAYOUT, x - x.mean(0), ranks, lengths)
     blocks = [torch.diag_embed(0.1 + draw(2, 6).abs()) for _ in LAYOUT.parts] if weighed else []
-    text = fit_text(samples, ranks, features, blocks, [b.inverse() for b in blocks])
+    text = fit_text(samples, ranks, StoredFeatures(features), blocks, [b.inverse() for b in blocks])
     rows = samples.vectors.view(50, 40, WIDTH)
     assert torch.equal(text.find(rows), ranks.view(50, 40))
     error = text.predict(ranks.view(50, 40), block) - rows
@@ -243,7 +244,7 @@ def test_what_tokens_say_nothing_of_is_predicted_as_next_to_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     ranks = torch.randint(50, (4000,), generator=generator)
     samples = Samples(LAYOUT, gaussian(4000, 5), ranks, (40,) * 100)
-    text = fit_text(samples, ranks, torch.randn(50, 8, generator=generator).half(), (), ())
+    text = fit_text(samples, ranks, StoredFeatures(torch.randn(50, 8, generator=generator).half()), (), ())
     predicted = text.predict(ranks.view(100, 40), 40)
     assert float(predicted.square().mean() / samples.vectors.square().mean()) < 0.02
 

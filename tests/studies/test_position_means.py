@@ -12,6 +12,7 @@ from eigencache.codec.card import Expected
 from eigencache.codec.folder import load_codec, save_codec
 from eigencache.codec.layout import Layout, Part
 from eigencache.evaluate.prefix import read_prefix
+from eigencache.models.belonging import codec_for
 from eigencache.models.load import LoadedModel
 from eigencache.provenance import Stopwatch
 from eigencache.spectral.metric import block_product
@@ -114,7 +115,7 @@ def test_they_are_saved_and_decide_what_bytes_mean(fit: tuple[LoadedModel, Eigen
     )  # fmt: skip
     run = Stopwatch().run(0, {})
     save_codec(tmp_path / "codec", codec, *eigen_fitting_of(SETTINGS, expected, loaded, random_sequences(64), run))
-    saved = load_codec(tmp_path / "codec").codec
+    saved = codec_for(load_codec(tmp_path / "codec"), loaded)
     with torch.no_grad():
         cached = read_prefix(loaded, token_ids()).stored
     assert saved.encode(cached, 0).rows == codec.encode(cached).rows  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from eigencache.codec.folder import SavedCodec, load_codec, save_codec
 from eigencache.corpora.overlap import sketch
 from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import read_prefix
-from eigencache.models.belonging import check_belongs
+from eigencache.models.belonging import check_belongs, codec_for
 from eigencache.provenance import Stopwatch
 from eigencache.quality import EvaluationRecord, Protocol
 from eigencache.studies.eigen_fit import EigenSettings, Point, fit_eigen
@@ -55,12 +55,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Point, SavedCodec]:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "deepseek_v2"])  # no RoPE, RoPE, sliding windows, MLA
 def test_what_is_loaded_writes_the_same_containers_and_belongs(name: str, tmp_path: Path) -> None:
     point, saved = fitted(name, tmp_path / "codec")
-    check_belongs(saved, tiny_loaded(name))
+    codec = codec_for(saved, tiny_loaded(name))
     with torch.no_grad():
         cached = read_prefix(tiny_loaded(name), token_ids()).stored
     encoded = point.codec.encode(cached)
-    assert saved.codec.encode(cached, 0).rows == encoded.rows
-    decoded = saved.codec.decode(encoded)  # type: ignore[arg-type]
+    assert codec.encode(cached, 0).rows == encoded.rows
+    decoded = codec.decode(encoded)  # type: ignore[arg-type]
     assert all(
         torch.equal(a, b) for i, pair in point.codec.decode(encoded).items() for a, b in zip(pair, decoded[i], strict=True)
     )
@@ -96,7 +96,7 @@ def test_it_is_evaluated_as_the_fitted_one_and_its_ledger_is_what_its_card_expec
     llama: tuple[Point, SavedCodec],
 ) -> None:
     point, saved = llama
-    before, after = evaluated(saved, point.codec), evaluated(saved, saved.codec)  # type: ignore[arg-type]
+    before, after = evaluated(saved, point.codec), evaluated(saved, codec_for(saved, tiny_loaded("llama")))  # type: ignore[arg-type]
     for part in ("model", "calibration", "likelihood", "ledgers", "warnings"):
         assert getattr(before, part) == getattr(after, part), part
     (rows,) = after.ledgers.values()

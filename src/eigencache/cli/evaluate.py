@@ -98,7 +98,7 @@ def run(
     from eigencache.codec.pca import CoefficientBits
     from eigencache.evaluate.prefix import Window
     from eigencache.evaluate.tasks import task_named
-    from eigencache.models.belonging import check_belongs
+    from eigencache.models.belonging import codec_for
     from eigencache.quality import Protocol
     from eigencache.report.evaluations import evaluation_tables
     from eigencache.studies.calibrate import Calibration, PCASettings
@@ -120,13 +120,13 @@ def run(
     partial = output.with_name(f"{output.name}.partial") if output else None
     fitting = None
     if saved:
-        check_belongs(saved, loaded)
+        own = codec_for(saved, loaded)
     else:
         check_plans(loaded, [plan])
         fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
     with progress_bar(model) as on_progress:
         if saved:
-            calibration, codecs = saved, {saved.codec.name: saved.codec.to(loaded.device)}
+            calibration, codecs = saved, {own.name: own}
         else:
             calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
             codecs = fitted = codecs_of(calibration, plan)

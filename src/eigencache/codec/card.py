@@ -161,6 +161,7 @@ class CardText(Record):
 
     vocabulary: Annotated[int, Field(ge=1, le=2**24)]
     features: PositiveInt  # of a token
+    embedding: PositiveInt | None = None  # numbers of an embedding that they are made of; None: they are stored
     rank: PositiveInt  # of the prediction
     columns: PositiveInt  # in which tokens are looked for
     places: PositiveInt  # dimensions in which they are told apart

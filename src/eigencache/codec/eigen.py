@@ -28,6 +28,7 @@ from eigencache.codec.positions import PositionMeans
 from eigencache.codec.raw import raw_bytes, raw_nbytes, raw_vectors
 from eigencache.codec.tables import Tables
 from eigencache.codec.text import TextPredictor
+from eigencache.codec.token_features import Embed
 from eigencache.errors import CodecError
 from eigencache.kernels.dispatch import Backend, chosen
 
@@ -101,6 +102,12 @@ class EigenCodec:
         )
         moved.__dict__["sha256"] = self.sha256
         return moved
+
+    def of_model(self, embed: Embed) -> "EigenCodec":
+        """The same for a model that `embed` asks for embeddings [n, d] of token ids [n], where it predicts from them."""
+        if self.text is None:
+            return self
+        return replace(self, text=replace(self.text, features=self.text.features.of_model(embed)))
 
     def encode(self, cached: Cached, start: int = 0) -> EncodedBytes:
         """One container per row of the batch. A sliding-window layer may hold the last tokens only.

@@ -29,10 +29,10 @@ from eigencache.codec.saved import (
 from eigencache.codec.tables import MAX_HALF, Tables, fault_of
 from eigencache.codec.text import TextPredictor
 from eigencache.codec.token_digits import digit_count
+from eigencache.codec.token_features import EmbeddingFeatures, StoredFeatures
 
-_QUANTISER, _TABLES, _TEXT, _POSITIONS = (
-    tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, TextPredictor, PositionMeans)
-)
+_QUANTISER, _TABLES, _POSITIONS = (tuple(field.name for field in fields(one)) for one in (DeadZone, Tables, PositionMeans))
+_TEXT = tuple(field.name for field in fields(TextPredictor) if field.name != "features")
 _RANGES = {"dead_zone": (0.5, 1.2), "offset": (-0.2, 0.4), "first": (-1.0, 1.0), "rest": (-1.0, 1.0)}  # in steps
 
 
@@ -50,8 +50,9 @@ def _entries_of(codec: EigenCodec) -> dict[str, Any]:
         "block": codec.block,
         "text": text
         and CardText(
-            vocabulary=len(text.features),
-            features=text.features.shape[1],
+            vocabulary=text.features.vocabulary,
+            features=text.features.size,
+            embedding=len(text.features.projection) if isinstance(text.features, EmbeddingFeatures) else None,
             rank=len(text.rows),
             columns=len(text.finder),
             places=text.finder.shape[1],
@@ -68,7 +69,7 @@ def _tensors_of(codec: EigenCodec) -> dict[str, Tensor]:
     tensors |= {f"quantiser.{field}": getattr(codec.quantiser, field) for field in _QUANTISER}
     tensors |= {f"tables.{field}": torch.from_numpy(getattr(codec.tables, field)) for field in _TABLES}
     if codec.text is not None:
-        tensors |= {f"text.{field}": getattr(codec.text, field) for field in _TEXT}
+        tensors |= {f"text.{field}": getattr(codec.text, field) for field in _TEXT} | _features_of(codec.text.features)
     if codec.positions is not None:
         tensors |= {f"positions.{field}": getattr(codec.positions, field) for field in _POSITIONS}
     return tensors | frequencies_of(codec.layout.rotations)
@@ -115,7 +116,12 @@ def _tensor_kinds(card: EigenCard) -> dict[str, TensorKind]:
     tables = {"table_of": (coefficients + digits,), "starts": (card.tables, 2 * MAX_HALF + 3)}
     kinds |= {f"tables.{field}": (whole, tables.get(field, (card.tables,))) for field in _TABLES}
     if text := card.text:
-        kinds["text.features"] = half, (text.vocabulary, text.features)
+        if text.embedding is None:
+            kinds["text.features"] = half, (text.vocabulary, text.features)
+        else:
+            kinds["text.order"] = whole, (text.vocabulary,)
+            kinds["text.projection"] = half, (text.embedding, text.features)
+            kinds["text.shift"] = single, (text.features,)
         kinds["text.mix"] = half, (2 * text.features, text.rank)
         kinds["text.rows"] = half, (text.rank, width)
         kinds["text.first"] = whole, (1,)
@@ -138,6 +144,8 @@ def _value_fault(card: EigenCard, tensors: Tensors) -> Fault:
         first, last = int(tensors["text.first"]), _width(card) - card.text.columns
         if not 0 <= first <= last:
             return f"tensor text.first is {first}, not within 0 and {last}"
+        if card.text.embedding and not tensors["text.order"].sort().values.equal(torch.arange(card.text.vocabulary)):
+            return f"tensor text.order does not name each of {card.text.vocabulary} tokens once"
     return None
 
 
@@ -157,9 +165,23 @@ def _codec_from(card: EigenCard, tensors: Tensors) -> EigenCodec:
         kept=Kept(**card.kept.model_dump()),
         block=card.block,
         dtype=getattr(torch, card.origin.dtype),
-        text=TextPredictor(*(tensors[f"text.{field}"] for field in _TEXT)) if card.text else None,
+        text=TextPredictor(_features_from(card.text, tensors), *(tensors[f"text.{field}"] for field in _TEXT))
+        if card.text
+        else None,
         positions=PositionMeans(*(tensors[f"positions.{field}"] for field in _POSITIONS)) if card.positions else None,
     )
+
+
+def _features_of(features: EmbeddingFeatures | StoredFeatures) -> dict[str, Tensor]:
+    if isinstance(features, StoredFeatures):
+        return {"text.features": features.table}
+    return {"text.order": features.order, "text.projection": features.projection, "text.shift": features.shift}
+
+
+def _features_from(card: CardText, tensors: Tensors) -> EmbeddingFeatures | StoredFeatures:
+    if card.embedding is None:
+        return StoredFeatures(tensors["text.features"])
+    return EmbeddingFeatures(tensors["text.order"], tensors["text.projection"], tensors["text.shift"])
 
 
 def _codec_fault(card: EigenCard, codec: EigenCodec) -> Fault:

@@ -7,6 +7,7 @@ what the first layer holds, which before any mixing is a function of the token a
 correctness.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,20 +17,22 @@ from torch.nn import functional as F
 
 from eigencache.codec.row_major import RowMajor
 from eigencache.codec.token_digits import TokenDigits, token_digits
+from eigencache.codec.token_features import EmbeddingFeatures, StoredFeatures
 from eigencache.modes import constant
 
 _ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
+_AT_A_TIME = 8192  # tokens of the vocabulary whose features are made
 _TABLE = 2**24  # numbers a table of all tokens' predictions may have: 64 MB
 
 
 @dataclass(frozen=True, eq=False)
 class TextPredictor(RowMajor):
-    """Tokens by rank: `features` [vocabulary, h] float16; prediction [f(t), f(t − 1)] @ `mix` [2h, k] @ `rows` [k, width].
+    """Tokens by rank, of h `features` each; prediction [f(t), f(t − 1)] @ `mix` [2h, k] @ `rows` [k, width].
 
     `finder` [columns, n] float32 brings columns from `first` of a vector to where `places` [h, n] puts features.
     """
 
-    features: Tensor
+    features: EmbeddingFeatures | StoredFeatures
     mix: Tensor
     rows: Tensor
     first: Tensor  # int32, one number
@@ -45,8 +48,8 @@ class TextPredictor(RowMajor):
 
     def predict(self, ranks: Tensor, block: int) -> Tensor:
         """Vectors less their mean [batch, seq, width] float32 of ranks [batch, seq], in blocks that begin with the first."""
-        if len(self.features) * self.rows.shape[1] > _TABLE:
-            here = self.features[ranks].float()
+        if self.features.vocabulary * self.rows.shape[1] > _TABLE:
+            here = self.features.of(ranks.flatten()).view(*ranks.shape, -1)
             return torch.cat([here, _before(here, block)], -1) @ self.mix.float() @ self.rows.float()
         alone, next_to = self._predictions
         return F.embedding(ranks, alone).add_(F.embedding(_before(1 + ranks[..., None], block)[..., 0], next_to))
@@ -54,7 +57,7 @@ class TextPredictor(RowMajor):
     @cached_property
     def digits(self) -> TokenDigits:
         """How ranks become integers and back."""
-        return token_digits(len(self.features))
+        return token_digits(self.features.vocabulary)
 
     @cached_property
     @constant
@@ -63,13 +66,19 @@ class TextPredictor(RowMajor):
 
         Row 0 of the second stands for no token. Looking up costs a tenth of the products, so small vocabularies get it.
         """
-        here, before = (self.features.float() @ part @ self.rows.float() for part in self.mix.float().chunk(2))
+        features = torch.cat(list(self._every()))
+        here, before = (features @ part @ self.rows.float() for part in self.mix.float().chunk(2))
         return here, F.pad(before, (0, 0, 1, 0))
 
     @cached_property
     @constant
     def _known(self) -> Tensor:
-        return self.features.float() @ self.places
+        return torch.cat([part @ self.places for part in self._every()])
+
+    def _every(self) -> Iterator[Tensor]:
+        """Features of all tokens by rank, some at a time."""
+        ranks = torch.arange(self.features.vocabulary, device=self.mix.device)
+        yield from map(self.features.of, ranks.split(_AT_A_TIME))
 
     @cached_property
     @constant

@@ -19,7 +19,7 @@ from eigencache.codec.base import Codec, SixteenBit
 from eigencache.codec.folder import load_codec
 from eigencache.errors import CodecError, ModelError
 from eigencache.evaluate.prefix import Prefix, Window, read, read_prefix
-from eigencache.models.belonging import check_belongs
+from eigencache.models.belonging import codec_for
 from eigencache.models.load import LoadedModel, load
 
 try:
@@ -224,9 +224,7 @@ def _codec(name: str, loaded: LoadedModel) -> Codec | None:
             f"codec={name}: no such codec; use {' or '.join(CODECS)}, a folder that `eigencache evaluate --save-codec` "
             "wrote, or pass a codec object from Python"
         )
-    saved = load_codec(name)
-    check_belongs(saved, loaded)
-    return saved.codec.to(loaded.device)
+    return codec_for(load_codec(name), loaded)
 
 
 def _max_length(loaded: LoadedModel, wanted: int | None) -> int:

@@ -1,11 +1,20 @@
 """Whether a saved codec belongs to a loaded model: a basis fitted on another cache would ruin this one silently."""
 
-from eigencache.codec.folder import SavedCodec
+from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.folder import FittedCodec, SavedCodec
 from eigencache.errors import CodecError
+from eigencache.models.embeddings import embed_of
 from eigencache.models.identity import fingerprint_before, known_fingerprint
 from eigencache.models.load import LoadedModel
 from eigencache.models.rotation import rotations_of
 from eigencache.spectral.rope import rope_sha256
+
+
+def codec_for(saved: SavedCodec, loaded: LoadedModel) -> FittedCodec:
+    """The codec of a folder where the model is, asking that one for embeddings. Raises as `check_belongs` does."""
+    check_belongs(saved, loaded)
+    codec = saved.codec.of_model(embed_of(loaded.model)) if isinstance(saved.codec, EigenCodec) else saved.codec
+    return codec.to(loaded.device)
 
 
 def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:

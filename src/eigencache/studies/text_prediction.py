@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from eigencache.codec.layout import Layout
 from eigencache.codec.text import TextPredictor
+from eigencache.codec.token_features import EmbeddingFeatures, StoredFeatures, unit_mean_square
+from eigencache.models.embeddings import embed_of
 from eigencache.models.load import LoadedModel
 from eigencache.spectral.metric import block_product
 from eigencache.spectral.metric import roots as roots_of
@@ -25,20 +27,22 @@ _SMALL = 0.01
 _PLACES = 32  # dimensions in which tokens are told apart
 
 
-def vocabulary(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank of every token id [vocabulary], most frequent first, and features by rank [vocabulary, h] float16, centred."""
-    every = torch.arange(loaded.embedded_ids, device=loaded.device)
-    weights = loaded.model.get_input_embeddings()(every).detach().float().cpu()  # asked: an adapter may sit on it
-    counts = torch.bincount(ids, minlength=len(weights))
+def vocabulary(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, EmbeddingFeatures]:
+    """Rank of every token id [vocabulary], most frequent first, and features of ranks: centred, 256 at most."""
+    embed = embed_of(loaded.model)
+    counts = torch.bincount(ids, minlength=loaded.embedded_ids)
     order = counts.argsort(descending=True, stable=True)
-    share = (counts[order] / counts.sum())[:, None]
-    features = F.normalize(weights[order], dim=-1) * weights.shape[1] ** 0.5
-    features = features - (share * features).sum(0)
-    if features.shape[1] > MAX_FEATURES:
-        features = features @ eigenbasis_of(features.mT @ (share * features))[1][:, :MAX_FEATURES]
+    seen = order[: int((counts > 0).sum())]
+    share, embeddings = (counts[seen] / counts.sum())[:, None], unit_mean_square(embed(seen).cpu())
+    mean = (share * embeddings).sum(0)
+    projection = torch.eye(embeddings.shape[1])
+    if embeddings.shape[1] > MAX_FEATURES:
+        spread = embeddings - mean
+        projection = eigenbasis_of(spread.mT @ (share * spread))[1][:, :MAX_FEATURES]
+    projection = projection.half()
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order))
-    return ranks, features.half()
+    return ranks, EmbeddingFeatures(order.int(), projection, mean @ projection.float(), embed)
 
 
 def previous(features: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -51,7 +55,7 @@ def previous(features: Tensor, lengths: Sequence[int]) -> Tensor:
 def fit_text(
     samples: Samples,
     ranks: Tensor,
-    features: Tensor,
+    features: EmbeddingFeatures | StoredFeatures,
     roots: Sequence[Tensor],
     inverses: Sequence[Tensor],
     *,
@@ -63,7 +67,7 @@ def fit_text(
     than a hundredth of what is left over in the mean direction are left out. `told_by`: the layer in which tokens are
     found, by default the first. Cost: O(n h width).
     """
-    here = features[ranks].float()
+    here = features.of(ranks)
     both = torch.cat([here, previous(here, samples.lengths)], 1)
     gram = both.mT.double() @ both.double() / len(both)
     weights = _ridge(gram, both, samples.vectors)
