@@ -12,8 +12,9 @@ import pytest
 import cli_process
 from cli_process import shown as shown_by
 from eigencache.advice import ReportRecord
-from eigencache.models.load import BUNDLED
+from eigencache.models.load import BUNDLED, load_tokenizer
 from eigencache.records import ProbeRecord
+from tiny_models import GQA, SPARSE_MLA, built
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
 
 
 def test_report_answers_for_every_model_and_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
-    few = ("--tokens", 16_384, "--max-length", 256, "--held-out-tokens", 4096)
+    few = ("--tokens", 8192, "--max-length", 256, "--held-out-tokens", 4096)
     shown = run("report", "ref-llama", "ref-deepseek", *few, "-o", "out", folder=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
     assert "report.html" in shown
@@ -91,17 +92,23 @@ def test_score_prints_loss_and_copy_accuracy_and_writes_them(tmp_path: Path) -> 
     ("script", "options", "files", "says"),
     [
         ("kv_spectrum_probe", ["--output", "F.json", "--plot", "F.png", "--layers", "0,2"], ["F.json", "F.png"], "99"),
-        ("analyze_kv_variance", [], ["kv_variance_ref-llama.png"], "K/V"),
-        ("analyze_mla_kv_structure", [], ["mla_structure_ref-deepseek.png"], "latent"),
+        ("analyze_kv_variance", [], ["kv_variance_llama.png"], "K/V"),
+        ("analyze_mla_kv_structure", [], ["mla_structure_deepseek_v2.png"], "latent"),
     ],
 )
 def test_the_historic_entry_points_work(
     script: str, options: list[str], files: list[str], says: str, tmp_path: Path
 ) -> None:
-    model = "ref-deepseek" if "mla" in script else "ref-llama"
-    shown = run_script(ROOT / "scripts" / f"{script}.py", "--model", model, *options, folder=tmp_path)
+    """On 131,072 tokens, for which a narrow model is wide enough."""
+    model, settings = ("deepseek_v2", SPARSE_MLA) if "mla" in script else ("llama", GQA)
+    tokenizer, out = load_tokenizer("ref-llama"), tmp_path / "out"
+    narrow = built(model, "AutoModelForCausalLM", settings | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    for one in (narrow, tokenizer):
+        one.save_pretrained(tmp_path / model)
+    out.mkdir()
+    shown = run_script(ROOT / "scripts" / f"{script}.py", "--model", tmp_path / model, *options, folder=out)
     assert says in shown
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+    assert sorted(path.name for path in out.iterdir()) == sorted(files)
 
 
 @pytest.mark.parametrize("index", [0, 1])
