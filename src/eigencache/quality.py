@@ -18,11 +18,15 @@ class Protocol(Record):
     length: int  # tokens of the prefix, or of each chunk
     window: int = 0  # most recent tokens that stay as they are
     block: int = 1  # least tokens that are encoded at a time
+    step: int = 0  # behind a prefix, tokens that are read at a time, all before them held encoded; 0: all
 
     def describe(self) -> str:
         """One line for tables."""
         if self.kind == "prefix":
-            return f"prefix of {self.length:,} tokens encoded and decoded, the rest scored"
+            rest = (
+                f"the rest scored {self.step:,} at a time, all before them held encoded" if self.step else "the rest scored"
+            )
+            return f"prefix of {self.length:,} tokens encoded and decoded, {rest}"
         return f"chunks of {self.length:,}, all older than {self.window:,} tokens held encoded"
 
 
@@ -254,6 +258,7 @@ class BenchRecord(StoredRecord):
     corpora: dict[int, Corpus]  # context → what was scored
     calibration: Corpus
     scored: int  # tokens behind the context, of every sequence
+    step: int = 0  # of which so many were read at a time, all before them held; 0: all
     uncompressed_nll: dict[int, float]  # context → nats per token
     refused: dict[str, str]  # method → why this model cannot have it
     points: list[BenchPoint]

@@ -1,6 +1,6 @@
 """Scores come from the cache: identity changes nothing, zeros ruin, noise grows, and the pieces add up to the text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.versions
 
 PROTOCOLS = [
     Protocol(kind="prefix", length=12),
+    Protocol(kind="prefix", length=12, step=5),
     Protocol(kind="chunked", length=5),
     Protocol(kind="chunked", length=6, window=4, block=3),
 ]
@@ -83,6 +84,23 @@ def test_noise_costs_more_the_more_there_is(name: str) -> None:
     divergences = [scored[str(share)].kl for share in shares]
     assert divergences == sorted(divergences)
     assert divergences[-1] > 20 * divergences[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "deepseek_v2"])
+def test_a_step_is_a_prefix_of_every_length_that_is_scored_up_to_the_next(name: str) -> None:
+    loaded, sequences, codecs = tiny_loaded(name), random_sequences(24, 24), {"noise": Noise(share=0.3)}
+    step = Protocol(kind="prefix", length=12, step=5)
+    (stepped,) = score_through_cache(loaded, sequences, codecs, step)
+    sums, tokens = np.zeros((2, 2)), 0
+    for start, stop in ((12, 17), (17, 22), (22, 23)):
+        text = replace(sequences, ids=[ids[: stop + 1] for ids in sequences.ids])
+        (once,) = score_through_cache(loaded, text, codecs, Protocol(kind="prefix", length=start))
+        sums += [[loss.nll, loss.kl] for loss in once.losses["noise"]]
+        tokens += once.losses["noise"][0].tokens
+    losses = stepped.losses["noise"]
+    assert [loss.tokens for loss in losses] == [tokens, tokens] == [11, 11]
+    np.testing.assert_allclose([[loss.nll, loss.kl] for loss in losses], sums, rtol=1e-4, atol=1e-5)
+    assert stepped.held["noise"][0] == 2 * 22
 
 
 def test_what_is_held_is_counted_over_all_rows() -> None:

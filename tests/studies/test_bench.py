@@ -115,6 +115,17 @@ def test_bytes_and_losses_are_those_that_were_planted(made: Made) -> None:
     assert record.refused == {} and set(record.corpora) == set(record.uncompressed_nll) == set(CONTEXTS)
 
 
+def test_in_steps_the_last_piece_is_read_behind_all_that_came_before_it_held(made: Made) -> None:
+    record, at_once = bench(settings={"step": 3}), bench()
+    assert (record.step, at_once.step) == (3, 0)
+    held = {p.context: p.quality.encoded_nbytes for p in record.points if p.method == "identity"}
+    assert held == {c: 12 * (c + 6) * VALUES * 4 for c in CONTEXTS}  # pieces of 3, 3 and 2
+    assert record.uncompressed_nll == pytest.approx(at_once.uncompressed_nll, rel=1e-5)
+    for a, b in zip(record.points, at_once.points, strict=True):
+        assert a.quality.tokens == b.quality.tokens and a.bits_per_value == b.bits_per_value
+        assert a.method == "identity" or a.quality.kl != b.quality.kl
+
+
 def test_equal_losses_are_read_off_every_methods_own_curve(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_module, "LOSSES", (0.01,))
     record = bench(("identity", "ladder"))

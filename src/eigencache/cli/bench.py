@@ -25,6 +25,7 @@ EXAMPLES = """
   eigencache bench --output docs/leaderboard\n
   eigencache bench ref-qwen2 --methods eigen,kvtc-no-window --points 0.1,0.3,1 --tasks copy,recall --prompts 8\n
   eigencache bench meta-llama/Llama-3.2-1B --text wikitext2 --lengths 2048\n
+  eigencache bench ref-llama --methods eigen,kvtc,kvtc-sinks --step 16\n
   eigencache bench --speed llama-3-8b --contexts 4096,32768 --output speed
 """
 
@@ -39,6 +40,12 @@ def run(
         str, typer.Option("--lengths", help="Tokens of a sequence; the last of them are scored.")
     ] = "512,2048",
     scored: Annotated[int, typer.Option("--scored", min=2, help="Tokens at the end of a sequence that are scored.")] = 128,
+    step: Annotated[
+        int,
+        typer.Option(
+            "--step", min=0, help="Of the scored tokens so many are read at a time, all before them held; 0: all at once."
+        ),
+    ] = 0,
     text: Text = "stdlib:held-out",
     tokens: Annotated[
         int | None,
@@ -107,6 +114,7 @@ def run(
         rates=RATES if points is None else positive_numbers("--points", points),
         seeds=tuple(range(seeds)),
         scored=scored,
+        step=step,
         tasks=wanted,
         prompts=prompts,
         batch_size=batch_size,

@@ -1,9 +1,10 @@
 """Likelihood through the cache: text is scored while its past exists only in encoded form (THEORY 10).
 
 A text is read in pieces. Nothing of the first piece is scored, because it reads no cache; before every later piece all
-tokens older than the window are encoded, and attention sees what is decoded. `prefix` has two pieces, `chunked` many.
-All codecs read the same pieces beside the uncompressed cache, so the first piece is computed once. What makes caches of
-its own is given a whole prefix, so it is scored in two pieces only.
+tokens older than the window are encoded, and attention sees what is decoded. `prefix` has two pieces, or many with a step:
+before each the whole past is encoded anew as it was read uncompressed, so that sinks, windows and blocks are those of a
+prefix of that length. `chunked` has many, and each codec goes on with what it has encoded. All codecs read the same pieces
+beside the uncompressed cache. What makes caches of its own is given whole prefixes: it cannot go on chunk by chunk.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,10 +62,9 @@ def score_through_cache(
 
 def pieces(length: int, protocol: Protocol) -> list[tuple[int, int]]:
     """From and up to which token each piece goes; the last one reaches the end."""
-    if protocol.kind == "prefix":
-        return [(0, protocol.length), (protocol.length, length)]
-    edges = [*range(0, length - 1, protocol.length), length]
-    return list(pairwise(edges))
+    first, step = (protocol.length, protocol.step or length) if protocol.kind == "prefix" else (0, protocol.length)
+    edges = [*range(first, length - 1, step), length]
+    return list(pairwise([0, *edges] if first else edges))
 
 
 def batches_of(sequences: Sequences, protocol: Protocol, batch_size: int) -> list[list[np.ndarray]]:
@@ -92,12 +92,16 @@ def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[n
 
 def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: Protocol) -> Scored:
     (_, first), *later = pieces(ids.shape[1], protocol)
-    prefix, window = read_prefix(loaded, ids[:, :first]), Window(protocol.window, protocol.block)
+    goes_on, window = protocol.kind == "chunked", Window(protocol.window, protocol.block)
+    prefix = whole = read_prefix(loaded, ids[:, : first if goes_on else later[-1][0]])
     plain, caches = prefix.cache(None), dict[str, Any]()
     sums = {name: torch.zeros(3, len(ids), dtype=torch.float64) for name in (UNCOMPRESSED, *codecs)}
     held: dict[str, tuple[int, int]] = {}
     for start, stop in later:
         piece, targets = ids[:, start:stop], ids[:, start + 1 : stop + 1]
+        if not goes_on:
+            prefix = whole.first(start)
+            plain = prefix.cache(None)
         reference = read(loaded, piece, plain, UNCOMPRESSED)
         sums[UNCOMPRESSED] += compared(reference, reference, targets)
         for name, codec in codecs.items():
@@ -105,9 +109,9 @@ def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compress
             if isinstance(codec, CacheMaker):
                 held[name] = codec.held(cache)  # now: what is read later joins what it holds
             sums[name] += compared(reference, read(loaded, piece, cache, name), targets)
-            if stop < ids.shape[1]:  # the last piece's cache goes, so that one codec is held at a time
+            if goes_on and stop < ids.shape[1]:  # the last piece's cache goes, so that one codec is held at a time
                 caches[name] = cache
-            elif name not in held:
+            elif not isinstance(codec, CacheMaker):
                 held[name] = sum(b.tokens for b in cache.blocks) * len(ids), sum(b.nbytes for b in cache.blocks)
     scored = ids.shape[1] - 1 - first
     losses = {

@@ -37,6 +37,13 @@ class Prefix:
     ids: Tensor
     stored: dict[int, tuple[Tensor, Tensor]]
 
+    def first(self, tokens: int) -> "Prefix":
+        """The prefix's own first tokens."""
+        if tokens == self.ids.shape[1]:
+            return self
+        stored = {i: (keys[:, :, :tokens], values[:, :, :tokens]) for i, (keys, values) in self.stored.items()}
+        return Prefix(self.loaded, self.ids[:, :tokens], stored)
+
     def cache(self, codec: Compressor | None, window: Window = WHOLE) -> Any:
         """A new cache that holds the prefix: an ordinary one without a codec, a `CodecCache` with one.
 

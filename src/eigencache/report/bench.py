@@ -49,7 +49,8 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
     """How the figures came about, for the foot of a table."""
     corpus, seeds = record.corpora[context], sorted({p.seed for p in record.points})
     return (
-        f"{corpus.name}: {context:,} tokens held, the next {record.scored} read and all but the first of them scored, in "
+        f"{corpus.name}: {context:,} tokens held, the next {record.scored} read{_in_steps(record)} and all but the first of "
+        f"them scored, in "
         f"{corpus.sequences} sequences; {record.uncompressed_nll[context]:.4f} nats per token uncompressed. "
         f"Fitted on {record.calibration.name}, {record.run.settings['calibration_tokens']:,} tokens, "
         f"seeds {', '.join(map(str, seeds))}.",
@@ -61,6 +62,10 @@ def frontier_notes(record: BenchRecord, context: int) -> tuple[str, ...]:
         *(f"{method}: not for this model: {why}." for method, why in record.refused.items()),
         f"Machine: {record.run.machine}.",
     )
+
+
+def _in_steps(record: BenchRecord) -> str:
+    return f" {record.step} at a time, each piece behind everything before it held," if record.step else ""
 
 
 def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float]:

@@ -44,6 +44,7 @@ class BenchSettings:
     rates: tuple[float, ...] = RATES  # bits per value of methods that take any
     seeds: tuple[int, ...] = (0, 1, 2)
     scored: int = 128  # tokens behind the prefix
+    step: int = 0  # of which so many are read at a time, all before them held; 0: all
     tasks: tuple[str, ...] = ()
     prompts: int = 0
     examples: int = 16
@@ -102,6 +103,7 @@ def bench_model(
         corpora={context: text.corpus for context, text in held_out.items()},
         calibration=calibration.corpus,
         scored=settings.scored,
+        step=settings.step,
         uncompressed_nll={one["context"]: one["nll"] for one in kept.done if "points" in one},
         refused=refused,
         points=points,
@@ -146,7 +148,7 @@ def _scored(
 ) -> dict[str, Any]:
     """The line of one seed and context."""
     flat = _flat(codecs)
-    protocol = Protocol(kind="prefix", length=context)
+    protocol = Protocol(kind="prefix", length=context, step=settings.step)
     scores = score_codecs(
         loaded,
         sequences,

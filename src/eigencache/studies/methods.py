@@ -142,6 +142,7 @@ METHODS: dict[str, Method] = {
     "eigen-no-text": Method("the same without prediction from the text", _eigen(EigenSettings(text=False))),
     "live": Method("this project's live cache: bit-packed, heads' own bases, attended to as it is", _live),
     "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc()),
+    "kvtc-sinks": Method("KVTC: 4 sinks in fp8, no window", _kvtc(window=0)),
     "kvtc-no-window": Method("KVTC without sinks and window", _kvtc(sinks=0, window=0)),
     "pca_head": Method("PCA per head, 16-bit coefficients, keys before rotation", _pca_head("pre")),
     "int": Method("integers of 8, 4, 3, 2 bits per token and head", _integers, fitted=False),
