@@ -79,6 +79,29 @@ def test_widths_of_noise_take_the_bits_they_are_named_after(bits: float) -> None
     assert float(lost) < {2.5: 0.5, 3.125: 0.25, 4.0: 0.1, 8.0: 1e-3}[bits]  # noise is held as well as bits allow
 
 
+@pytest.mark.parametrize("bits", RATES)
+def test_neighbouring_bundles_have_unlike_widths_and_means_that_turn_change_nothing_that_is_read(bits: float) -> None:
+    shapes: random_model.Shapes = [((5, 128), (5, 128))]
+    codec = noise_codec(shapes, bits, torch.float32, turning=True)
+    keys, values = codec.layers[0]
+    assert codec.sinks == 4 and codec.bits_per_value == bits and values.turning is None
+    assert [w.bits > 128 * bits for w in keys.widths] == [bits < 8, False] * 2 + [False]
+    assert len(set(keys.widths)) == (1 if bits == 8 else 3)
+    x, positions = torch.randn(1, 5, 640, 128), torch.arange(640)[None]
+    assert keys.turning is not None
+    turned = x + keys.turning.at(positions)
+    lost = keys.decode(keys.encode(turned, positions), positions) - turned
+    assert float(lost.square().mean()) < {2.5: 0.5, 3.125: 0.3, 4.0: 0.15, 8.0: 1e-3}[bits]
+
+
+def test_a_prompt_in_chunks_is_read_whole() -> None:
+    model, made = random_model.random_model("llama", 1, 512, dtype=torch.bfloat16), []
+    make = lambda: made.append(random_model.DynamicCache(config=model.config)) or made[-1]  # noqa: E731
+    for chunk in (40, 96):
+        speed._read(model.model, torch.zeros(1, 96, dtype=torch.int64), chunk, make)
+    assert [cache.get_seq_length() for cache in made] == [96, 96]
+
+
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
 def test_a_generation_goes_on_with_what_a_cache_holds(name: str) -> None:
     model, found = caches(name)
@@ -124,7 +147,7 @@ def test_all_ways_to_attend_give_the_same_over_the_same_cache() -> None:
 @pytest.fixture
 def record() -> SpeedRecord:
     settings = SpeedSettings(
-        ("llama", "deepseek"), (64, 130), (1, 2), (3.125,), generated=3, prefill=96, layers=1, repeats=1
+        ("llama", "deepseek"), (64, 130), (1, 2), (3.125,), generated=3, prefill=96, chunk=40, layers=1, repeats=1
     )
     seen: list[tuple[str, int, int]] = []
     found = measure_speed(settings, "cpu", torch.bfloat16, lambda *given: seen.append(given))
@@ -140,8 +163,9 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     tables = {table.title: table for table in speed_tables(record)}
     assert list(tables) == [
         "llama: attention of a decode step", "llama: a whole decode step",
-        "llama: generation, a token of it", "llama: prefill",
+        "llama: generation, a token of it", "llama: prefill", "llama: prefill, 40 tokens at a time",
         "deepseek: a whole decode step", "deepseek: generation, a token of it", "deepseek: prefill",
+        "deepseek: prefill, 40 tokens at a time",
     ]  # fmt: skip
     rows = tables["llama: a whole decode step"].rows
     steps = {t.way: t for t in record.timings if (t.part, t.geometry, t.context, t.batch) == ("decode", "llama", 130, 2)}

@@ -70,6 +70,9 @@ def run(
         typer.Option("--generated", min=0, help="Of --speed: tokens of a whole generation, up to 16,384 held; 0 for none."),
     ] = 65,
     prefill: Annotated[int, typer.Option("--prefill", min=0, help="Of --speed: tokens of a prompt; 0 for none.")] = 8192,
+    chunk: Annotated[
+        int, typer.Option("--chunk", min=0, help="Of --speed: tokens of the prompt read at a time as well; 0 for none.")
+    ] = 512,
     layers: Annotated[int, typer.Option("--layers", min=1, help="Of --speed: layers of the model.")] = 1,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of --speed: medians are of so many.")] = 7,
     force: Force = False,
@@ -86,7 +89,8 @@ def run(
     if speed:
         from eigencache.cli.bench_speed import run_speed
 
-        return run_speed(models, contexts, batches, live_bits, generated, prefill, layers, repeats, output, device, dtype)
+        shape = (models, contexts, batches, live_bits, generated, prefill, chunk, layers, repeats)
+        return run_speed(*shape, output, device, dtype)
     import shlex
     import sys
 

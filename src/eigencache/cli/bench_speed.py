@@ -25,6 +25,7 @@ def run_speed(
     rates: str,
     generated: int,
     prefill: int,
+    chunk: int,
     layers: int,
     repeats: int,
     output: Path | None,
@@ -47,6 +48,7 @@ def run_speed(
         rates=positive_numbers("--live-bits", rates),
         generated=generated,
         prefill=prefill,
+        chunk=chunk,
         layers=layers,
         repeats=repeats,
     )

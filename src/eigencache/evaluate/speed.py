@@ -19,14 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigencache.codec.base import storage_bytes
 from eigencache.kernels.packed import packed_backend
+from eigencache.models.cache import plain_cache
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_attention import attend
 from eigencache.models.quantized_cache import tensors_of
-from eigencache.models.random_model import filled_caches, noise_codec, random_model, require_known, stored_shapes
+from eigencache.models.random_model import filled_caches, keys_turn, noise_codec, random_model, require_known, stored_shapes
 from eigencache.provenance import Stopwatch
 from eigencache.records import Record, Run, StoredRecord
 
-Part = Literal["attention", "decode", "generation", "prefill"]
+Part = Literal["attention", "decode", "generation", "prefill", "chunked prefill"]
 Progress = Callable[[str, int, int], None]
 _COPIED = 2**28  # bytes, more than any cache of a processor
 _PRODUCT, _PRODUCT_ON_CPU = 8192, 1024  # rows of a square matrix: a CPU without 16-bit products takes minutes for more
@@ -57,6 +58,7 @@ class SpeedRecord(StoredRecord):
     dtype: str
     backend: str  # that reads packed blocks in a decode step
     layers: int
+    chunk: int = 0  # tokens of a chunked prefill
     repeats: int
     read_bytes_per_second: float  # measured: a copy, half of what it moves
     operations_per_second: float  # measured: a product of matrices in the model's dtype
@@ -110,6 +112,7 @@ class SpeedSettings:
     rates: Sequence[float] = (3.125, 4.0)
     generated: int = 65  # tokens, from contexts up to `_GENERATION`: a block is packed in between; 0 for none
     prefill: int = 8192  # tokens; 0 for none
+    chunk: int = 512  # tokens of a prompt that are read at a time, beside all at once; 0 for none
     layers: int = 1
     repeats: int = 7
 
@@ -137,6 +140,7 @@ def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_p
         dtype=str(dtype).removeprefix("torch."),
         backend=packed_backend(query, 1).name,
         layers=settings.layers,
+        chunk=settings.chunk,
         repeats=settings.repeats,
         read_bytes_per_second=read,
         operations_per_second=operations,
@@ -213,18 +217,27 @@ def prefills(repeats: int) -> int:
 
 
 def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing]:
-    """A prompt in one pass into an empty cache."""
+    """A prompt in one pass into an empty cache, and in chunks."""
     ids = torch.zeros(1, settings.prefill, dtype=torch.int64, device=model.device)
-    codec = noise_codec(stored_shapes(model), settings.rates[0], model.dtype)
-    base = model.model  # no logits of the whole prompt
-    works = {
-        "DynamicCache": lambda: base(input_ids=ids, use_cache=True),
-        f"live, {settings.rates[0]:g} bits": lambda: base(
-            input_ids=ids, past_key_values=CompressedCache(model, codec), use_cache=True
-        ),
+    codec = noise_codec(stored_shapes(model), settings.rates[0], model.dtype, turning=keys_turn(model))
+    made = {
+        "DynamicCache": lambda: plain_cache(model, {}),
+        f"live, {settings.rates[0]:g} bits": lambda: CompressedCache(model, codec),
     }
-    for way, seconds in in_turn(works, prefills(settings.repeats), model.device).items():
-        yield Timing(part="prefill", geometry=name, context=settings.prefill, batch=1, way=way, seconds=seconds, nbytes=None)
+    parts: dict[Part, int] = {"prefill": settings.prefill, "chunked prefill": settings.chunk}
+    for part, chunk in parts.items():
+        if not chunk:
+            continue
+        works = {way: partial(_read, model.model, ids, chunk, make) for way, make in made.items()}
+        for way, seconds in in_turn(works, prefills(settings.repeats), model.device).items():
+            yield Timing(part=part, geometry=name, context=settings.prefill, batch=1, way=way, seconds=seconds, nbytes=None)
+
+
+def _read(base: Any, ids: Tensor, chunk: int, make: Callable[[], Any]) -> None:
+    """A prompt into a new cache, so many tokens at a time; `base` makes no logits."""
+    cache = make()
+    for piece in ids.split(chunk, 1):
+        base(input_ids=piece, past_key_values=cache, use_cache=True)
 
 
 def cache_nbytes(cache: Any) -> int:

@@ -1,6 +1,7 @@
 """Models of well-known attention geometries with random weights and few layers, and caches full of noise: for speed alone.
 
-How long a step takes does not depend on what numbers say, so neither weights nor text of the models are needed.
+How long a step takes does not depend on what numbers say, so neither weights nor text of models are needed. It depends on
+what a fit gives: bundles of unlike widths, first tokens in 16 bits, and, of keys with biases, means that turn.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +21,27 @@ from transformers import (
     Qwen2Config,
 )
 
+from eigencache.codec.kept import FIRST_EXACT
 from eigencache.codec.live import LiveCodec
 from eigencache.codec.packed import PackedHeads
+from eigencache.codec.turning import Turning
 from eigencache.errors import CodecError, ModelError
 from eigencache.kernels.reference import GROUP, Widths
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.compressed_layer import CompressedLayer, updated
 from eigencache.models.quantized_cache import Backend, Quantized, refusal
+from eigencache.spectral.rope import Rotation
 
 _VOCABULARY = 1024  # a head for the whole vocabulary would say nothing of the cache
 _PIECE = 4096  # tokens that enter a cache at a time
 _SHARED = 128  # numbers of heads that share a basis, as in a fit
 _SHARES = {2.5: (1 / 16, 5 / 16, 6 / 16), 3.125: (1 / 16, 7 / 16, 7 / 16), 4.0: (2 / 16, 10 / 16, 4 / 16), 8.0: (1, 0, 0)}
+_UNEVEN = {
+    2.5: (1, 2, -2),
+    3.125: (1, 2, -2),
+    4.0: (1, 1, -2),
+    8.0: (0, 0, 0),
+}  # sixteenths that go from a bundle to another
 Shapes = list[tuple[tuple[int, int], tuple[int, int]]]  # heads and dim of both slots of every layer
 
 
@@ -98,24 +108,49 @@ def stored_shapes(model: PreTrainedModel) -> Shapes:
     return [tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in cache.layers]  # type: ignore[union-attr, misc]
 
 
-def noise_codec(shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = 0, seed: int = 0) -> LiveCodec:
+def noise_codec(
+    shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = FIRST_EXACT, turning: bool = False, seed: int = 0
+) -> LiveCodec:
     """Random bases and widths as a fit deals them out at so many bits per value, for noise of variance 1.
 
-    Raises `ModelError` for other bits than 2.5, 3.125, 4 and 8.
+    Every other bundle has more bits than its neighbour. `turning`: keys have a mean in every pair that turns with their
+    position, the most that a fit takes out. Raises `ModelError` for other bits than 2.5, 3.125, 4 and 8.
     """
     require_known((), [bits])
     generator = torch.Generator().manual_seed(seed)
 
-    def heads_of(heads: int, dim: int) -> PackedHeads:
+    def heads_of(heads: int, dim: int, turns: bool = False) -> PackedHeads:
         share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= _SHARED))
         numbers, bundles = share * dim, heads // share
-        widths = Widths(*(GROUP * round(part * numbers / GROUP) for part in _SHARES[bits]))
-        basis = torch.linalg.qr(torch.randn(bundles, numbers, numbers, generator=generator)).Q[:, : widths.coefficients]
-        steps = 6 / 2.0 ** widths.per_coefficient()[:, None]
-        return PackedHeads((widths,) * bundles, basis / steps, basis * steps, torch.zeros(heads, dim))
+        widths = tuple(_widths(bits, numbers, _sign(bundle, bundles)) for bundle in range(bundles))
+        most = max(one.coefficients for one in widths)
+        basis = torch.linalg.qr(torch.randn(bundles, numbers, numbers, generator=generator)).Q[:, :most]
+        steps = torch.zeros(bundles, most, 1)
+        for one, of_bundle in zip(steps, widths, strict=True):
+            one[: of_bundle.coefficients, 0] = 6 / 2.0 ** of_bundle.per_coefficient()
+        mean = torch.randn(heads, dim, generator=generator)
+        rotation = Rotation(10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)), 1.0, "half")
+        encoder = torch.where(steps > 0, basis / steps, 0.0)
+        return PackedHeads(widths, encoder, basis * steps, 0 * mean, Turning(mean, rotation) if turns else None)
 
-    layers = {i: (heads_of(*keys), heads_of(*values)) for i, (keys, values) in enumerate(shapes)}
+    layers = {i: (heads_of(*keys, turning), heads_of(*values)) for i, (keys, values) in enumerate(shapes)}
     return LiveCodec(f"noise · {bits:g} bits", layers, sinks, 0, dtype)
+
+
+def _widths(bits: float, numbers: int, more: int) -> Widths:
+    """Of a bundle of so many numbers that has `more` than its share: 1, less: -1, or just that: 0."""
+    shares = [part + more * moved / 16 for part, moved in zip(_SHARES[bits], _UNEVEN[bits], strict=True)]
+    return Widths(*(GROUP * round(part * numbers / GROUP) for part in shares))
+
+
+def _sign(bundle: int, bundles: int) -> int:
+    """Of pairs of bundles the first has more bits, the second less."""
+    return 0 if bundle == bundles - 1 and bundles % 2 else 1 - 2 * (bundle % 2)
+
+
+def keys_turn(model: PreTrainedModel) -> bool:
+    """Whether a geometry's keys have biases, whose means a fit takes out before rotation."""
+    return model.config.model_type == "qwen2"
 
 
 def filled_caches(
@@ -134,7 +169,7 @@ def filled_caches(
         held = noise_codec(shapes, rates[0], model.dtype, sinks=tokens)
         yield "live, 16 bits", _filled(CompressedCache(model, held), shapes, tokens, batch, model)
     for bits in rates:
-        cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype))
+        cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype, turning=keys_turn(model)))
         yield f"live, {bits:g} bits", _filled(cache, shapes, tokens, batch, model)
 
 

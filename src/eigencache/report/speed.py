@@ -13,6 +13,10 @@ from eigencache.report.plots import dress, new_figure, svg_of
 from eigencache.report.table import Table
 
 _LIVE = "live"
+_CODEC = (
+    "Live: as a fit may give it, with first tokens in 16 bits, bundles of unlike widths, and, of keys with biases, means that "
+    "turn in every pair."
+)
 _COLOURS = {"live": "#1f5fbf", "other": "#c2541b"}
 
 
@@ -26,6 +30,7 @@ def speed_tables(record: SpeedRecord) -> list[Table]:
             (_decode_table, "decode"),
             (_generation_table, "generation"),
             (_prefill_table, "prefill"),
+            (_prefill_table, "chunked prefill"),
         ):
             if timings := [t for t in own if t.part == part]:
                 found.append(make(record, name, timings))
@@ -77,7 +82,7 @@ def _tokens_table(title: str, what: str, where: str, record: SpeedRecord, timing
             )
     columns = ("Context", "Batch", "Cache", "MB held", "ms", "Tokens/s", "DynamicCache over it")
     layers = f"{record.layers} layer{'s' if record.layers > 1 else ''} of the model, random weights, {what}."
-    notes = (f"{layers} {where}", *(f"{way}: {why}" for way, why in reasons.items()))
+    notes = (f"{layers} {where}", _CODEC, *(f"{way}: {why}" for way, why in reasons.items()))
     return Table(title, columns, tuple(rows), notes, words=frozenset({"Cache"}))
 
 
@@ -89,7 +94,9 @@ def _prefill_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) ->
         if t.seconds and plain
     ]
     columns, where = ("Prompt", "Cache", "ms", "Over DynamicCache"), _where(record, f"medians of {prefills(record.repeats)}")
-    return Table(f"{name}: prefill", columns, tuple(rows), (where,), words=frozenset({"Cache"}))
+    chunked = timings[0].part == "chunked prefill"
+    title = f"{name}: prefill, {record.chunk:,} tokens at a time" if chunked else f"{name}: prefill"
+    return Table(title, columns, tuple(rows), (where,), words=frozenset({"Cache"}))
 
 
 def _where(record: SpeedRecord, how: str = "") -> str:
