@@ -14,8 +14,8 @@ from eigencache.report.table import Table
 
 _LIVE = "live"
 _CODEC = (
-    "Live: as a fit may give it, with first tokens in 16 bits, bundles of unlike widths, and, of keys with biases, means that "
-    "turn in every pair."
+    "Live: as a fit may give it, with first tokens in 16 bits, bundles of unlike widths, and, of keys with biases, means "
+    "that turn in every pair."
 )
 _COLOURS = {"live": "#1f5fbf", "other": "#c2541b"}
 
