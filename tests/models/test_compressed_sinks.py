@@ -113,6 +113,15 @@ def test_a_rows_first_tokens_may_come_one_by_one_and_once_more_after_a_crop() ->
         assert holds_exactly(layer, row, first_tokens((whole[0], whole[1]), row, count, 4))
 
 
+def test_nothing_new_changes_nothing() -> None:
+    layer, states = layer_with(4), drawn(2, 2)
+    for tokens in (0, 2, 0):
+        add(layer, (states[0][:, :, :tokens], states[1][:, :, :tokens]), torch.zeros(2, dtype=torch.int64))
+        layer.compact()
+    assert (layer.get_seq_length(), layer.led, layer.window_count) == (2, 2, 0)
+    assert holds_exactly(layer, 1, first_tokens(states, 1, 0, 2))
+
+
 def test_rows_that_move_take_their_first_tokens_with_them_and_rows_that_stay_are_not_copied() -> None:
     first, states = torch.tensor(PADS), drawn(len(PADS), 150)
     layer = layer_with(4)

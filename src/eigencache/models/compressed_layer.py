@@ -210,12 +210,13 @@ class CompressedLayer(DynamicLayer):
 
     def _take_sinks(self) -> None:
         """Hold first tokens of rows in 16 bits. The first slots of all leave the window for that, others are packed too."""
-        stop = self._after_sinks
-        if not self.wanted_sinks or self.dropped >= stop or (self.sinks is not None and self.sinks.seen >= stop):
+        stop, length = self._after_sinks, self.get_seq_length()
+        seen = 0 if self.sinks is None else self.sinks.seen
+        if not self.wanted_sinks or self.dropped >= stop or seen >= min(stop, length):
             return
         sinks = no_sinks(self.window, self.wanted_sinks) if self.sinks is None else self.sinks
         rows = self.rows or unpadded(len(self.window[0]))
-        sinks = sinks.with_tokens(self.window, self.get_seq_length(), rows.first)
+        sinks = sinks.with_tokens(self.window, length, rows.first)
         leading = 0 if self.blocks or self.dropped else min(self.window_count, self.wanted_sinks - self.led)
         window = self._without(leading) if leading else self.window
         self.sinks, self.led, (self.keys, self.values) = sinks, self.led + leading, window
