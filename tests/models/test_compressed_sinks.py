@@ -163,6 +163,8 @@ def padded(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, pieces: 
     return torch.cat(found, 1)[mask.bool()]
 
 
+@pytest.mark.slow
+@pytest.mark.versions
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pieces", [(150, 1, 1, 48), (40, 40, 70, 3, 47)], ids=str)
 def test_padded_rows_are_read_as_plain_attention_reads_the_same_bytes_unpacked(name: str, pieces: tuple[int, ...]) -> None:

@@ -24,6 +24,8 @@ from known import random_sequences, tiny_loaded
 from live_codecs import cached_by, fine_codec, long_ids, long_model
 from tiny_models import DEFAULT, GQA, LONGROPE, built, tiny
 
+pytestmark = pytest.mark.versions
+
 SWITCH = 40
 KINDS: dict[str, dict[str, Any]] = {
     "longrope": LONGROPE | {"original_max_position_embeddings": SWITCH},
@@ -87,6 +89,7 @@ def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> 
 # Caches of longer texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_of_a_longer_text_is_not_encoded_unless_forced(kind: str) -> None:
     one = loaded(kind)
