@@ -119,6 +119,15 @@ def test_tokens_that_every_window_has_left_behind_are_refused(tokens: slice) -> 
         codec.decode(codec.encode(cache), tokens)
 
 
+def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
+    codec = tiny_codec("llama")
+    blob = codec.encode(read("llama"))
+    with pytest.raises(CodecError, match=r"tokens 5: give a slice, such as slice\(0, 20\)"):
+        codec.decode(blob, 5)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="a str is no container: give the bytes"):
+        codec.decode("prefix.ekv")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("tokens", [slice(0, 10, 2), slice(9, 3, -1), slice(5, 5), slice(READ, None)])
 def test_what_is_no_stretch_is_refused(tokens: slice) -> None:
     codec = tiny_codec("llama")
@@ -288,7 +297,8 @@ def test_a_loaded_codec_is_saved_as_it_lay_and_nothing_else_is_overwritten(fitte
 def test_a_folder_without_a_codec_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CodecError, match="no such folder"):
         CacheCodec.load(tmp_path / "none", "ref-deepseek")
-    with pytest.raises(CodecError, match=r"card\.json"):
+    (tmp_path / "config.json").write_text("{}")  # a model
+    with pytest.raises(CodecError, match="holds no codec: name a folder that `eigencache fit`"):
         CacheCodec.load(tmp_path, "ref-deepseek")
 
 

@@ -75,7 +75,7 @@ def test_what_is_no_model_is_named() -> None:
         ModelError, match="`model` is a LlamaConfig: give a loaded model of transformers, a name or a folder"
     ):
         model_of(known.model.config, known.tokenizer)
-    with pytest.raises(TypeError, match="a model object needs its tokenizer"):
+    with pytest.raises(ModelError, match="`tokenizer` is missing: a loaded model needs its own"):
         model_of(known.model)
     base = AutoModel.from_pretrained(bundled_path("ref-llama"))
     with pytest.raises(

@@ -253,7 +253,7 @@ class CacheCodec:
         Raises:
             CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens
                 stand at learned positions or with a rotation that the fit did not see, or cost over four times the bits of
-                the fitted text.
+                the fitted text, of which fewer than 16 tokens say too little.
         """
         self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
@@ -312,8 +312,10 @@ class CacheCodec:
         damage and for another codec's bytes, and `CodecError` for a stretch that layers with a window cannot go on from.
         """
         self.require_model(self.loaded.model)
+        if not isinstance(blob, bytes | bytearray | memoryview):
+            raise CodecError(f"a {type(blob).__name__} is no container: give the bytes, of a file Path(…).read_bytes()")
         header = Reader(blob).header
-        if header.start and max(tokens.start or 0, tokens.stop or 0) > header.tokens:
+        if header.start and isinstance(tokens, slice) and max(tokens.start or 0, tokens.stop or 0) > header.tokens:
             raise CodecError(
                 f"tokens {tokens.start or 0} to {'the end' if tokens.stop is None else tokens.stop}: every layer has a "
                 f"window, so that {header.tokens} tokens from position {header.start} on are there: count from their first"

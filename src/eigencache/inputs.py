@@ -25,8 +25,7 @@ def model_of(model: Any, tokenizer: Any = None) -> LoadedModel:
         tokenizer: a name or a path, a tokenizer of transformers, or a `tokenizers.Tokenizer`; needed for a model object.
 
     Raises:
-        TypeError: a model object comes without a tokenizer.
-        ModelError: `model` is something else, such as a configuration, or cannot be loaded.
+        ModelError: `model` is something else, such as a configuration, comes without a tokenizer, or cannot be loaded.
         TokenizerMismatchError: the tokenizer has ids that the model does not embed.
     """
     model, tokenizer = (str(x) if isinstance(x, Path) else x for x in (model, tokenizer))
@@ -37,7 +36,7 @@ def model_of(model: Any, tokenizer: Any = None) -> LoadedModel:
     if not isinstance(model, nn.Module):
         raise ModelError(f"`model` is a {type(model).__name__}: give a loaded model of transformers, a name or a folder")
     if tokenizer is None:
-        raise TypeError("a model object needs its tokenizer: probe(model, tokenizer, text)")
+        raise ModelError("`tokenizer` is missing: a loaded model needs its own, give it as the argument behind the model")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif isinstance(tokenizer, Tokenizer):

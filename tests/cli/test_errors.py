@@ -111,6 +111,8 @@ def test_an_unwritable_output_is_refused_before_any_work(tmp_path: Path) -> None
     assert "cannot be written" in error_of(result)
     assert "capturing" not in result.stderr
     assert "is a folder" in error_of(run("probe", "ref-llama", "--plot", tmp_path))
+    result = run("probe", "ref-llama", "--plot", tmp_path / "x.foo")
+    assert "figures are written as .png, .svg, .pdf, not as .foo" in error_of(result) and "capturing" not in result.stderr
     assert "is a file" in error_of(run("report", "ref-llama", "-o", tmp_path / "file"))
 
 

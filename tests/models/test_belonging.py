@@ -67,7 +67,7 @@ def test_another_rope_is_said_before_another_model(rope: str, llama: SavedCodec)
     says = str(error.value)
     assert says.startswith(f"{llama.folder}: fitted on llama with another RoPE ({llama.card.origin.rope_sha256[:12]}) than ")
     assert "other has (" in says
-    assert "load the model with the RoPE it was fitted with, or fit a codec on this one" in says
+    assert "load llama with that RoPE, or fit a codec on this one" in says
 
 
 def test_the_rope_hash_follows_the_configuration_and_not_the_machine() -> None:

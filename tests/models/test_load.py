@@ -115,6 +115,14 @@ def test_what_a_gguf_file_says_of_its_rotation_and_is_not_read_is_named(
     )
 
 
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF" + bytes(60), b"no model at all"])
+def test_a_gguf_file_that_is_cut_is_one_line(content: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "cut.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=r"cut\.gguf: cannot be loaded: [^\n]+$"):
+        load(str(tmp_path / "cut.gguf"))
+
+
 def test_an_eight_bit_model_is_probed_like_any_other() -> None:
     pytest.importorskip("bitsandbytes")
     folder = bundled_path("ref-llama")

@@ -14,6 +14,7 @@ from eigencache.cli.options import (
     Force,
     Seed,
     Text,
+    check_plot,
     check_writable,
     layer_numbers,
     rank_numbers,
@@ -85,7 +86,8 @@ def run(
     seed: Seed = 0,
 ) -> None:
     """Train residual adapters on values or keys, analyse them as operators, and score their truncation beside PCA."""
-    check_writable(output, plot)
+    check_writable(output)
+    check_plot(plot)
     if prefix and chunk:
         raise CorpusError("--prefix and --chunk: a text is read in one of the two ways: give one of them")
     layer_choice, rank_choice = layer_numbers(layers), rank_numbers(ranks)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import check_writable
+from eigencache.cli.options import check_plot, check_writable
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -20,7 +20,8 @@ def run(
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
 ) -> None:
     """Compare models: the historic columns and an assessment with its reasons first, then the honest columns."""
-    check_writable(output, plot)
+    check_writable(output)
+    check_plot(plot)
     from rich.console import Console
 
     from eigencache.records import ProbeRecord, write_whole

@@ -83,6 +83,15 @@ def check_writable(*paths: Path | None) -> None:
         _check_folder(path.parent, path)
 
 
+def check_plot(path: Path | None) -> None:
+    """Raises `OutputError` where no figure could be written, before anything is measured."""
+    if path is not None:
+        from eigencache.report.plots import check_format
+
+        check_writable(path)
+        check_format(path)
+
+
 def check_folder(folder: Path) -> None:
     """Raises `OutputError` for a folder that could not be written to."""
     if folder.exists() and not folder.is_dir():

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, MaxLength, Seed, Text, Tokens, check_writable, layer_numbers
+from eigencache.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxLength,
+    Seed,
+    Text,
+    Tokens,
+    check_plot,
+    check_writable,
+    layer_numbers,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -66,7 +77,8 @@ def run(
     ] = 4.0,
 ) -> None:
     """Probe what a model caches: how many directions of keys, values and latents matter, and what the data support."""
-    check_writable(output, plot)
+    check_writable(output)
+    check_plot(plot)
     numbers = layer_numbers(layers)
     from rich.console import Console
 

@@ -15,6 +15,7 @@ from eigencache.cli.options import (
     Force,
     Seed,
     Text,
+    check_plot,
     check_writable,
     rank_numbers,
 )
@@ -96,7 +97,8 @@ def run(
 
     With --output, an interrupted run goes on where it stopped when it is started again.
     """
-    check_writable(output, plot)
+    check_writable(output)
+    check_plot(plot)
     numbers = rank_numbers(ranks)
     from rich.console import Console
 

@@ -149,9 +149,14 @@ class EigenCodec:
             raise CodecError("rows of unlike stretches cannot be decoded together: decode them one by one")
         header = readers[0].header
         self._require_own(header)
+        if not isinstance(tokens, slice):
+            raise CodecError(f"tokens {tokens!r}: give a slice, such as slice(0, {header.tokens})")
         span = range(header.tokens)[tokens]
         if span.step != 1 or not span:
-            raise CodecError(f"tokens {tokens}: of {header.tokens}, a stretch of neighbours can be decoded")
+            raise CodecError(
+                f"tokens {tokens}: of {header.tokens}, a stretch of neighbours can be decoded: give a slice without a step "
+                f"that holds at least one of tokens 0 to {header.tokens - 1}"
+            )
         slots = by_layer(self._slots(readers, span), self.dtype)
         lacking = {i: max(0, count - span.start) for i, count in header.absent}
         return {i: (k[:, :, lacking.get(i, 0) :], v[:, :, lacking.get(i, 0) :]) for i, (k, v) in slots.items()}

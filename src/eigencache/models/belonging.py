@@ -34,7 +34,7 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
     if rope != origin.rope_sha256:
         raise CodecError(
             f"{saved.folder}: fitted on {origin.model} with another RoPE ({origin.rope_sha256[:12]}) than {loaded.name} "
-            f"has ({rope[:12]}): load the model with the RoPE it was fitted with, {anew}"
+            f"has ({rope[:12]}): load {origin.model} with that RoPE, {anew}"
         )
     found = known_fingerprint(loaded.model)
     if found != origin.model_sha256 and fingerprint_before(loaded.model) != origin.model_sha256:

@@ -4,6 +4,7 @@ Every way in ends in `transformers`' own `from_pretrained`; what is added are th
 and the refusal of checkpoints that leave weights at random values (a probe of those would be a fiction).
 """
 
+import struct
 from dataclasses import dataclass
 from importlib import resources
 from logging import getLogger
@@ -189,7 +190,9 @@ def _source(spec: str) -> tuple[str, dict[str, Any]]:
     if path.exists():
         raise ModelError(f"{spec}: is a file; a model is a folder, a .gguf file, a hub name or one of {', '.join(BUNDLED)}")
     if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
-        raise ModelError(f"{spec}: no such folder, and no bundled model ({', '.join(BUNDLED)})")
+        raise ModelError(
+            f"{spec}: no such folder, and no bundled model ({', '.join(BUNDLED)}); on the hub names are OWNER/NAME"
+        )
     return spec, {}
 
 
@@ -244,6 +247,6 @@ class _one_line:
                 raise ModelError(
                     f"{self.spec}: not a model on the hub, not a folder, not one of {', '.join(BUNDLED)}"
                 ) from error
-            case OSError() | ValueError() | ImportError() | KeyError() | RuntimeError():
+            case OSError() | ValueError() | ImportError() | KeyError() | IndexError() | RuntimeError() | struct.error():
                 first = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ModelError(f"{self.spec}: cannot be loaded: {first}") from error

@@ -276,13 +276,19 @@ def plot_compare(records: list[ProbeRecord]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure completely or not at all, in the format of its suffix. Raises `OutputError`."""
+def check_format(path: str | Path) -> str:
+    """The suffix of a file for a figure. Raises `OutputError` for one that figures are not written as."""
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise OutputError(
             f"{path}: figures are written as {', '.join(FORMATS)}, not as {suffix or 'a file without a suffix'}"
         )
+    return suffix
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure completely or not at all, in the format of its suffix. Raises `OutputError`."""
+    suffix = check_format(path)
     rendered = io.BytesIO()
     figure.savefig(rendered, format=suffix[1:])
     write_whole(path, rendered.getvalue())
