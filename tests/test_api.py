@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eigencache
-from eigencache.errors import CorpusError, LayerError
+from eigencache.errors import CorpusError, LayerError, ModelError
 from eigencache.models.load import bundled_path
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_documents_may_be_passed_as_strings() -> None:
 
 
 def test_a_model_object_needs_a_tokenizer() -> None:
-    with pytest.raises(TypeError, match="tokenizer"):
+    with pytest.raises(ModelError, match="`tokenizer` is missing"):
         eigencache.probe(AutoModelForCausalLM.from_pretrained(bundled_path("ref-gpt2")))
 
 
