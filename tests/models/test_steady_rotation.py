@@ -14,7 +14,7 @@ from eigencache.errors import CodecError, StatisticsError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.compressed import CompressedCache
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import steady_tokens
+from eigencache.models.rotation import rotations_of, steady_tokens
 from eigencache.studies.calibrate import Calibration
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.fit import Goal, fit_codec
@@ -60,6 +60,17 @@ def test_keys_of_the_same_tokens_change_one_token_behind_the_steady_ones(kind: s
     first = {n: cached_by(model, ids[:, :n]).layers[0].keys[:, :, :9] for n in (SWITCH - 1, SWITCH, SWITCH + 1)}
     torch.testing.assert_close(first[SWITCH - 1], first[SWITCH])
     assert float((first[SWITCH + 1] - first[SWITCH]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rotation_of_a_codec_is_that_of_steady_texts(kind: str) -> None:
+    one = loaded(kind)
+    cached_by(one.model, long_ids(1, 9))  # a short text brings the frequencies of short texts back
+    expected = one.model.model.rotary_emb.original_inv_freq.double()
+    cached_by(one.model, long_ids(1, SWITCH + 1))
+    assert not torch.allclose(one.model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-3)
+    for rotation in rotations_of(one).values():
+        torch.testing.assert_close(rotation.frequencies, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "deepseek_v2"])
