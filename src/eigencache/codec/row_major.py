@@ -15,7 +15,8 @@ class RowMajor:
     def __post_init__(self) -> None:
         """In another order the same numbers multiply to other last bits."""
         for name, value in self._held().items():
-            object.__setattr__(self, name, value.contiguous() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                object.__setattr__(self, name, value.contiguous())
 
     def tensors(self) -> Iterable[Tensor]:
         """All that is held."""

@@ -145,7 +145,7 @@ class CompressedCache(DynamicCache):
 
     def _warn_of_length(self) -> None:
         """Say once what begins where the text has become longer than the codec was fitted for."""
-        length = max((layer.get_seq_length() for layer in self.compressed_layers), default=0)
+        length = next((layer.get_seq_length() for layer in self.compressed_layers), 0)  # all see the same tokens
         for reach, why in [one for one in self._far.items() if one[0] < length]:
             del self._far[reach]
             _LOG.warning("the live cache holds %d tokens: %s", length, why)

@@ -99,7 +99,7 @@ class CompressedLayer(DynamicLayer):
     @property
     def padded(self) -> bool:
         """Whether a row begins with padding."""
-        return self.rows is not None and bool(self.rows.first.any())
+        return self.rows is not None and self.rows.last > 0
 
     @property
     def window(self) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class CompressedLayer(DynamicLayer):
     @property
     def _after_sinks(self) -> int:
         """The slot behind every row's first tokens."""
-        return (0 if self.rows is None else int(self.rows.first.max())) + self.wanted_sinks
+        return (0 if self.rows is None else self.rows.last) + self.wanted_sinks
 
     def _take_sinks(self) -> None:
         """Hold first tokens of rows in 16 bits. The first slots of all leave the window for that, others are packed too."""

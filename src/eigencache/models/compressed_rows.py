@@ -1,6 +1,7 @@
 """Where the rows of a live cache begin: with padding, and at any position."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ class Rows:
     first: Tensor
     origin: Tensor
 
+    @cached_property
+    def last(self) -> int:
+        """The slot in which the last of them begins: above 0 where a row has padding."""
+        return max(self.first.tolist(), default=0)
+
     def begin_after(self, past: int) -> bool:
         """Whether a row holds nothing but padding in its first `past` slots."""
-        return bool((self.first >= past).any())
+        return self.last >= past
 
     def begun(self, seen: Tensor, positions: Tensor | None, past: int) -> "Rows":
         """The same with what new tokens behind `past` slots say of rows that held nothing but padding.
