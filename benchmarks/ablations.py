@@ -14,18 +14,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.codec.base import Codec
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.corpora.text import read_text
 from eigencache.errors import BudgetError
+from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.fitting.eigen import EigenSettings, fit_eigen
+from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import LoadedModel, load
-from eigencache.quality import Protocol, Quality
-from eigencache.report.sweeps import interval_cell
-from eigencache.report.table import Table
-from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
-from eigencache.studies.eigen_targets import at_bits
-from eigencache.studies.scoring import score_codecs
-from eigencache.studies.source import Source
+from eigencache.records.quality import Quality, ReadingProtocol
+from eigencache.report.core.table import Table
+from eigencache.report.quality.sweep_table import interval_cell
 from layer_prediction import fit_layer_prediction
 
 PLAIN = EigenSettings(text=False)
@@ -47,7 +47,7 @@ class Ablations:
 
     def __init__(self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...]) -> None:
         self.loaded, self.other, self.tokens, self.rates = loaded, other, tokens, rates
-        self.source = Source(loaded, self.sequences(text, tokens))
+        self.source = CalibrationSet(loaded, self.sequences(text, tokens))
 
     def sequences(self, text: str, tokens: int) -> Sequences:
         """A text in sequences of 512 tokens."""
@@ -104,20 +104,20 @@ class Ablations:
     def size(self) -> Iterator[Case]:
         """Calibration tokens."""
         for tokens in (8192, 16_384, 32_768, 65_536, 131_072):
-            source = Source(self.loaded, self.sequences("stdlib", tokens))
+            source = CalibrationSet(self.loaded, self.sequences("stdlib", tokens))
             yield from self._at("size", (f"{tokens:,} tokens",), PLAIN, source)
             yield from self._at("size", (f"{tokens:,} tokens, text",), EigenSettings(), source)
 
     def domain(self) -> Iterator[Case]:
         """Fitted on one domain, tested on another."""
         for text in ("stdlib", *([self.other] if self.other else [])):
-            source = Source(self.loaded, self.sequences(text, self.tokens))
+            source = CalibrationSet(self.loaded, self.sequences(text, self.tokens))
             name = Path(text).name
             yield from self._at("domain", (f"fitted on {name}",), PLAIN, source)
             yield from self._at("domain", (f"fitted on {name}, text",), EigenSettings(), source)
 
     def _at(
-        self, part: str, words: tuple[str, ...], settings: EigenSettings, source: Source | None = None
+        self, part: str, words: tuple[str, ...], settings: EigenSettings, source: CalibrationSet | None = None
     ) -> Iterator[Case]:
         source = source or self.source
         fit = fit_eigen(self.loaded, source.sequences, settings, source=source)
@@ -131,7 +131,9 @@ class Ablations:
 def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict]:
     """Every case with its bits per value and its quality."""
     codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
-    scores = score_codecs(loaded, text, codecs, Protocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus)
+    scores = score_codecs(
+        loaded, text, codecs, ReadingProtocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus
+    )
     rows = []
     for index, case in enumerate(cases):
         quality = scores.quality[f"{index}"]

@@ -2,7 +2,7 @@
 
     python benchmarks/codec_speed.py [MODEL …] [--bits 0.1,0.4,1.6] [--context 512] [--tokens 65536] [--repeats 9] [--parts]
 
-Whole: from keys and values in 16 bits to a container, and back (transform, quantiser, entropy coder, checksums), with and
+Whole: from keys and values in 16 bits to a container, and back (transform, quantizer, entropy coder, checksums), with and
 without prediction from the text. Entropy stage: from integers to bytes and back, in blocks of 128 tokens. zstd, at its
 level 1 (`zstd -1`), has the same integers in 8 bits, what does not fit apart. The cache is of text kept apart from fitting.
 Medians; in every repeat all that is compared runs in turn. `--parts`: where the time goes, each part alone.
@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 from eigencache.codec.base import Cached
-from eigencache.codec.eigen import EigenCodec
+from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.layout import by_layer
 from eigencache.evaluate.speed import in_turn
+from eigencache.fitting.eigen import EigenFit, EigenSettings
+from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import BUNDLED, load
-from eigencache.report.table import Table
-from eigencache.studies.eigen_fit import EigenFit, EigenSettings
-from eigencache.studies.eigen_targets import at_bits
+from eigencache.report.core.table import Table
 from entropy import Bytes, fitted_codecs, zstandard
 
 COLUMNS = ("Model, bits asked", "Kept", "Encode", "Decode", "rANS enc", "rANS dec", "zstd enc", "zstd dec", "enc ÷", "dec ÷")
@@ -35,11 +35,11 @@ STEPS = (
     "find tokens",
     "predict",
     "transform",
-    "quantise",
+    "quantize",
     "rANS enc",
     "decode",
     "rANS dec",
-    "dequantise",
+    "dequantize",
     "transform back",
     "to slots",
 )
@@ -88,17 +88,17 @@ def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: in
 
 def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
     """Seconds of the steps of both ways, each alone."""
-    layout, transform, quantiser, text = codec.layout, codec.transform, codec.quantiser, codec.text
+    layout, transform, quantizer, text = codec.layout, codec.transform, codec.quantizer, codec.text
     x = codec._stored(cached, start) - transform.mean
     y = transform.encode(x, codec.step)
-    q = quantiser.quantise(y)
-    back = transform.decode(quantiser.dequantise(q), codec.step)
+    q = quantizer.quantize(y)
+    back = transform.decode(quantizer.dequantize(q), codec.step)
     works: dict[str, Callable[[], object]] = {
         "to vectors": lambda: codec._stored(cached, start),
         "transform": lambda: transform.encode(x, codec.step),
-        "quantise": lambda: quantiser.quantise(y),
-        "dequantise": lambda: quantiser.dequantise(q),
-        "transform back": lambda: transform.decode(quantiser.dequantise(q), codec.step),
+        "quantize": lambda: quantizer.quantize(y),
+        "dequantize": lambda: quantizer.dequantize(q),
+        "transform back": lambda: transform.decode(quantizer.dequantize(q), codec.step),
         "to slots": lambda: layout.slots(back, start),
     }
     if text is not None:

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.entropy import EntropyCoder, RansCoder
-from eigencache.codec.tables import Tables
+from eigencache.calibration.calibration_set import calibration_length
+from eigencache.codec.eigen.codec import EigenCodec
+from eigencache.codec.eigen.entropy_coder import EntropyCoder, RansCoder
+from eigencache.codec.eigen.entropy_tables import EntropyTables
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import read_text
+from eigencache.fitting.eigen import FITTED, EigenFit, EigenSettings, fit_eigen
+from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import BUNDLED, LoadedModel, load
-from eigencache.report.table import Table
-from eigencache.studies.eigen_fit import FITTED, EigenFit, EigenSettings, fit_eigen
-from eigencache.studies.eigen_targets import at_bits
-from eigencache.studies.source import calibration_length
+from eigencache.report.core.table import Table
 
 try:
     import constriction
@@ -197,17 +197,19 @@ def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarra
     assert int(kept.sum()) == codec.transform.coefficients
     fitted, held = fit.fitted.y, fit.held.y
     fitted = fitted[:: max(1, len(fitted) // FITTED)]
-    quantised = (codec.quantiser.quantise(y[:, kept] / codec.step) for y in (fitted, held[: len(held) // BLOCK * BLOCK]))
-    return tuple(np.ascontiguousarray(q.T.numpy()) for q in quantised)  # type: ignore[return-value]
+    quantized = (codec.quantizer.quantize(y[:, kept] / codec.step) for y in (fitted, held[: len(held) // BLOCK * BLOCK]))
+    return tuple(np.ascontiguousarray(q.T.numpy()) for q in quantized)  # type: ignore[return-value]
 
 
-def without_tokens(codec: EigenCodec) -> Tables:
+def without_tokens(codec: EigenCodec) -> EntropyTables:
     """The tables of coefficients alone: the first rows, with a table each, are digits of tokens."""
     tables, count = codec.tables, codec.text.digits.count if codec.text else 0
-    return Tables(tables.table_of[count:] - count, tables.shifts[count:], tables.halves[count:], tables.starts[count:])
+    return EntropyTables(
+        tables.table_of[count:] - count, tables.shifts[count:], tables.halves[count:], tables.starts[count:]
+    )
 
 
-def coders(tables: Tables, lanes: int, models: Models) -> Iterator[tuple[str, EntropyCoder]]:
+def coders(tables: EntropyTables, lanes: int, models: Models) -> Iterator[tuple[str, EntropyCoder]]:
     """Every coder that is compared, by name."""
     yield f"rANS, {lanes} lanes (ours)", RansCoder(tables, lanes)
     yield "constriction ANS", Constriction(models)
@@ -331,7 +333,7 @@ def main() -> None:
         columns = ("Model, bits asked", "Static, bits per value", "6 contexts", "Change")
         console.print(Table("Ideal length of coefficients, static and in contexts", columns, tuple(contexts)))
     else:
-        columns = ("Model, bits asked", "Tables", "States", "Rest", "Share escaped", "Together")
+        columns = ("Model, bits asked", "EntropyTables", "States", "Rest", "Share escaped", "Together")
         console.print(Table(f"rANS in blocks of {BLOCK}, over the ideal length", columns, tuple(spent)))
     if args.output:
         args.output.write_text(json.dumps([asdict(result) for result in results] or contexts, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Layer after layer, not all at once: keys and values predicted from the decoded layer before, the rest coded.
 
 What the joint transform is compared with in docs/ablations.md. Closed loop: prediction is from what a decoder has. Its size
-is the ideal length of its static tables, no headers and no states counted, which favours it.
+is the ideal length of its static tables, no headers and no states counted, which favors it.
 """
 
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.codec.base import Cached, EncodedBytes, length_of
-from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.joint import JointTransform
+from eigencache.codec.eigen.codec import EigenCodec
+from eigencache.codec.eigen.transform import JointTransform
 from eigencache.codec.layout import Layout, Part, by_layer
-from eigencache.studies.eigen_basis import basis_of, scaled_metrics
-from eigencache.studies.eigen_fit import Coefficients, EigenFit, EigenSettings
-from eigencache.studies.source import Source
+from eigencache.fitting.eigen import Coefficients, EigenFit, EigenSettings
+from eigencache.fitting.eigen_basis import basis_of, scaled_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,10 @@ class LayerPrediction:
         before = None
         for stage in self.stages:
             expected = 0 if stage.weights is None else before @ stage.weights
-            q = stage.codec.quantiser.quantise(
+            q = stage.codec.quantizer.quantize(
                 stage.codec.transform.encode(x[..., stage.columns] - expected, stage.codec.step)
             )
-            before = expected + stage.codec.transform.decode(stage.codec.quantiser.dequantise(q), stage.codec.step)
+            before = expected + stage.codec.transform.decode(stage.codec.quantizer.dequantize(q), stage.codec.step)
             decoded[..., stage.columns] = before
             bits += torch.tensor([stage.codec.tables.bits(row.T.numpy()) for row in q])
         self.__dict__["decoded"] = self.layout.slots(decoded + self.mean, start)
@@ -58,7 +58,7 @@ class LayerPrediction:
         return by_layer(self.__dict__["decoded"], torch.float32)
 
 
-def fit_layer_prediction(source: Source, settings: EigenSettings, step: float) -> LayerPrediction:
+def fit_layer_prediction(source: CalibrationSet, settings: EigenSettings, step: float) -> LayerPrediction:
     """Stages fitted one after the other, each on what those before it decode at this step."""
     layout, metrics = source.samples.layout, source.metric(settings.metric)
     mean = source.samples.vectors.mean(0)
@@ -100,8 +100,8 @@ def fit_layer_prediction(source: Source, settings: EigenSettings, step: float) -
 
 
 def _again(codec: EigenCodec, rest: Tensor) -> Tensor:
-    q = codec.quantiser.quantise(codec.transform.encode(rest, codec.step))
-    return codec.transform.decode(codec.quantiser.dequantise(q), codec.step)
+    q = codec.quantizer.quantize(codec.transform.encode(rest, codec.step))
+    return codec.transform.decode(codec.quantizer.dequantize(q), codec.step)
 
 
 def _ridge(before: Tensor, x: Tensor) -> Tensor:

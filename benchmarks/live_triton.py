@@ -3,7 +3,7 @@
     python benchmarks/live_triton.py [--cases 4096x1,32768x16,131072x1] [--bits 2.9,4,4.25] [--repeats 30]
 
 Geometry of Llama 3 8B: 32 query heads, 8 KV heads of 128 numbers; random bytes. Before a case is timed, its first sequence
-is held against float64 (`kernels/reference.py` unpacks). `Kernel`: queries in coefficients to means of integers.
+is held against float64 (`kernels/packed/reference.py` unpacks). `Kernel`: queries in coefficients to means of integers.
 `Flash`: `scaled_dot_product_attention` with `enable_gqa`, flash backend, keys and values in bfloat16. `Copy`: the packed
 bytes within the GPU, read and written: the bytes that `Graph`, the same launches without the host, reads in its time
 are a share of those. Medians of CUDA events; before each run the L2
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eigencache.kernels import reference
-from eigencache.kernels.reference import BLOCK, Widths
-from eigencache.report.table import Table
+from eigencache.kernels.packed import reference
+from eigencache.kernels.packed.format import BLOCK, Widths
+from eigencache.report.core.table import Table
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 WIDTHS = {
@@ -78,7 +78,7 @@ def held_against_float64(
 
 def attention_rows(cases: list[tuple[int, int]], bits: list[str], repeats: int, waste: Tensor) -> list[tuple[str, ...]]:
     """A row of the table for every context, batch and width."""
-    from eigencache.kernels.packed_triton import attend
+    from eigencache.kernels.packed.triton.launch import attend
 
     rows = []
     for context, batch in cases:
@@ -122,7 +122,7 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
 
 def encoding_rows(tokens: int, bits: list[str], repeats: int, waste: Tensor) -> list[tuple[str, ...]]:
     """A row of the table for every width; integers are held against the reference first."""
-    from eigencache.kernels.packed_triton_encode import encode
+    from eigencache.kernels.packed.triton.encode import encode
 
     rows = []
     x = torch.randn(1, KV_HEADS, tokens, DIM, dtype=torch.bfloat16, device="cuda")
@@ -147,18 +147,18 @@ def encoding_rows(tokens: int, bits: list[str], repeats: int, waste: Tensor) -> 
 
 def tile_rows(case: tuple[int, int], bits: str, repeats: int, waste: Tensor) -> list[tuple[str, ...]]:
     """A row for every tile that the kernel is tried with, in the first case."""
-    from eigencache.kernels import packed_triton
+    from eigencache.kernels.packed.triton import launch
 
     context, batch = case
     widths = (WIDTHS[bits],) * KV_HEADS
     keys, values = packed(widths, batch, context // BLOCK), packed(widths, batch, context // BLOCK)
     queries = torch.randn(batch, KV_HEADS, HEADS // KV_HEADS, WIDTHS[bits].coefficients, device="cuda") / 100
     rows = []
-    for paired, every in ((True, packed_triton.PAIRED_TILES), (False, packed_triton.TILES)):
+    for paired, every in ((True, launch.PAIRED_TILES), (False, launch.TILES)):
         for tiles in every:
             for splits in (None, 8, 16, 32, 64):
                 options = {"splits": splits, "tiles": tiles, "paired": paired}
-                run = partial(packed_triton.attend, [keys], [values], widths, widths, queries, **options)
+                run = partial(launch.attend, [keys], [values], widths, widths, queries, **options)
                 name = ("pairs" if paired else "halves", *map(str, tiles), str(splits))
                 try:
                     time = milliseconds(captured(run), repeats, waste)

@@ -13,14 +13,13 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
+from eigencache.calibration.attention_metric import attention_metrics
+from eigencache.calibration.fisher_metric import fisher_metrics
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import read_text
 from eigencache.models.load import BUNDLED, load
-from eigencache.models.rotation import rotations_of
-from eigencache.report.table import Table
-from eigencache.studies.attention_metric import attention_metrics
-from eigencache.studies.fisher import fisher_metrics
-from eigencache.studies.probe import default_length
+from eigencache.models.rope_detection import rotations_of
+from eigencache.report.core.table import Table
 from probe_speed import plain_pass
 
 BATCH_SIZE = 4
@@ -43,7 +42,7 @@ def main() -> None:
     rows = []
     for name in args.models:
         loaded = load(name)
-        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=default_length(loaded))
+        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=loaded.default_length)
         rotations = rotations_of(loaded)
         plain_pass(loaded, sequences, BATCH_SIZE)  # warm
         times = [

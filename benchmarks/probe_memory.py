@@ -14,7 +14,7 @@ import sys
 import torch
 from rich.console import Console
 
-from eigencache.report.table import Table
+from eigencache.report.core.table import Table
 
 LAYERS, HEADS, DIM = 32, 8, 128
 NAMES = ("keys_pre_rope", "keys_post_rope", "values")
@@ -22,8 +22,8 @@ NAMES = ("keys_pre_rope", "keys_post_rope", "values")
 
 def probe_tokens(tokens: int) -> None:
     """Probe ref-llama on so many tokens and print the peak in MB."""
+    from eigencache.corpora.resolve import read_text
     from eigencache.corpora.sequences import pack
-    from eigencache.corpora.text import read_text
     from eigencache.models.load import load
     from eigencache.studies.probe import probe_model
 
@@ -34,9 +34,9 @@ def probe_tokens(tokens: int) -> None:
 
 def seven_billion() -> None:
     """Feed the statistics of a 7B geometry and print the peak in MB."""
-    from eigencache.provenance import peak_memory_mb
+    from eigencache.calibration.accumulator import Accumulator, shapes_of
+    from eigencache.records.provenance import peak_memory_mb
     from eigencache.spectral.measure import measure
-    from eigencache.studies.accumulate import Accumulator, shapes_of
     from eigencache.studies.probe import ProbeSettings
 
     batch, length, sequences = 4, 512, 16
@@ -49,7 +49,7 @@ def seven_billion() -> None:
         accumulator.add(tensors, range(start, start + batch), [length] * batch)
     for place, moments in accumulator.places():
         if place.layer_idx == 0:
-            measure(place, moments, centred=True, distinct_contexts=sequences * length)
+            measure(place, moments, centered=True, distinct_contexts=sequences * length)
     print(sequences * length, peak_memory_mb())
 
 

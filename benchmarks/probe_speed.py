@@ -13,11 +13,11 @@ import time
 import torch
 from rich.console import Console
 
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.corpora.text import read_text
 from eigencache.models.load import BUNDLED, LoadedModel, load
-from eigencache.report.table import Table
-from eigencache.studies.probe import ProbeSettings, default_length, probe_model
+from eigencache.report.core.table import Table
+from eigencache.studies.probe import ProbeSettings, probe_model
 
 
 def plain_pass(loaded: LoadedModel, sequences: Sequences, batch_size: int) -> float:
@@ -46,7 +46,7 @@ def main() -> None:
     rows = []
     for name in args.models:
         loaded = load(name)
-        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=default_length(loaded))
+        sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=loaded.default_length)
         plain_pass(loaded, Sequences(sequences.ids[:8], sequences.corpus), 8)  # warm
         times = [
             (plain_pass(loaded, sequences, ProbeSettings().batch_size), probe_pass(loaded, sequences))

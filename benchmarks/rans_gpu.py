@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from eigencache.codec.entropy import RansCoder
-from eigencache.codec.tables import Tables, fit_tables
+from eigencache.codec.eigen.entropy_coder import RansCoder
+from eigencache.codec.eigen.entropy_tables import EntropyTables, fit_tables
 from eigencache.errors import CodecError
-from eigencache.kernels.dispatch import chosen
-from eigencache.report.table import Table
+from eigencache.kernels.rans.backend import chosen
+from eigencache.report.core.table import Table
 
 NUMBERS, COEFFICIENTS, BLOCK, DIFFERENT, CLASSES = 65_536, 3_932, 128, 16, 40
 SCALES = np.geomspace(3, 0.02, COEFFICIENTS)  # in steps; Laplacian
 
 
-def coded_blocks(lanes: int) -> tuple[Tables, list[bytes]]:
+def coded_blocks(lanes: int) -> tuple[EntropyTables, list[bytes]]:
     """Tables, and different blocks."""
     rng = np.random.default_rng(0)
     symbols = np.rint(rng.laplace(size=(COEFFICIENTS, DIFFERENT * BLOCK)) * SCALES[:, None]).astype(np.int32)
@@ -62,7 +62,7 @@ def main() -> None:
         chosen("triton", device)
     except CodecError as error:
         parser.error(str(error))
-    from eigencache.kernels.rans_triton import decode_blocks, launch, upload_blocks
+    from eigencache.kernels.rans.triton import decode_blocks, launch, upload_blocks
 
     tables, different = coded_blocks(args.lanes)
     bits = 8 * sum(map(len, different)) / (DIFFERENT * BLOCK * COEFFICIENTS)

@@ -1,4 +1,4 @@
-"""Historic entry point: spread of latent, rotary key, expanded keys and values, and what the equalisation is worth.
+"""Historic entry point: spread of latent, rotary key, expanded keys and values, and what the equalization is worth.
 
     python scripts/analyze_mla_kv_structure.py --model ref-deepseek
 

@@ -26,7 +26,7 @@ def test_statistics_are_attributes_of_a_layer(probed) -> None:
     assert layer.keys is layer.keys_pre_rope
     assert layer.keys_post_rope.frame == "post_rope"
     assert layer.head(1).values.scope == "head"
-    assert not layer.uncentred.values.centred
+    assert not layer.uncentered.values.centered
     assert probed.all_layers.values.width == 7 * 64
 
 
@@ -40,7 +40,7 @@ def test_what_was_not_captured_is_named(probed) -> None:
 def test_a_data_frame_has_one_row_per_spectrum(probed) -> None:
     frame = probed.to_pandas()
     assert len(frame) == len(probed.record.spectra)
-    assert {"layer_idx", "kind", "frame", "scope", "centred", "effective_rank", "support"} <= set(frame.columns)
+    assert {"layer_idx", "kind", "frame", "scope", "centered", "effective_rank", "support"} <= set(frame.columns)
 
 
 def test_the_plot_is_a_figure_with_axes(probed) -> None:

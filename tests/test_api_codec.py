@@ -22,11 +22,11 @@ from eigencache.errors import (
     StatisticsError,
     UnsupportedArchitectureError,
 )
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import Goal, fit_codec
+from eigencache.models.caches.tensors import cached_of
 from eigencache.models.load import bundled_path
-from eigencache.models.stored import cached_of
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import Goal, fit_codec
-from known import random_sequences, tiny_loaded
+from stub_codecs import random_sequences, tiny_loaded
 from tiny_models import token_ids
 
 pytestmark = pytest.mark.slow
@@ -131,7 +131,7 @@ def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
 @pytest.mark.parametrize("tokens", [slice(0, 10, 2), slice(9, 3, -1), slice(5, 5), slice(READ, None)])
 def test_what_is_no_stretch_is_refused(tokens: slice) -> None:
     codec = tiny_codec("llama")
-    with pytest.raises(CodecError, match="of 20, a stretch of neighbours can be decoded"):
+    with pytest.raises(CodecError, match="of 20, a stretch of neighbors can be decoded"):
         codec.decode(codec.encode(read("llama")), tokens)
 
 

@@ -12,17 +12,17 @@ import torch
 from transformers import DynamicCache
 
 import eigencache
-import eigencache.studies.fit
+import eigencache.fitting.fit
 from eigencache import CompressedCache
 from eigencache.api import CacheCodec
-from eigencache.codec.folder import LIVE
-from eigencache.codec.live import LiveCodec
+from eigencache.codec.live.codec import LiveCodec
+from eigencache.codec.saved.folder import LIVE
 from eigencache.errors import CodecError, OutputError
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import LiveGoal
+from eigencache.fitting.live import LiveSettings
 from eigencache.models.load import LoadedModel, load
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import LiveGoal
-from eigencache.studies.live_fit import LiveSettings
-from known import tiny_loaded
+from stub_codecs import tiny_loaded
 
 pytestmark = pytest.mark.slow
 
@@ -284,7 +284,7 @@ def test_the_live_codec_loses_no_more_than_was_allowed_or_is_what_its_goal_says(
         "fit_live": lambda *_: SimpleNamespace(settings=LiveSettings(alpha=1.0)),
         "fit_live_target": fit_live_target,
     }.items():
-        monkeypatch.setattr(eigencache.studies.fit, name, stand_in)
+        monkeypatch.setattr(eigencache.fitting.fit, name, stand_in)
     found = eigencache.fit(own.model, own.tokenizer, [TEXT] * 8, tokens=1024, max_length=32, **options)
     assert asked == ([] if expected is None else [expected])
     assert found.live is (None if expected is None else live)

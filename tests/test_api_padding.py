@@ -10,9 +10,9 @@ from transformers import DynamicCache
 import eigencache
 from eigencache.api import CacheCodec
 from eigencache.errors import CodecError
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import Goal, fit_codec
-from known import bundled, random_sequences, tiny_loaded
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import Goal, fit_codec
+from stub_codecs import bundled, random_sequences, tiny_loaded
 from tiny_models import token_ids
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import torch
 
 import eigencache
 from eigencache.api import CacheCodec
+from eigencache.fitting.eigen import EigenSettings
 from eigencache.models.load import LoadedModel, load
 from eigencache.modes import own_modes
-from eigencache.studies.eigen_fit import EigenSettings
 from live_codecs import fine_codec, long_ids, long_model
 
 pytestmark = pytest.mark.slow

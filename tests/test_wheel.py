@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 import eigencache
 from eigencache.cli.app import main
-from eigencache.kernels import compiled, packed_vnni
+from eigencache.kernels import compiled
+from eigencache.kernels.packed import vnni
 from eigencache.models.load import load
 from eigencache.studies.eigen_fit import EigenSettings
 from eigencache.studies.fit import LiveGoal
@@ -29,7 +30,7 @@ def run(arguments):
 
 
 assert Path(eigencache.__file__).is_relative_to(sys.argv[1]), eigencache.__file__
-assert all(source.is_file() for source in packed_vnni._SOURCES)
+assert all(source.is_file() for source in vnni._SOURCES)
 few = ["--tokens", "2048", "--max-length", "128"]
 run(["probe", "ref-llama", *few, "-o", "probe.json"])
 run(["report", "ref-llama", *few, "--held-out", "none", "-o", "report"])

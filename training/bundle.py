@@ -14,10 +14,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import read_text
 from eigencache.models.load import BUNDLED, bundled_path, load
-from eigencache.studies.score import score_model
+from eigencache.studies.model_quality import score_model
 
 MAX_BYTES = 12_000_000
 MIN_COPY_ACCURACY = 0.9  # what a bundled model should reach

@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from eigencache.calibration.calibration_set import calibration_length
+from eigencache.calibration.moments import Progress, silent
 from eigencache.codec.base import EncodedBytes
-from eigencache.codec.container import Reader
-from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.folder import LIVE, copy_codec, load_codec, load_live, save_codec
-from eigencache.codec.live import LiveCodec
+from eigencache.codec.eigen.codec import EigenCodec
+from eigencache.codec.eigen.container import Reader
+from eigencache.codec.live.codec import LiveCodec
+from eigencache.codec.saved.folder import LIVE, copy_codec, load_codec, load_live, save_codec
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CodecError, LayerError, ModelError
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import FitResult, Goal, LiveGoal, fit_codec
+from eigencache.fitting.heldout_score import CONTEXT
 from eigencache.inputs import model_of, text_of
-from eigencache.models.belonging import check_belongs, codec_for
-from eigencache.models.cache_keyword import innermost
-from eigencache.models.compressed import CompressedCache
-from eigencache.models.compressed_context import compressed
+from eigencache.models.caches.keyword import innermost
+from eigencache.models.caches.tensors import cache_holding, cached_of, first_slot, padding_of, position_at, without_padding
+from eigencache.models.codec_check import check_belongs, codec_for
 from eigencache.models.identity import known_fingerprint
+from eigencache.models.live_cache.cache import CompressedCache
+from eigencache.models.live_cache.context import compressed
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import steady_tokens
-from eigencache.models.stored import cache_holding, cached_of, first_slot, padding_of, position_at, without_padding
+from eigencache.models.rope_detection import steady_tokens
 from eigencache.modes import own_modes
-from eigencache.records import ProbeRecord, Spectrum
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.eigen_targets import CONTEXT
-from eigencache.studies.fit import FittedCodec, Goal, LiveGoal, fit_codec
-from eigencache.studies.gather import Progress, silent
-from eigencache.studies.probe import ProbeSettings, default_length, probe_model
-from eigencache.studies.source import calibration_length
+from eigencache.records.probe import ProbeRecord, Spectrum
+from eigencache.studies.probe import ProbeSettings, probe_model
 
 __all__ = ["CacheCodec", "CompressedCache", "Probe", "compressed", "fit", "probe"]
 
@@ -71,7 +71,7 @@ def probe(
     with own_modes(), _evaluating(model):
         loaded = model_of(model, tokenizer)
         source = text_of(text)
-        sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or default_length(loaded))
+        sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or loaded.default_length)
         extra = {} if on_progress is None else {"on_progress": on_progress}
         return Probe(probe_model(loaded, sequences, settings, **extra))
 
@@ -91,21 +91,21 @@ def _evaluating(model: Any) -> Iterator[None]:
 class LayerView:
     """The spectra of one layer by tensor name: `.values`, `.keys_pre_rope`, `.keys_post_rope`, `.latent`, …
 
-    `.keys` is the frame before rotation where both exist. Centred, heads of the layer concatenated; `head(i)` and
-    `uncentred` choose otherwise.
+    `.keys` is the frame before rotation where both exist. Centered, heads of the layer concatenated; `head(i)` and
+    `uncentered` choose otherwise.
     """
 
     record: ProbeRecord
     layer_idx: int | None
     head_idx: int | None = None
-    centred: bool = True
+    centered: bool = True
 
     def head(self, head: int) -> LayerView:
         """The same of one KV head."""
-        return LayerView(self.record, self.layer_idx, head, self.centred)
+        return LayerView(self.record, self.layer_idx, head, self.centered)
 
     @property
-    def uncentred(self) -> LayerView:
+    def uncentered(self) -> LayerView:
         """The same about zero instead of about the mean."""
         return LayerView(self.record, self.layer_idx, self.head_idx, False)
 
@@ -114,7 +114,7 @@ class LayerView:
             raise AttributeError(name)
         scope = "all" if self.layer_idx is None else "layer" if self.head_idx is None else "head"
         for wanted in (name, f"{name}_pre_rope", f"{name}_post_rope"):
-            if found := self.record.select(wanted, scope, self.layer_idx, self.head_idx, self.centred):
+            if found := self.record.select(wanted, scope, self.layer_idx, self.head_idx, self.centered):
                 return found[0]
         raise AttributeError(f"no {name} at scope {scope}; captured: {', '.join(self.record.names)}")
 
@@ -144,7 +144,7 @@ class Probe:
 
     def plot(self) -> Figure:
         """Spectra and energy curves as a matplotlib figure."""
-        from eigencache.report.plots import plot_probe
+        from eigencache.report.probe.plots import plot_probe
 
         return plot_probe(self.record)
 
@@ -165,7 +165,7 @@ class Probe:
         return cls(ProbeRecord.load(path))
 
     def _repr_html_(self) -> str:
-        from eigencache.report.tables import probe_table
+        from eigencache.report.probe.tables import probe_table
 
         return probe_table(self.record).html()
 
@@ -199,7 +199,7 @@ def fit(
         if loaded.model.base_model is loaded.model:
             kind = type(loaded.model).__name__
             raise ModelError(f"`model` is a {kind}, which predicts no tokens: load it with AutoModelForCausalLM")
-        identity = known_fingerprint(loaded.model)  # before the work: another model is noticed while it goes on
+        identity = loaded.sha256  # before the work: another model is noticed while it goes on
         source = text_of(text)
         sequences = pack(source, loaded.tokenizer, tokens=tokens, max_length=max_length or calibration_length(loaded))
         fitted = fit_codec(
@@ -222,7 +222,7 @@ class CacheCodec:
 
     loaded: LoadedModel
     codec: EigenCodec
-    fitted: FittedCodec | None = None  # None: it was loaded
+    fitted: FitResult | None = None  # None: it was loaded
     live: LiveCodec | None = None  # for `CompressedCache`
     identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
     folder: Path | None = None  # that it was loaded from
@@ -347,7 +347,7 @@ class CacheCodec:
     def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
         saved, loaded = load_codec(folder), model_of(model, tokenizer)
         codec = codec_for(saved, loaded)
-        identity = known_fingerprint(loaded.model)
+        identity = loaded.sha256
         if not isinstance(codec, EigenCodec):
             raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
         if not (Path(folder) / LIVE).exists():

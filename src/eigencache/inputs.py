@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import nn
 
-from eigencache.corpora.text import Document, Text, read_text
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import Document, Text
 from eigencache.errors import CorpusError, ModelError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence, wrapped_tokenizer

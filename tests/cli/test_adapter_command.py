@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cli_process import error_of, run, shown
-from eigencache.operators import AdapterRecord
+from eigencache.records.adapter import AdapterRecord
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import pytest
 
 from cli_process import run, shown
 from eigencache.cli.app import main
-from eigencache.quality import BenchRecord
-from eigencache.studies.methods import METHODS
+from eigencache.records.bench import BenchRecord
+from eigencache.studies.bench.methods import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def test_help_shows_examples(capsys) -> None:
 
 def test_an_interrupted_bench_goes_on(board, tmp_path, monkeypatch, capsys) -> None:
     """What was kept before is neither fitted nor scored again, and the file of it is gone in the end."""
-    from eigencache.studies import bench as bench_module
+    from eigencache.studies.bench import run as bench_module
 
     monkeypatch.chdir(tmp_path)
     scored = bench_module._scored

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cli_process import error_of, run, shown
-from eigencache.quality import EvaluationRecord, SweepRecord
+from eigencache.records.quality import EvaluationRecord, SweepRecord
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +31,12 @@ def test_sweep_without_a_target_covers_the_model(tmp_path: Path) -> None:
     run("sweep", "ref-llama", *options, *FEW, folder=tmp_path)
     names = [series.name for series in SweepRecord.load(tmp_path / "s.json").series]
     assert names == [
-        "v · head · frobenius · centred",
-        "k · head · pre-RoPE · frobenius · centred",
-        "kv · head · pre-RoPE · frobenius · centred",
-        "k · head · post-RoPE · frobenius · uncentred",
-        "v · head · frobenius · centred · pooled basis",
-        "v · head · frobenius · centred · random basis",
+        "v · head · frobenius · centered",
+        "k · head · pre-RoPE · frobenius · centered",
+        "kv · head · pre-RoPE · frobenius · centered",
+        "k · head · post-RoPE · frobenius · uncentered",
+        "v · head · frobenius · centered · pooled basis",
+        "v · head · frobenius · centered · random basis",
     ]
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import cli_process
 from cli_process import shown as shown_by
-from eigencache.advice import ReportRecord
 from eigencache.models.load import BUNDLED, load_tokenizer
-from eigencache.records import ProbeRecord
+from eigencache.records.advice import ReportRecord
+from eigencache.records.probe import ProbeRecord
 from tiny_models import GQA, SPARSE_MLA, built
 
 pytestmark = pytest.mark.slow

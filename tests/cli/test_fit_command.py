@@ -7,7 +7,7 @@ import pytest
 
 from cli_process import run, shown
 from eigencache.cli.app import main
-from eigencache.codec.folder import CARD, TENSORS, load_codec
+from eigencache.codec.saved.folder import CARD, TENSORS, load_codec
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> N
     for words in ("ref-deepseek: eigen · layer · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
         assert words in out, words
     assert "that nothing was fitted on" in out and out.rstrip().endswith("written: deep/codec")
-    for stage in ("tokenising", "vectors", "vectors kept apart", "decomposing", "scoring 1 codecs"):
+    for stage in ("tokenizing", "vectors", "vectors kept apart", "decomposing", "scoring 1 codecs"):
         assert f"ref-deepseek: {stage}" in err, stage
 
 

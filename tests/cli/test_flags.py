@@ -17,8 +17,8 @@ from eigencache.errors import BudgetError
 SOURCE = Path(eigencache.__file__).parent
 NAMES_FLAGS = {
     "evaluate/harness.py": "a command line of its own",
-    "advice.py": "the record says how a budget was given",
-    "studies/limits.py": "lines of an advice, no errors",
+    "records/advice.py": "the record says how a budget was given",
+    "studies/recommend/limits.py": "lines of an advice, no errors",
 }
 
 

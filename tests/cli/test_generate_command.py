@@ -8,10 +8,10 @@ import pytest
 
 from cli_process import run, shown
 from eigencache.cli.app import main
-from eigencache.codec.card import EigenCard
-from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.folder import CARD, LIVE, TENSORS, load_codec, load_live
-from eigencache.codec.live import LiveCodec
+from eigencache.codec.eigen.codec import EigenCodec
+from eigencache.codec.live.codec import LiveCodec
+from eigencache.codec.saved.card import EigenCard
+from eigencache.codec.saved.folder import CARD, LIVE, TENSORS, load_codec, load_live
 from eigencache.evaluate.generation import generate_text
 from eigencache.models.load import load
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from eigencache.advice import Advice
-from eigencache.corpora.text import read_text
+from eigencache.calibration.accumulator import Accumulator, Columns
+from eigencache.corpora.resolve import read_text
 from eigencache.geometry import geometry_from_config, tensor_name
-from eigencache.quality import SweepRecord
-from eigencache.records import SCOPES, ProbeRecord
-from eigencache.studies.accumulate import Accumulator, Columns
+from eigencache.records.advice import Advice
+from eigencache.records.base import SCOPES
+from eigencache.records.probe import ProbeRecord
+from eigencache.records.quality import SweepRecord
 from public_configs import CONFIGS, config_of, random_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cli_process import error_of, run, shown
-from eigencache.advice import Advice
-from eigencache.records import ProbeRecord
+from eigencache.records.advice import Advice
+from eigencache.records.probe import ProbeRecord
 from planted_sweeps import series, sweep
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from cli_process import error_of, run, shown
-from eigencache.codec.folder import CARD, TENSORS, load_codec
+from eigencache.codec.saved.folder import CARD, TENSORS, load_codec
 from eigencache.models.load import bundled_path
-from eigencache.quality import EvaluationRecord
+from eigencache.records.quality import EvaluationRecord
 from tiny_models import tiny
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_next_evaluation_fits_nothing_and_finds_the_same(saved: Path, tmp_path: Path) -> None:
     result = run("evaluate", "ref-llama", "--codec", saved / "kv24", *FEW, "-o", "e.json", folder=tmp_path)
     before, after = (EvaluationRecord.load(folder / "e.json") for folder in (saved, tmp_path))
-    assert "kv · head · pre-RoPE · frobenius · centred · 8 bit · rank 24" in after.ledgers
+    assert "kv · head · pre-RoPE · frobenius · centered · 8 bit · rank 24" in after.ledgers
     assert (after.likelihood, after.ledgers, after.calibration) == (before.likelihood, before.ledgers, before.calibration)
     assert "bytes of one sequence" in shown(result)
     assert "capturing" not in result.stderr
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_before_any_work(arguments: tuple[str, ...], words
     before = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
     result = run("evaluate", *arguments, *FEW, folder=saved)
     assert words in error_of(result)
-    assert "tokenising" not in result.stderr
+    assert "tokenizing" not in result.stderr
     assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == before
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import eigencache
 from cli_process import run, shown
-from eigencache.provenance import peak_memory_mb
+from eigencache.records.provenance import peak_memory_mb
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def test_a_terminal_of_any_encoding_gets_all_of_a_table(encoding: str, tmp_path:
     record = Path(__file__).parents[2] / "docs" / "leaderboard" / "ref-llama.json"
     code = (
         "import sys; from eigencache.cli.app import main\n"
-        "from eigencache.report.bench import frontier_table\nfrom eigencache.quality import BenchRecord\n"
+        "from eigencache.report.bench.tables import frontier_table\nfrom eigencache.records.quality import BenchRecord\n"
         "import eigencache.cli.score as score\n"
         "sys.argv = ['eigencache', '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"
@@ -46,5 +46,5 @@ def test_a_prompt_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 def test_memory_is_not_known_without_the_module_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_memory_mb() > 0
-    monkeypatch.setattr("eigencache.provenance.resource", None)
+    monkeypatch.setattr("eigencache.records.provenance.resource", None)
     assert peak_memory_mb() == 0

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Encoded, SixteenBit
-from eigencache.codec.pca import Group, Part, PCACodec
+from eigencache.codec.pca import Part, PCACodec, PCAGroup
 from eigencache.errors import CodecError
 from eigencache.spectral.moments import SecondOrder
 from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
@@ -33,15 +33,15 @@ def value_codec(scope: str, rank: int | None = None, bits: int = 16) -> PCACodec
     rows = lambda x: x.transpose(1, 2).flatten(2).flatten(0, 1)  # noqa: E731
     if scope == "head":
         groups = [
-            Group((Part(i, 1, (h, h + 1), DIM),), fitted(rows(x[:, h : h + 1])))
+            PCAGroup((Part(i, 1, (h, h + 1), DIM),), fitted(rows(x[:, h : h + 1])))
             for i, x in values.items()
             for h in range(HEADS)
         ]
     elif scope == "layer":
-        groups = [Group((Part(i, 1, (0, HEADS), DIM),), fitted(rows(x))) for i, x in values.items()]
+        groups = [PCAGroup((Part(i, 1, (0, HEADS), DIM),), fitted(rows(x))) for i, x in values.items()]
     else:
         parts = tuple(Part(i, 1, (0, HEADS), DIM) for i in values)
-        groups = [Group(parts, fitted(torch.cat([rows(x) for x in values.values()], -1)))]
+        groups = [PCAGroup(parts, fitted(torch.cat([rows(x) for x in values.values()], -1)))]
     codec = PCACodec("v", tuple(groups), {}, torch.float32, bits)  # type: ignore[arg-type]
     return codec if rank is None else codec.truncated(rank)
 
@@ -85,7 +85,7 @@ def test_keys_of_few_directions_before_rotation_survive_at_that_rank(pairing: Pa
     start = 11
     keys = rotate(before, rotation.angles(torch.arange(start, start + 300)), pairing)
     codec = PCACodec(
-        "k", (Group((Part(0, 0, (0, 1), DIM),), fitted(before[0, 0])),), {0: (0, rotation)}, torch.float32
+        "k", (PCAGroup((Part(0, 0, (0, 1), DIM),), fitted(before[0, 0])),), {0: (0, rotation)}, torch.float32
     ).truncated(2)
     given = {0: (keys, torch.zeros_like(keys))}
     right = codec.decode(codec.encode(given, start))[0][0]
@@ -97,7 +97,7 @@ def test_keys_of_few_directions_before_rotation_survive_at_that_rank(pairing: Pa
 def test_a_basis_that_groups_share_counts_once() -> None:
     transform = fitted(torch.randn(100, DIM))
     parts = [Part(0, 1, (h, h + 1), DIM) for h in range(HEADS)]
-    shared = PCACodec("v", tuple(Group((part,), transform) for part in parts), {}, torch.float32)
+    shared = PCACodec("v", tuple(PCAGroup((part,), transform) for part in parts), {}, torch.float32)
     assert shared.nbytes == transform.nbytes
     assert shared.truncated(3).nbytes == transform.truncated(3).nbytes
 

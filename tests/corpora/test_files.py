@@ -4,7 +4,8 @@ import pytest
 
 from eigencache.corpora import files
 from eigencache.corpora.files import file_format, name_of
-from eigencache.corpora.text import Document, read_text
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import Document
 from eigencache.errors import CorpusError
 
 

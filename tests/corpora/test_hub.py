@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from eigencache.corpora.hub import articles
-from eigencache.corpora.text import Document, read_text
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import Document
 from eigencache.errors import CorpusError
 
 WIKITEXT_ROWS = ["", " = A = \n", "", " First .\n", " = = Part = = \n", " Second .\n", "", " = Robert 2 = \n", " Third .\n"]

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from eigencache.corpora.text import Document, read_text
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import Document
 from eigencache.errors import CorpusError
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from eigencache.corpora import plain
 from eigencache.corpora.plain import NotTextError, cut_before, read_plain
-from eigencache.corpora.text import content_hash, read_text
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import content_hash
 from eigencache.errors import CorpusError
 
 

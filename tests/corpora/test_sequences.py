@@ -77,7 +77,7 @@ def test_a_continued_piece_is_preceded_by_nothing():
     assert concatenated(packed) == [ord(c) for c in "\1" + "a" * 20 + "b" * 20 + "\1" + "c" * 20]
 
 
-def test_tokenising_stops_when_there_are_enough_tokens():
+def test_tokenizing_stops_when_there_are_enough_tokens():
     read = []
 
     def start():
@@ -92,7 +92,7 @@ def test_tokenising_stops_when_there_are_enough_tokens():
     assert packed.corpus.tokens == 640
 
 
-def test_large_documents_are_tokenised_few_at_a_time(make_text):
+def test_large_documents_are_tokenized_few_at_a_time(make_text):
     tokenizer = Letters()
     pack(make_text(*(varied(150_000, seed) for seed in range(4))), tokenizer, tokens=160_000, max_length=1000)
     assert [len(call) for call in tokenizer.calls] == [2]

@@ -3,8 +3,8 @@ import sysconfig
 import pytest
 
 from eigencache.corpora import stdlib
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.stdlib import SPLITS, module_paths, split_of
-from eigencache.corpora.text import read_text
 from eigencache.errors import CorpusError
 
 

@@ -2,17 +2,8 @@ import hashlib
 
 import pytest
 
-from eigencache.corpora.text import (
-    CORPORA,
-    Document,
-    Documents,
-    NamedCorpus,
-    Text,
-    abridged,
-    content_hash,
-    corpus,
-    read_text,
-)
+from eigencache.corpora.resolve import read_text
+from eigencache.corpora.text import CORPORA, Document, Documents, NamedCorpus, Text, abridged, content_hash, corpus
 from eigencache.errors import CorpusError
 
 

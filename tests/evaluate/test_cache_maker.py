@@ -13,9 +13,9 @@ from eigencache.evaluate.likelihood import UNCOMPRESSED, score_through_cache
 from eigencache.evaluate.prefix import Prefix, Window, read_prefix
 from eigencache.evaluate.retrieval import score_examples
 from eigencache.evaluate.tasks import Example
-from eigencache.models.cache import plain_cache
-from eigencache.quality import Protocol
-from known import Identity, random_sequences, tiny_loaded
+from eigencache.models.caches.measuring_cache import plain_cache
+from eigencache.records.quality import ReadingProtocol
+from stub_codecs import Identity, random_sequences, tiny_loaded
 from tiny_models import token_ids
 
 
@@ -46,7 +46,7 @@ def test_codecs_are_no_cache_makers() -> None:
 
 def test_likelihood_scores_its_cache_and_asks_its_bytes_before_anything_is_read() -> None:
     codecs = {"same": SAME, "identity": Identity(), "ruined": RUINED}
-    for scored in score_through_cache(LLAMA, TEXT, codecs, Protocol(kind="prefix", length=12), batch_size=2):
+    for scored in score_through_cache(LLAMA, TEXT, codecs, ReadingProtocol(kind="prefix", length=12), batch_size=2):
         rows = len(scored.losses[UNCOMPRESSED])
         assert scored.losses["same"] == scored.losses["identity"]
         assert all(loss.kl > 1e-2 for loss in scored.losses["ruined"])
@@ -56,7 +56,7 @@ def test_likelihood_scores_its_cache_and_asks_its_bytes_before_anything_is_read(
 
 def test_it_is_scored_behind_whole_prefixes_only_and_has_no_window() -> None:
     with pytest.raises(CodecError, match="same is made of a whole prefix"):
-        list(score_through_cache(LLAMA, TEXT, {"same": SAME}, Protocol(kind="chunked", length=5)))
+        list(score_through_cache(LLAMA, TEXT, {"same": SAME}, ReadingProtocol(kind="chunked", length=5)))
     with pytest.raises(CodecError, match="scaled is a cache of its own: it cannot be given a window"):
         read_prefix(LLAMA, token_ids()[:, :8]).cache(SAME, Window(4))
 

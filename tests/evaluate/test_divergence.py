@@ -10,8 +10,8 @@ from eigencache.codec.base import SixteenBit
 from eigencache.errors import CorpusError, ModelError, NonFiniteError
 from eigencache.evaluate.divergence import cut_prompts, divergence, generate_greedily, measure_divergence
 from eigencache.evaluate.prefix import Window, read_prefix
-from eigencache.quality import Divergence
-from known import Identity, NaNs, Zeros, bundled, random_sequences, tiny_loaded
+from eigencache.records.quality import Divergence
+from stub_codecs import Identity, NaNs, Zeros, bundled, random_sequences, tiny_loaded
 
 
 def test_identity_never_parts_and_zeros_ruin() -> None:

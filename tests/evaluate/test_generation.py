@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from eigencache.codec.live import LiveCodec
+from eigencache.codec.live.codec import LiveCodec
 from eigencache.errors import CorpusError, ModelError
-from eigencache.evaluate.generation import Generated, _Stream, generate_text, parted_at
-from eigencache.models.compressed import CompressedCache
+from eigencache.evaluate.generation import _Stream, generate_text, parted_at
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import Goal, LiveGoal, fit_codec
+from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.load import LoadedModel
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import Goal, LiveGoal, fit_codec
-from known import bundled, random_sequences, tiny_loaded
+from eigencache.records.generation import Generated
+from stub_codecs import bundled, random_sequences, tiny_loaded
 
 pytestmark = pytest.mark.slow
 

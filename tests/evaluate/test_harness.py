@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from eigencache.codec.card import Expected
-from eigencache.codec.folder import load_codec, save_codec
+from eigencache.codec.saved.card import Expected
+from eigencache.codec.saved.folder import load_codec, save_codec
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import read_text
 from eigencache.errors import CodecError, ModelError
-from eigencache.provenance import Stopwatch
-from eigencache.studies.calibrate import Calibration, PCASettings
-from eigencache.studies.eigen_fit import EigenSettings, fit_eigen
-from eigencache.studies.fitting import eigen_fitting_of, fitting_of
-from known import Identity, Zeros, bundled
+from eigencache.fitting.eigen import EigenSettings, fit_eigen
+from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.provenance import eigen_fitting_of, fitting_of
+from eigencache.records.provenance import Stopwatch
+from stub_codecs import Identity, Zeros, bundled
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +126,7 @@ def test_a_context_that_is_too_long_loses_its_start() -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A codec of ref-llama that keeps half of every head's directions, in a folder."""
-    calibration = Calibration(
+    calibration = PCACalibration(
         bundled("ref-llama"), pack(read_text("stdlib"), bundled("ref-llama").tokenizer, tokens=4096, max_length=128)
     )
     codec = calibration.fit(PCASettings("kv")).truncated(16)

@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from eigencache.codec.base import Encoded, SixteenBit
 from eigencache.errors import CorpusError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import UNCOMPRESSED, compared, pieces, score_through_cache
-from eigencache.evaluate.summary import paired_interval, summarise
-from eigencache.quality import Protocol, SequenceLoss
-from known import Identity, NaNs, Zeros, random_sequences, tiny_loaded
+from eigencache.evaluate.summary import paired_interval, summarize
+from eigencache.records.quality import ReadingProtocol, SequenceLoss
+from stub_codecs import Identity, NaNs, Zeros, random_sequences, tiny_loaded
 
 pytestmark = pytest.mark.versions
 
 PROTOCOLS = [
-    Protocol(kind="prefix", length=12),
-    Protocol(kind="prefix", length=12, step=5),
-    Protocol(kind="chunked", length=5),
-    Protocol(kind="chunked", length=6, window=4, block=3),
+    ReadingProtocol(kind="prefix", length=12),
+    ReadingProtocol(kind="prefix", length=12, step=5),
+    ReadingProtocol(kind="chunked", length=5),
+    ReadingProtocol(kind="chunked", length=6, window=4, block=3),
 ]
 MODELS = ("gpt2", "llama", "gemma3_text", "deepseek_v2", "qwen3_next")
 
@@ -38,7 +38,7 @@ class Noise(Identity):
         return {i: (noisy(k), noisy(v)) for i, (k, v) in super().decode(encoded).items()}
 
 
-def totals(name: str, codecs: dict, protocol: Protocol, lengths=(24, 24, 24, 20)) -> dict[str, SequenceLoss]:
+def totals(name: str, codecs: dict, protocol: ReadingProtocol, lengths=(24, 24, 24, 20)) -> dict[str, SequenceLoss]:
     found: dict[str, list[SequenceLoss]] = {}
     for scored in score_through_cache(tiny_loaded(name), random_sequences(*lengths), codecs, protocol, batch_size=2):
         for codec, losses in scored.losses.items():
@@ -50,9 +50,9 @@ def totals(name: str, codecs: dict, protocol: Protocol, lengths=(24, 24, 24, 20)
     }
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=Protocol.describe)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=ReadingProtocol.describe)
 @pytest.mark.parametrize("name", MODELS)
-def test_identity_changes_nothing_and_zeros_ruin(name: str, protocol: Protocol) -> None:
+def test_identity_changes_nothing_and_zeros_ruin(name: str, protocol: ReadingProtocol) -> None:
     if name == "qwen3_next":
         with pytest.raises(UnsupportedArchitectureError, match="not keys and values"):
             totals(name, {"identity": Identity()}, protocol)
@@ -64,8 +64,8 @@ def test_identity_changes_nothing_and_zeros_ruin(name: str, protocol: Protocol) 
     assert scored["zeros"].kl / scored["zeros"].tokens > 1e-3
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=Protocol.describe)
-def test_the_uncompressed_score_is_that_of_a_plain_forward_pass(protocol: Protocol) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=ReadingProtocol.describe)
+def test_the_uncompressed_score_is_that_of_a_plain_forward_pass(protocol: ReadingProtocol) -> None:
     loaded, sequences = tiny_loaded("llama"), random_sequences(24, 24)
     losses = [loss for s in score_through_cache(loaded, sequences, {}, protocol) for loss in s.losses[UNCOMPRESSED]]
     for ids, loss in zip(sequences.ids, losses, strict=True):
@@ -89,12 +89,12 @@ def test_noise_costs_more_the_more_there_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "deepseek_v2"])
 def test_a_step_is_a_prefix_of_every_length_that_is_scored_up_to_the_next(name: str) -> None:
     loaded, sequences, codecs = tiny_loaded(name), random_sequences(24, 24), {"noise": Noise(share=0.3)}
-    step = Protocol(kind="prefix", length=12, step=5)
+    step = ReadingProtocol(kind="prefix", length=12, step=5)
     (stepped,) = score_through_cache(loaded, sequences, codecs, step)
     sums, tokens = np.zeros((2, 2)), 0
     for start, stop in ((12, 17), (17, 22), (22, 23)):
         text = replace(sequences, ids=[ids[: stop + 1] for ids in sequences.ids])
-        (once,) = score_through_cache(loaded, text, codecs, Protocol(kind="prefix", length=start))
+        (once,) = score_through_cache(loaded, text, codecs, ReadingProtocol(kind="prefix", length=start))
         sums += [[loss.nll, loss.kl] for loss in once.losses["noise"]]
         tokens += once.losses["noise"][0].tokens
     losses = stepped.losses["noise"]
@@ -105,7 +105,7 @@ def test_a_step_is_a_prefix_of_every_length_that_is_scored_up_to_the_next(name: 
 
 def test_what_is_held_is_counted_over_all_rows() -> None:
     (scored,) = score_through_cache(
-        tiny_loaded("llama"), random_sequences(24, 24), {"16": SixteenBit()}, Protocol(kind="prefix", length=12)
+        tiny_loaded("llama"), random_sequences(24, 24), {"16": SixteenBit()}, ReadingProtocol(kind="prefix", length=12)
     )
     per_token = 3 * 2 * 2 * 16 * 2  # layers, slots, KV heads, head_dim, bytes
     assert scored.held["16"] == (2 * 12, 2 * 12 * per_token)
@@ -158,7 +158,7 @@ def losses(values: np.ndarray) -> list[SequenceLoss]:
 def test_a_summary_adds_up_and_its_interval_holds_the_truth() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(30, 5, 200)
-    quality = summarise(
+    quality = summarize(
         "c",
         losses(base + rng.normal(0.2, 0.5, 200)),
         losses(base),
@@ -185,6 +185,6 @@ def test_few_sequences_have_no_interval() -> None:
 def test_more_tokens_than_the_model_has_positions_are_refused():
     loaded = tiny_loaded("gpt2")
     positions = loaded.model.config.max_position_embeddings
-    scored = score_through_cache(loaded, random_sequences(positions + 8), {}, Protocol(kind="prefix", length=8))
+    scored = score_through_cache(loaded, random_sequences(positions + 8), {}, ReadingProtocol(kind="prefix", length=8))
     with pytest.raises(ModelError, match=f"{positions} positions"):
         next(scored)

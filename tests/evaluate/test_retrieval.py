@@ -10,8 +10,8 @@ from eigencache.evaluate.divergence import generate_greedily
 from eigencache.evaluate.prefix import Window, read_prefix
 from eigencache.evaluate.retrieval import evaluate_retrieval, score_examples, wilson_interval
 from eigencache.evaluate.tasks import Example, examples, vocabulary
-from eigencache.quality import Retrieval
-from known import Identity, Zeros, bundled, tiny_loaded
+from eigencache.records.quality import Retrieval
+from stub_codecs import Identity, Zeros, bundled, tiny_loaded
 
 CODECS = {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()}
 

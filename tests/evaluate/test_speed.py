@@ -8,10 +8,11 @@ from transformers import DeepseekV2Config, LlamaConfig
 
 from eigencache.errors import ModelError
 from eigencache.evaluate import speed
-from eigencache.evaluate.speed import SpeedRecord, SpeedSettings, cache_nbytes, in_turn, limits, measure_speed
-from eigencache.models import random_model
-from eigencache.models.compressed import CompressedCache
-from eigencache.models.random_model import RATES, filled_caches, noise_codec, stored_shapes
+from eigencache.evaluate.speed import SpeedSettings, cache_nbytes, in_turn, limits, measure_speed
+from eigencache.models import synthetic
+from eigencache.models.live_cache.cache import CompressedCache
+from eigencache.models.synthetic import RATES, filled_caches, noise_codec, stored_shapes
+from eigencache.records.speed import SpeedRecord
 from eigencache.report.speed import plot_roofline, speed_tables, write_speed
 
 pytestmark = pytest.mark.slow
@@ -36,13 +37,13 @@ def small_deepseek(layers: int, positions: int) -> DeepseekV2Config:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_model, "_CONFIGS", {"llama": small_llama, "deepseek": small_deepseek})
+    monkeypatch.setattr(synthetic, "_CONFIGS", {"llama": small_llama, "deepseek": small_deepseek})
     monkeypatch.setattr(speed, "_COPIED", 2**20)
     monkeypatch.setattr(speed, "_PRODUCT_ON_CPU", 64)
 
 
 def caches(name: str, tokens: int = 200, batch: int = 2) -> tuple[Any, dict[str, Any]]:
-    model = random_model.random_model(name, 2, 512, dtype=torch.bfloat16)
+    model = synthetic.random_model(name, 2, 512, dtype=torch.bfloat16)
     return model, dict(filled_caches(model, tokens, batch, (3.125, 8.0), quantized=False))
 
 
@@ -70,7 +71,7 @@ def test_bytes_are_those_of_storages_whatever_the_cache() -> None:
 
 @pytest.mark.parametrize("bits", RATES)
 def test_widths_of_noise_take_the_bits_they_are_named_after(bits: float) -> None:
-    model = random_model.random_model("llama", 1, 512, dtype=torch.float32)
+    model = synthetic.random_model("llama", 1, 512, dtype=torch.float32)
     codec = noise_codec(stored_shapes(model), bits, torch.float32)
     assert codec.bits_per_value == bits
     x = torch.randn(1, 2, 640, 64)
@@ -80,8 +81,8 @@ def test_widths_of_noise_take_the_bits_they_are_named_after(bits: float) -> None
 
 
 @pytest.mark.parametrize("bits", RATES)
-def test_neighbouring_bundles_have_unlike_widths_and_means_that_turn_change_nothing_that_is_read(bits: float) -> None:
-    shapes: random_model.Shapes = [((5, 128), (5, 128))]
+def test_neighboring_bundles_have_unlike_widths_and_means_that_turn_change_nothing_that_is_read(bits: float) -> None:
+    shapes: synthetic.Shapes = [((5, 128), (5, 128))]
     codec = noise_codec(shapes, bits, torch.float32, turning=True)
     keys, values = codec.layers[0]
     assert codec.sinks == 4 and codec.bits_per_value == bits and values.turning is None
@@ -95,8 +96,8 @@ def test_neighbouring_bundles_have_unlike_widths_and_means_that_turn_change_noth
 
 
 def test_a_prompt_in_chunks_is_read_whole() -> None:
-    model, made = random_model.random_model("llama", 1, 512, dtype=torch.bfloat16), []
-    make = lambda: made.append(random_model.DynamicCache(config=model.config)) or made[-1]  # noqa: E731
+    model, made = synthetic.random_model("llama", 1, 512, dtype=torch.bfloat16), []
+    make = lambda: made.append(synthetic.DynamicCache(config=model.config)) or made[-1]  # noqa: E731
     for chunk in (40, 96):
         speed._read(model.model, torch.zeros(1, 96, dtype=torch.int64), chunk, make)
     assert [cache.get_seq_length() for cache in made] == [96, 96]
@@ -115,7 +116,7 @@ def test_other_bits_and_geometries_are_refused() -> None:
     with pytest.raises(ModelError, match=r"3 bits: widths are known for 2\.5, 3\.125, 4, 8"):
         noise_codec([((1, 64), (1, 64))], 3.0, torch.float32)
     with pytest.raises(ModelError, match="gpt-5: no geometry of that name: there are "):
-        random_model.random_model("gpt-5", 1, 64, dtype=torch.float32)
+        synthetic.random_model("gpt-5", 1, 64, dtype=torch.float32)
 
 
 def test_all_run_once_in_every_repeat_in_orders_that_change() -> None:
@@ -134,7 +135,7 @@ def test_all_run_once_in_every_repeat_in_orders_that_change() -> None:
 def test_all_ways_to_attend_give_the_same_over_the_same_cache() -> None:
     """8 bits and 16 bits: peers differ in speed, not in what they compute."""
     _, found = caches("llama")
-    model = random_model.random_model("llama", 2, 512, dtype=torch.float32)
+    model = synthetic.random_model("llama", 2, 512, dtype=torch.float32)
     plain = found["DynamicCache"]
     works, nbytes = speed._attention(model, {"DynamicCache": plain})
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 
 from eigencache.errors import CorpusError, TokenizerMismatchError
 from eigencache.evaluate.tasks import HOPS, TASKS, Example, Vocabulary, examples, task, vocabulary
-from known import bundled
+from stub_codecs import bundled
 
 LENGTH = 160
 NAMES = ("copy", "induction", "recall", "needle", "variable tracking", "common words")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from eigencache.codec import container as codec
+from eigencache.codec.eigen import container as codec
 from eigencache.errors import CodecError, ContainerChecksumError
 
 RIGHT = "right answer"
@@ -191,7 +191,7 @@ def run_atheris(arguments: list[str]) -> None:
         import atheris
     except ImportError:
         sys.exit("--atheris needs atheris: pip install atheris, or run --mutations, which needs nothing")
-    with atheris.instrument_imports(include=["eigencache.codec.container"]):
+    with atheris.instrument_imports(include=["eigencache.codec.eigen.container"]):
         importlib.reload(codec)
     counts = Counter[str]()
 

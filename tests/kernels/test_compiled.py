@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from eigencache.errors import CodecError
-from eigencache.kernels import compiled, packed, packed_vnni
+from eigencache.kernels import compiled
 from eigencache.kernels.compiled import CompilationError
-from eigencache.kernels.packed import packed_backend
+from eigencache.kernels.packed import backend as packed
+from eigencache.kernels.packed import vnni
+from eigencache.kernels.packed.backend import packed_backend
 
 FLAGS, LIBRARIES = ("-O1", "-shared", "-fPIC"), ("-lm",)
 
@@ -142,7 +144,7 @@ def test_an_undefined_symbol_is_found_when_the_library_is_loaded(sources) -> Non
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """What was found out before is found out again, before and after the test."""
-    caches = packed_vnni.unavailable, packed_vnni._library
+    caches = vnni.unavailable, vnni._library
     for one in caches:
         one.cache_clear()
     yield
@@ -151,7 +153,7 @@ def fresh() -> Iterator[None]:
 
 
 def test_the_portable_code_is_used_after_one_warning_that_gives_the_reason(fresh, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(packed_vnni, "_FEATURES", ())
+    monkeypatch.setattr(vnni, "_FEATURES", ())
     monkeypatch.setenv("CC", "/bin/false")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     with caplog.at_level(logging.WARNING):
@@ -163,7 +165,7 @@ def test_the_portable_code_is_used_after_one_warning_that_gives_the_reason(fresh
 
 
 def test_a_cpu_without_the_instructions_is_no_fault_but_refuses_the_name(fresh, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(packed_vnni, "_FEATURES", ("avx512vnni", "of the future"))
+    monkeypatch.setattr(vnni, "_FEATURES", ("avx512vnni", "of the future"))
     assert packed_backend(torch.ones(1), 1).name == "cpu" and not caplog.records
     with pytest.raises(CodecError, match=r"backend vnni: this CPU has no .*of the future"):
         packed_backend(torch.ones(1), 1, "vnni")
@@ -183,7 +185,7 @@ def test_a_backend_asked_for_by_name_is_used_or_refused() -> None:
 
 def test_addresses_keep_what_they_are_of_alive() -> None:
     widths = (packed.Widths(8, 16, 8),)
-    codes = packed_vnni._described(torch.zeros(1, 2, widths[0].nbytes, dtype=torch.uint8), widths)
+    codes = vnni._described(torch.zeros(1, 2, widths[0].nbytes, dtype=torch.uint8), widths)
     blocks, bundles = codes.owners
     assert (codes.data, codes.bundles) == (blocks.data_ptr(), bundles.data_ptr())
     assert isinstance(codes, ctypes.Structure)

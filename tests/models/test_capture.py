@@ -17,7 +17,7 @@ from tiny_models import MLA_NAMES, NO_CACHE_NAMES, NO_ROTATION_NAMES, NOT_BUILDA
 pytestmark = pytest.mark.versions
 
 LENGTH = 24
-# Keys that are normalised after rotation, scaled before it by the layer's own code, or rotated inside the layer:
+# Keys that are normalized after rotation, scaled before it by the layer's own code, or rotated inside the layer:
 # no reading of a projection reproduces the cache there, so they are captured after rotation alone.
 AFTER_ROTATION_ONLY = {"gptj", "codegen", "hunyuan_v1_dense", "llama4_text", "falcon_h1", "recurrent_gemma", "nanochat"}
 AFTER_ROTATION_ONLY |= {"zamba2_adapter"}

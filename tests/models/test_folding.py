@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from eigencache.errors import CodecError, UnsupportedArchitectureError
+from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.geometry import geometry_from_config
 from eigencache.models.folding import coefficient_cache, folded
 from eigencache.models.load import LoadedModel
-from eigencache.studies.calibrate import Calibration, PCASettings
-from known import random_sequences
+from stub_codecs import random_sequences
 from tiny_models import tiny, token_ids
 
 STANDARD = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox", "olmo2")
 LATENT = ("deepseek_v2", "deepseek_v3")
-_CALIBRATED: dict[str, Calibration] = {}
+_CALIBRATED: dict[str, PCACalibration] = {}
 
 
-def calibrated(name: str) -> Calibration:
+def calibrated(name: str) -> PCACalibration:
     if name not in _CALIBRATED:
         model = tiny(name)
         loaded = LoadedModel(name, model, None, geometry_from_config(model.config))  # type: ignore[arg-type]
-        _CALIBRATED[name] = Calibration(loaded, random_sequences(*(64,) * 24), scopes=("head", "layer"))
+        _CALIBRATED[name] = PCACalibration(loaded, random_sequences(*(64,) * 24), scopes=("head", "layer"))
     return _CALIBRATED[name]
 
 

@@ -15,7 +15,7 @@ from eigencache.errors import CodecError
 from eigencache.models import identity
 from eigencache.models.identity import _sample, fingerprint, fingerprint_before, known_fingerprint, state_of
 from eigencache.models.load import bundled_path
-from known import bundled
+from stub_codecs import bundled
 from tiny_models import tiny
 
 
@@ -121,7 +121,7 @@ def test_a_codec_in_memory_is_refused_for_a_model_that_changed_and_taken_again_w
                 codec.require_model(model)
 
 
-def test_codecs_saved_before_are_recognised(model) -> None:
+def test_codecs_saved_before_are_recognized(model) -> None:
     assert fingerprint_before(model) == fingerprint_before(tiny("llama")) != fingerprint(model)
 
 

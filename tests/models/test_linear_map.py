@@ -10,18 +10,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from eigencache import CompressedCache
+from eigencache.calibration.attention_metric import attention_metrics
 from eigencache.errors import UnsupportedArchitectureError
+from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.token_predictor import vocabulary
 from eigencache.models.folding import coefficient_cache, folded
 from eigencache.models.key_bias import key_biases
 from eigencache.models.linear_map import bias_of, is_plain, linear_map
 from eigencache.models.load import LoadedModel, with_evidence
 from eigencache.models.residual import find_sites, weight_rows
-from eigencache.models.rotation import rotations_of
-from eigencache.studies.attention_metric import attention_metrics
-from eigencache.studies.calibrate import Calibration, PCASettings
-from eigencache.studies.text_prediction import vocabulary
-from known import random_sequences, tiny_loaded
+from eigencache.models.rope_detection import rotations_of
 from live_codecs import fine_codec, long_ids, long_model
+from stub_codecs import random_sequences, tiny_loaded
 from tiny_models import token_ids
 
 
@@ -243,7 +243,7 @@ def test_folding_keeps_adapters(name: str, place: str, target: str) -> None:
     shift = {} if name == "deepseek_v2" else {"shift": 0.25}
     loaded = both(name, place, **shift)[0]
     model, ids = loaded.model, token_ids()
-    codec = Calibration(loaded, random_sequences(*(64,) * 8), scopes=("head",)).fit(PCASettings(target, frame="post"))  # type: ignore[arg-type]
+    codec = PCACalibration(loaded, random_sequences(*(64,) * 8), scopes=("head",)).fit(PCASettings(target, frame="post"))  # type: ignore[arg-type]
     run = lambda cache: model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # noqa: E731
     expected = run(coefficient_cache(model, codec, decoded=True))
     with folded(model, loaded.geometry, codec) as cache:

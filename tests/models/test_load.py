@@ -13,7 +13,7 @@ from eigencache import Probe, probe
 from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.models.identity import fingerprint
 from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, load
-from known import tiny_loaded
+from stub_codecs import tiny_loaded
 from tiny_models import tiny
 
 pytestmark = pytest.mark.slow

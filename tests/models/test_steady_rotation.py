@@ -10,18 +10,18 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from eigencache.api import CacheCodec
+from eigencache.calibration.calibration_set import CalibrationSet, calibration_length
 from eigencache.errors import CodecError, StatisticsError
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import Goal, fit_codec
+from eigencache.fitting.live import fit_live
+from eigencache.fitting.pca import PCACalibration
 from eigencache.geometry import geometry_from_config
-from eigencache.models.compressed import CompressedCache
+from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.load import LoadedModel
-from eigencache.models.rotation import rotations_of, steady_tokens
-from eigencache.studies.calibrate import Calibration
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import Goal, fit_codec
-from eigencache.studies.live_fit import fit_live
-from eigencache.studies.source import Source, calibration_length
-from known import random_sequences, tiny_loaded
+from eigencache.models.rope_detection import rotations_of, steady_tokens
 from live_codecs import cached_by, fine_codec, long_ids, long_model
+from stub_codecs import random_sequences, tiny_loaded
 from tiny_models import DEFAULT, GQA, LONGROPE, built, tiny
 
 pytestmark = pytest.mark.versions
@@ -91,7 +91,7 @@ def test_the_shortest_of_several_kinds_of_layers_counts() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> None:
     one, longer = loaded(kind), random_sequences(*[SWITCH + 1] * 20)
-    for study in (Source, Calibration):
+    for study in (CalibrationSet, PCACalibration):
         with pytest.raises(StatisticsError, match=f"41 tokens: in texts of over 40 {kind} .*`max_length` 40"):
             study(one, longer)
     assert calibration_length(one) == SWITCH
@@ -141,6 +141,6 @@ def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplo
 
 def test_a_fit_says_for_how_many_positions_it_is() -> None:
     sequences = random_sequences(*[32] * 64)
-    assert fit_live(Source(tiny_loaded("gpt2"), sequences)).at_bits(8).reach == 32  # learned: those that it saw
+    assert fit_live(CalibrationSet(tiny_loaded("gpt2"), sequences)).at_bits(8).reach == 32  # learned: those that it saw
     llama = tiny_loaded("llama")
-    assert fit_live(Source(llama, sequences)).at_bits(8).reach == llama.model.config.max_position_embeddings
+    assert fit_live(CalibrationSet(llama, sequences)).at_bits(8).reach == llama.model.config.max_position_embeddings

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from eigencache.geometry import MLA, Frame, Kind, KVGeometry, Layer, Rope, tensor_name
-from eigencache.records import ClassicRow, Corpus, FrameComparison, Model, ProbeRecord, Run, Scope, Spectrum
+from eigencache.records.base import Scope
+from eigencache.records.probe import ClassicRow, FrameComparison, ProbeRecord, Spectrum
+from eigencache.records.run import Corpus, Model, Run
 
 Array = np.ndarray
 SEQUENCES = 16
@@ -27,11 +29,11 @@ def _entropy(weights: Array) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def _held_out(x: Array, centred: bool) -> dict[int, float]:
+def _held_out(x: Array, centered: bool) -> dict[int, float]:
     """Basis from the even sequences, energy on the odd ones; x [sequences, tokens, p]."""
     width = x.shape[-1]
     halves = [x[start::2].reshape(-1, width) for start in (0, 1)]
-    if centred:
+    if centered:
         halves = [half - halves[0].mean(0) for half in halves]
     basis = np.linalg.eigh(halves[0].T @ halves[0])[1][:, ::-1]
     energies = np.square(halves[1] @ basis).sum(0)
@@ -39,14 +41,14 @@ def _held_out(x: Array, centred: bool) -> dict[int, float]:
 
 
 def spectrum(
-    x: Array, kind: Kind, frame: Frame, scope: Scope, layer_idx: int | None, head: int | None, centred: bool = True
+    x: Array, kind: Kind, frame: Frame, scope: Scope, layer_idx: int | None, head: int | None, centered: bool = True
 ) -> Spectrum:
     """Every statistic of x [sequences, tokens, p], with None where less than one vector per dimension stands behind it."""
     width, vectors = x.shape[-1], x.shape[0] * x.shape[1]
     flat = x.reshape(vectors, width)
     mean = flat.mean(0)
-    centre = flat - mean if centred else flat
-    moment = centre.T @ centre / vectors
+    center = flat - mean if centered else flat
+    moment = center.T @ center / vectors
     eigenvalues = np.clip(np.linalg.eigvalsh(moment)[::-1], 0, None)
     distinct = len(np.unique(flat[:, 0].round(9)))
     support = min(0.6 * vectors, distinct) / width
@@ -62,7 +64,7 @@ def spectrum(
         kind=kind,
         frame=frame,
         scope=scope,
-        centred=centred,
+        centered=centered,
         width=width,
         vectors=vectors,
         effective_vectors=0.6 * vectors if len(x) > 2 else None,
@@ -70,7 +72,7 @@ def spectrum(
         support=support,
         eigenvalues=eigenvalues.tolist(),
         energy={k: float(eigenvalues[:k].sum() / eigenvalues.sum()) for k in _points(width)},
-        held_out_energy=_held_out(x, centred) if told else None,
+        held_out_energy=_held_out(x, centered) if told else None,
         rank_90=_rank(eigenvalues, 0.9) if told else None,
         rank_95=_rank(eigenvalues, 0.95) if told else None,
         rank_99=_rank(eigenvalues, 0.99) if told else None,
@@ -116,10 +118,10 @@ def rotate(x: Array) -> Array:
 
 
 def _spectra(x: Array, kind: Kind, frame: Frame, layer_idx: int) -> list[Spectrum]:
-    """Scopes head and layer of x [sequences, tokens, heads, dim]; scope layer uncentred too."""
+    """Scopes head and layer of x [sequences, tokens, heads, dim]; scope layer uncentered too."""
     heads = [spectrum(x[:, :, h], kind, frame, "head", layer_idx, h) for h in range(x.shape[2])] if x.shape[2] > 1 else []
     joined = x.reshape(*x.shape[:2], -1)
-    layer = [spectrum(joined, kind, frame, "layer", layer_idx, None, centred) for centred in (True, False)]
+    layer = [spectrum(joined, kind, frame, "layer", layer_idx, None, centered) for centered in (True, False)]
     return [*heads, *layer]
 
 
@@ -158,7 +160,7 @@ def _frame(pre: Array, post: Array, kind: str, layer_idx: int) -> FrameCompariso
         kind=kind,
         spread_post_rope=float(post.std(0).max() / post.std(0).min()),
         spread_pre_rope=float(pre.std(0).max() / pre.std(0).min()),
-        spread_pre_rope_uncentred=float(rms.max() / rms.min()),
+        spread_pre_rope_uncentered=float(rms.max() / rms.min()),
         variance_post_rope=variance_post,
         variance_pre_rope=variance_pre,
         rotated_mean_share=(variance_post - variance_pre) / variance_post,
@@ -340,11 +342,11 @@ def all_records(gqa: ProbeRecord, mha: ProbeRecord, mla: ProbeRecord, scarce: Pr
 
 @pytest.fixture
 def edited() -> Callable[..., ProbeRecord]:
-    """A function that changes the centred layer spectra of one tensor: edited(record, "values", support=3.0)."""
+    """A function that changes the centered layer spectra of one tensor: edited(record, "values", support=3.0)."""
 
     def edit(record: ProbeRecord, name: str, **changes: object) -> ProbeRecord:
         def changed(s: Spectrum) -> Spectrum:
-            hit = tensor_name(s.kind, s.frame) == name and s.scope == "layer" and s.centred
+            hit = tensor_name(s.kind, s.frame) == name and s.scope == "layer" and s.centered
             return s.model_copy(update=changes) if hit else s
 
         return record.model_copy(update={"spectra": [changed(s) for s in record.spectra]})

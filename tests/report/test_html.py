@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eigencache.advice import ReportRecord
+from eigencache.records.advice import ReportRecord
 from eigencache.report.html import page, write_report
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

@@ -7,11 +7,11 @@ import functools
 import numpy as np
 import pytest
 import torch
-from simulated import MANY, PLACE, autoregressive, measured, moments_of, white
 
-from eigencache.records import Spectrum
+from eigencache.records.probe import Spectrum
 from eigencache.spectral import spectrum as sp
 from eigencache.spectral.measure import REPLICATES, measure
+from simulated import MANY, PLACE, autoregressive, measured, moments_of, white
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +130,7 @@ def test_empty_groups_are_not_resampled() -> None:
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others() -> None:
     moments = moments_of(white(0, 32, 50, 6))
     first, again, other = (
-        measure(PLACE, moments, centred=True, distinct_contexts=MANY, seed=seed).intervals for seed in (1, 1, 2)
+        measure(PLACE, moments, centered=True, distinct_contexts=MANY, seed=seed).intervals for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other

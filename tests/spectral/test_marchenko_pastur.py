@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simulated import autoregressive, measured, white
 
 from eigencache.spectral import spectrum as sp
+from simulated import autoregressive, measured, white
 
 ASPECTS = [0.004, 0.05, 0.3, 1.0, 2.0, 8.0]
 aspects = pytest.mark.parametrize("aspect", ASPECTS)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from simulated import MANY, PLACE, measured, moments_of, planted, white
 
 from eigencache.spectral.measure import measure, measure_both
 from eigencache.spectral.moments import Moments
+from simulated import MANY, PLACE, measured, moments_of, planted, white
 
 RANKS = (
     "rank_90",
@@ -110,8 +110,8 @@ def test_halves_agree_on_planted_directions_and_by_chance_alone_on_noise() -> No
 def test_vectors_mean_and_raw_spread_are_those_of_numpy() -> None:
     data = white(0, 16, 40, 6) * np.array([1, 2, 3, 1, 1, 5]) + np.array([0, 0, 7, 0, 1, 0])
     flat = data.reshape(-1, 6)
-    for centred, deviations in ((True, flat.std(0)), (False, np.sqrt((flat**2).mean(0)))):
-        spectrum = measured(data, centred=centred)
+    for centered, deviations in ((True, flat.std(0)), (False, np.sqrt((flat**2).mean(0)))):
+        spectrum = measured(data, centered=centered)
         assert spectrum.vectors == len(flat)
         assert spectrum.mean_norm == pytest.approx(np.linalg.norm(flat.mean(0)))
         assert spectrum.mean_share == pytest.approx((flat.mean(0) ** 2).sum() / (flat**2).sum(1).mean())
@@ -120,23 +120,23 @@ def test_vectors_mean_and_raw_spread_are_those_of_numpy() -> None:
         assert sum(spectrum.eigenvalues) == pytest.approx((deviations**2).sum())
 
 
-def test_an_uncentred_spectrum_has_the_mean_as_a_direction_and_no_null_halves_or_intervals() -> None:
+def test_an_uncentered_spectrum_has_the_mean_as_a_direction_and_no_null_halves_or_intervals() -> None:
     data = white(0, 16, 40, 6) + 100
-    centred, uncentred = (measured(data, centred=choice) for choice in (True, False))
-    assert (centred.rank_90, uncentred.rank_90) == (6, 1)
-    assert uncentred.effective_vectors == centred.effective_vectors
+    centered, uncentered = (measured(data, centered=choice) for choice in (True, False))
+    assert (centered.rank_90, uncentered.rank_90) == (6, 1)
+    assert uncentered.effective_vectors == centered.effective_vectors
     for field in ("held_out_energy", "split_half", "null_edge", "null_eigenvalues", "above_null"):
-        assert getattr(centred, field) is not None
-        assert getattr(uncentred, field) is None
-    assert centred.intervals
-    assert not uncentred.intervals
+        assert getattr(centered, field) is not None
+        assert getattr(uncentered, field) is None
+    assert centered.intervals
+    assert not uncentered.intervals
 
 
-def test_measuring_both_centrings_at_once_gives_the_same_two_spectra() -> None:
+def test_measuring_both_centerings_at_once_gives_the_same_two_spectra() -> None:
     moments = moments_of(white(0, 16, 40, 6) * np.geomspace(3, 0.1, 6) + 2)
     options = {"distinct_contexts": 500, "at_most": 300.0, "seed": 4}
     assert measure_both(PLACE, moments, **options) == tuple(
-        measure(PLACE, moments, centred=centred, **options) for centred in (True, False)
+        measure(PLACE, moments, centered=centered, **options) for centered in (True, False)
     )
 
 
@@ -149,10 +149,10 @@ def test_the_condition_number_of_data_in_a_subspace_is_infinite_in_either_precis
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("value", "centred"), [(0.1, True), (0.0, True), (0.0, False)])
-def test_constant_vectors_are_refused_and_nothing_is_nan(dtype: type, value: float, centred: bool) -> None:
+@pytest.mark.parametrize(("value", "centered"), [(0.1, True), (0.0, True), (0.0, False)])
+def test_constant_vectors_are_refused_and_nothing_is_nan(dtype: type, value: float, centered: bool) -> None:
     data = (value * np.ones((9, 11, 3)) * np.array([1, -3, 7])).astype(dtype)
-    spectrum = measured(data, centred=centred)
+    spectrum = measured(data, centered=centered)
     assert spectrum.refusals[-1] == "every vector is the same: there is no spectrum"
     assert spectrum.energy == {}
     assert all(getattr(spectrum, name) is None for name in (*RANKS, *TAIL, "effective_vectors", "held_out_energy"))
@@ -164,7 +164,7 @@ def test_constant_vectors_are_refused_and_nothing_is_nan(dtype: type, value: flo
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_halves_need_two_folds_that_hold_something(sequences: int) -> None:
     moments = moments_of(white(0, sequences, 500, 3), folds=4)
-    spectrum = measure(PLACE, moments, centred=True, distinct_contexts=MANY)
+    spectrum = measure(PLACE, moments, centered=True, distinct_contexts=MANY)
     assert (spectrum.held_out_energy is not None) == (sequences == 2)
     assert (spectrum.split_half is not None) == (sequences == 2)
 
@@ -175,7 +175,7 @@ def test_halves_are_made_of_the_folds_that_hold_something(filled: tuple[int, int
     moments = Moments(3, folds=4)
     for fold, sequence in zip(filled, data, strict=True):
         moments.update(torch.from_numpy(sequence).unsqueeze(1), fold=fold)
-    spectrum = measure(PLACE, moments, centred=True, distinct_contexts=MANY)
+    spectrum = measure(PLACE, moments, centered=True, distinct_contexts=MANY)
     assert spectrum.held_out_energy == pytest.approx(measured(data, folds=2).held_out_energy)
 
 

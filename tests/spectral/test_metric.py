@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eigencache.errors import StatisticsError
-from eigencache.spectral.metric import block_diagonal, lag_averaged, regularised, roots
+from eigencache.spectral.metric import block_diagonal, lag_averaged, regularized, roots
 from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
 
 DIM = 10
@@ -29,13 +29,13 @@ def test_roots_are_inverse_to_each_other_and_square_to_the_metric() -> None:
 def test_a_singular_metric_becomes_positive_definite_by_a_share_of_its_trace() -> None:
     singular = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     expected = singular + 1e-3 * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(regularised(singular, 1e-3), expected)
+    torch.testing.assert_close(regularized(singular, 1e-3), expected)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 2), torch.full((2, 2), torch.nan)])
 def test_a_metric_that_weighs_nothing_is_refused(bad: torch.Tensor) -> None:
     with pytest.raises(StatisticsError, match="weighs nothing"):
-        regularised(bad.double())
+        regularized(bad.double())
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)

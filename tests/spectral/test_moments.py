@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import repeatable
 
 from eigencache.errors import StatisticsError
 from eigencache.spectral.moments import Moments
+from simulated import repeatable
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 UNEQUAL = (1, 40, 7, 300, 2, 150)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigencache.spectral.moments import SecondOrder
-from eigencache.spectral.operator import analyse, kept_shares, operator_transform
+from eigencache.spectral.operator import analyze, kept_shares, operator_transform
 from eigencache.spectral.transform import Transform, fit_transform
 
 
@@ -30,7 +30,7 @@ def residual(width: int, rank: int, scale: float, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("width", [7, 64])
 def test_the_identity_has_energy_r_over_p_at_every_rank_whatever_the_vectors(width: int) -> None:
     pca = pca_of(covariance(width, 0))
-    found = analyse(3, torch.eye(width, dtype=torch.float64), pca, pca, list(range(1, width + 1)))
+    found = analyze(3, torch.eye(width, dtype=torch.float64), pca, pca, list(range(1, width + 1)))
     assert found.energy == pytest.approx({r: r / width for r in range(1, width + 1)}, rel=1e-12)
     assert (found.layer_idx, found.unit_gains, found.distance) == (3, width, 0)
     assert found.condition_number == pytest.approx(1)
@@ -44,7 +44,7 @@ def test_the_identity_has_energy_r_over_p_at_every_rank_whatever_the_vectors(wid
 def test_energy_lies_between_the_bounds_of_the_distance_and_most_gains_are_1(width, rank, scale, seed) -> None:
     m = residual(width, rank, scale, seed)
     pca = pca_of(covariance(width, seed))
-    found = analyse(0, torch.from_numpy(m), pca, pca, list(range(1, width + 1)))
+    found = analyze(0, torch.from_numpy(m), pca, pca, list(range(1, width + 1)))
     assert found.unit_gains >= width - 2 * rank  # MᵀM − I has at most rank 2k
     change = np.linalg.norm(m - np.eye(width), 2)
     if change < 1:  # every gain within 1 ± ε
@@ -59,7 +59,7 @@ def test_a_planted_direction_on_the_identity_is_told_apart() -> None:
     width, u = 16, np.full(16, 0.25)
     m = np.eye(width) + 9 * np.outer(u, u)
     pca = pca_of(covariance(width, 1))
-    found = analyse(0, torch.from_numpy(m), pca, pca, [4])
+    found = analyze(0, torch.from_numpy(m), pca, pca, [4])
     assert found.singular_values == pytest.approx([10.0] + [1.0] * 15)
     assert found.unit_gains == 15
     assert found.condition_number == pytest.approx(10)
@@ -71,7 +71,7 @@ def test_a_planted_direction_on_the_identity_is_told_apart() -> None:
 def test_a_singular_operator_has_an_infinite_condition_number() -> None:
     u = np.eye(8)[0]
     pca = pca_of(covariance(8, 1))
-    assert analyse(0, torch.from_numpy(np.eye(8) - np.outer(u, u)), pca, pca, []).condition_number == float("inf")
+    assert analyze(0, torch.from_numpy(np.eye(8) - np.outer(u, u)), pca, pca, []).condition_number == float("inf")
 
 
 @settings(max_examples=25, deadline=None)

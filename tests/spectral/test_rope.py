@@ -42,10 +42,8 @@ def angles(rotary_dim: int = DIM, factor: float = 1.0, dtype: torch.dtype = torc
 def places(pairing: Pairing, rotary_dim: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Where the two numbers of every pair are read and where they are written."""
     halves = [(i, i + rotary_dim // 2) for i in range(rotary_dim // 2)]
-    neighbours = [(2 * i, 2 * i + 1) for i in range(rotary_dim // 2)]
-    read, written = {"half": (halves, halves), "interleaved": (neighbours, neighbours), "split": (neighbours, halves)}[
-        pairing
-    ]
+    neighbors = [(2 * i, 2 * i + 1) for i in range(rotary_dim // 2)]
+    read, written = {"half": (halves, halves), "interleaved": (neighbors, neighbors), "split": (neighbors, halves)}[pairing]
     return list(zip(read, written, strict=True))
 
 
@@ -110,14 +108,14 @@ def doubled(half: Tensor) -> Tensor:
     return torch.cat((half, half), -1)
 
 
-def neighboured(half: Tensor) -> Tensor:
+def neighbored(half: Tensor) -> Tensor:
     return half.repeat_interleave(2, -1)
 
 
 LAYOUTS = {
     "complex": lambda cos, sin: torch.complex(cos, sin),
     "two halves": lambda cos, sin: (doubled(cos), doubled(sin)),
-    "neighbours": lambda cos, sin: (neighboured(cos), neighboured(sin)),
+    "neighbors": lambda cos, sin: (neighbored(cos), neighbored(sin)),
     "half the width": lambda cos, sin: (cos, sin),
 }
 
@@ -147,7 +145,7 @@ def by_complex_numbers(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) 
 MODELS = {
     "llama": (modeling_llama.apply_rotary_pos_emb, "two halves", DIM, "half"),
     "gpt_oss": (modeling_gpt_oss.apply_rotary_pos_emb, "half the width", DIM, "half"),
-    "cohere": (modeling_cohere.apply_rotary_pos_emb, "neighbours", DIM, "interleaved"),
+    "cohere": (modeling_cohere.apply_rotary_pos_emb, "neighbors", DIM, "interleaved"),
     "glm, partial": (modeling_glm.apply_rotary_pos_emb, "two halves", 8, "interleaved"),
     "deepseek_v2": (by_complex_numbers, "half the width", DIM, "interleaved"),
     "deepseek_v3": (modeling_deepseek_v3.apply_rotary_pos_emb, "two halves", DIM, "half"),
@@ -168,8 +166,8 @@ def test_rotation_is_that_of_transformers(apply, layout: str, rotary_dim: int, p
         assert not any(torch.allclose(rotate(x, angles_from(tables), other), turned, atol=1e-2) for other in others)
 
 
-@pytest.mark.parametrize("neighbours", [True, False])
-def test_pairs_are_joined_again(neighbours: bool) -> None:
-    first, second = pairs(torch.arange(6), neighbours)
-    assert first.tolist() == ([0, 2, 4] if neighbours else [0, 1, 2])
-    assert torch.equal(joined(first, second, neighbours), torch.arange(6))
+@pytest.mark.parametrize("neighbors", [True, False])
+def test_pairs_are_joined_again(neighbors: bool) -> None:
+    first, second = pairs(torch.arange(6), neighbors)
+    assert first.tolist() == ([0, 2, 4] if neighbors else [0, 1, 2])
+    assert torch.equal(joined(first, second, neighbors), torch.arange(6))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import moments_of, planted, repeatable, rotation, white
 
 from eigencache.spectral import spectrum as sp
+from simulated import moments_of, planted, repeatable, rotation, white
 
 Spectra = st.lists(st.floats(0, 1e6), min_size=1, max_size=40).filter(lambda values: max(values) > 1e-3)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigencache.errors import StatisticsError
-from eigencache.spectral.metric import regularised
+from eigencache.spectral.metric import regularized
 from eigencache.spectral.moments import SecondOrder
 from eigencache.spectral.transform import fit_transform, random_transform
 
@@ -23,15 +23,15 @@ def moments_of(x: torch.Tensor) -> SecondOrder:
 
 
 def positive(width: int, seed: int) -> torch.Tensor:
-    return regularised(moments_of(sample(4 * width, width, seed)).covariance)
+    return regularized(moments_of(sample(4 * width, width, seed)).covariance)
 
 
 @settings(max_examples=25, deadline=None)
-@given(width=st.integers(2, 12), seed=st.integers(0, 10_000), centred=st.booleans(), data=st.data())
-def test_truncation_loses_exactly_the_dropped_eigenvalues_of_the_cost(width, seed, centred, data) -> None:
+@given(width=st.integers(2, 12), seed=st.integers(0, 10_000), centered=st.booleans(), data=st.data())
+def test_truncation_loses_exactly_the_dropped_eigenvalues_of_the_cost(width, seed, centered, data) -> None:
     rank = data.draw(st.integers(1, width))
     x, metric = sample(5 * width, width, seed), positive(width, seed + 1)
-    full = fit_transform(moments_of(x), metric=metric, centred=centred)
+    full = fit_transform(moments_of(x), metric=metric, centered=centered)
     codec = full.truncated(rank)
     error = x - codec.decode(codec.encode(x))
     cost = float(((error @ metric) * error).sum(1).mean())

@@ -4,24 +4,24 @@ from pathlib import Path
 
 import pytest
 
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.corpora.text import read_text
 from eigencache.errors import CorpusError
-from eigencache.quality import EvaluationRecord, Protocol
-from eigencache.report.evaluations import evaluation_tables
-from eigencache.studies.calibrate import Calibration, PCASettings
+from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.records.quality import EvaluationRecord, ReadingProtocol
+from eigencache.report.quality.evaluation import evaluation_tables
 from eigencache.studies.evaluation import evaluate_codecs
-from known import bundled
+from stub_codecs import bundled
 
 pytestmark = pytest.mark.slow
 
-PROTOCOLS = (Protocol(kind="prefix", length=48), Protocol(kind="chunked", length=32, window=16))
+PROTOCOLS = (ReadingProtocol(kind="prefix", length=48), ReadingProtocol(kind="chunked", length=32, window=16))
 
 
 @pytest.fixture(scope="module")
-def calibration() -> Calibration:
+def calibration() -> PCACalibration:
     loaded = bundled("ref-llama")
-    return Calibration(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
+    return PCACalibration(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def text():
     return pack(read_text("stdlib:held-out"), bundled("ref-llama").tokenizer, tokens=96 * 9, max_length=96)
 
 
-def evaluated(calibration: Calibration, text, **options) -> EvaluationRecord:
+def evaluated(calibration: PCACalibration, text, **options) -> EvaluationRecord:
     full = calibration.fit(PCASettings("kv", sinks=0))
     codecs = {"full": full, "rank 4": full.truncated(4)}
     few = {"prompts": 2, "tasks": ("copy",), "lengths": (64,), "examples": 8, "batch_size": 4}

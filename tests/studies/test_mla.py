@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eigencache.errors import UnsupportedArchitectureError
-from eigencache.models.expansion import expanded_codec
+from eigencache.models.mla_expanded import expanded_codec
 from eigencache.report.mla import latent_table
 from eigencache.studies.mla import compare_caches, fit_expanded, sweep_expanded
 
@@ -51,7 +51,7 @@ def test_hooks_are_gone_after_an_error_and_other_models_are_refused(loaded, sequ
 
 
 def test_what_is_recorded_is_what_the_expansion_gives(loaded, sequences) -> None:
-    from eigencache.models.expansion import recorded_expansion
+    from eigencache.models.mla_expanded import recorded_expansion
 
     one = loaded("deepseek_v2")
     ids = torch.from_numpy(sequences(12).ids[0])[None]

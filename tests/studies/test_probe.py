@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
-from eigencache.records import ProbeRecord
+from eigencache.records.probe import ProbeRecord
 from eigencache.spectral.rope import angles_from, unrotate
 from eigencache.studies.probe import ProbeSettings, probe_model
 
@@ -29,8 +29,8 @@ def vectors(model, ids_list, layer_idx: int, slot: str) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def svd_eigenvalues(x: np.ndarray, centred: bool) -> np.ndarray:
-    x = x - x.mean(0) if centred else x
+def svd_eigenvalues(x: np.ndarray, centered: bool) -> np.ndarray:
+    x = x - x.mean(0) if centered else x
     return np.linalg.svd(x, compute_uv=False) ** 2 / len(x)
 
 
@@ -42,13 +42,13 @@ def test_every_scope_agrees_with_a_float64_svd_of_the_cache(name: str, loaded, s
     for slot, wanted in (("keys", keys_name), ("values", "values")):
         layers = [vectors(one.model, text.ids, i, slot) for i in one.geometry.cached_layers]
         joined = np.concatenate([x.reshape(len(x), -1) for x in layers], -1)
-        for spectrum in record.select(wanted, centred=None):
+        for spectrum in record.select(wanted, centered=None):
             if spectrum.scope == "all":
                 x = joined
             else:
                 x = layers[spectrum.layer_idx]
                 x = x.reshape(len(x), -1) if spectrum.scope == "layer" else x[:, spectrum.head]
-            expected = svd_eigenvalues(x, spectrum.centred)
+            expected = svd_eigenvalues(x, spectrum.centered)
             np.testing.assert_allclose(spectrum.eigenvalues, expected, atol=1e-6 * expected[0], rtol=1e-5)
             assert spectrum.vectors == sum(LENGTHS)
             np.testing.assert_allclose(spectrum.mean_norm, np.linalg.norm(x.mean(0)), rtol=1e-4, atol=1e-6)

@@ -7,19 +7,19 @@ import pytest
 
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError, StatisticsError
-from eigencache.quality import Protocol, SweepRecord
-from eigencache.report.sweep_plot import plot_sweep
-from eigencache.report.sweeps import furthest, safety_table, sweep_table
-from eigencache.studies.calibrate import Calibration, PCASettings
-from eigencache.studies.candidates import settings_of
+from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.records.quality import ReadingProtocol, SweepRecord
+from eigencache.report.quality.sweep_plot import plot_sweep
+from eigencache.report.quality.sweep_table import furthest, safety_table, sweep_table
+from eigencache.studies.recommend.candidates import settings_of
 from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
 
-PROTOCOL = Protocol(kind="prefix", length=20)
+PROTOCOL = ReadingProtocol(kind="prefix", length=20)
 
 
 @pytest.fixture
-def calibration(loaded, sequences) -> Calibration:
-    return Calibration(loaded("llama"), sequences(*(64,) * 12))
+def calibration(loaded, sequences) -> PCACalibration:
+    return PCACalibration(loaded("llama"), sequences(*(64,) * 12))
 
 
 NO_SINKS = PCASettings("v", sinks=0)
@@ -30,7 +30,7 @@ def text(sequences) -> Sequences:
     return sequences(*(40,) * 10, seed=1)
 
 
-def swept(calibration: Calibration, text: Sequences, plans=None, **options) -> SweepRecord:
+def swept(calibration: PCACalibration, text: Sequences, plans=None, **options) -> SweepRecord:
     plans = plans or [Plan(NO_SINKS, ranks=(2, 8, None)), Plan(NO_SINKS.of("kv"), bits=8, ranks=(8, None))]
     return sweep_model(calibration.loaded, text, calibration, plans, PROTOCOL, batch_size=4, **options)
 
@@ -104,14 +104,16 @@ def test_text_that_was_calibrated_on_is_refused_unless_forced(calibration) -> No
 
 
 def test_a_rank_that_does_not_exist_is_refused(calibration, text) -> None:
-    with pytest.raises(StatisticsError, match="`ranks` 17: v · head · frobenius · centred has ranks 1 to 16"):
+    with pytest.raises(StatisticsError, match="`ranks` 17: v · head · frobenius · centered has ranks 1 to 16"):
         swept(calibration, text, [Plan(PCASettings("v"), ranks=(17,))])
 
 
 def test_plans_cover_every_target_and_keys_at_their_worst(loaded) -> None:
     settings = PCASettings("v", metric="fisher")
     assert [plan.settings.target for plan in default_plans(loaded("llama"), settings)] == ["v", "k", "kv", "k"]
-    assert default_plans(loaded("llama"), settings)[-1].settings.describe() == "k · head · post-RoPE · frobenius · uncentred"
+    assert (
+        default_plans(loaded("llama"), settings)[-1].settings.describe() == "k · head · post-RoPE · frobenius · uncentered"
+    )
     assert [plan.settings.target for plan in default_plans(loaded("gpt2"), settings)] == ["v", "k", "kv"]
     assert [plan.settings.target for plan in default_plans(loaded("deepseek_v2"), settings)] == ["latent", "key_rope"]
     assert [plan.settings.basis for plan in control_plans(loaded("llama"))] == ["fitted", "pooled", "random"]

@@ -85,7 +85,7 @@ def run(
     batch_size: BatchSize = 4,
     seed: Seed = 0,
 ) -> None:
-    """Train residual adapters on values or keys, analyse them as operators, and score their truncation beside PCA."""
+    """Train residual adapters on values or keys, analyze them as operators, and score their truncation beside PCA."""
     check_writable(output)
     check_plot(plot)
     if prefix and chunk:
@@ -95,19 +95,19 @@ def run(
 
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
-    from eigencache.quality import Protocol
-    from eigencache.report.adapter_plot import plot_adapter
-    from eigencache.report.operators import operator_table, truncation_table
-    from eigencache.report.plots import save_figure
-    from eigencache.studies.adapter import study_adapter
-    from eigencache.studies.adapter_training import TrainingSettings
+    from eigencache.records.quality import ReadingProtocol
+    from eigencache.report.adapters.plot import plot_adapter
+    from eigencache.report.adapters.tables import operator_table, truncation_table
+    from eigencache.report.probe.plots import save_figure
+    from eigencache.studies.adapters.study import study_adapter
+    from eigencache.studies.adapters.training import TrainingSettings
 
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
     calibration = pack_with_progress(loaded, calibration_text, calibration_tokens, max_length)
     training = TrainingSettings(
         loss.value, loss_rank, tail_weight, inner_rank, scale, steps, learning_rate, batch_size, seed
     )
-    protocol = Protocol(kind="chunked" if chunk else "prefix", length=chunk or prefix or max_length // 2)
+    protocol = ReadingProtocol(kind="chunked" if chunk else "prefix", length=chunk or prefix or max_length // 2)
     with progress_bar(model) as on_progress:
         record = study_adapter(
             loaded,

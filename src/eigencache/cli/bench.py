@@ -96,16 +96,16 @@ def run(
 
     from rich.console import Console
 
+    from eigencache.calibration.calibration_set import calibration_length
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
     from eigencache.errors import CorpusError
     from eigencache.evaluate.tasks import task_named
     from eigencache.models.load import BUNDLED
-    from eigencache.report.bench_page import against_tables, file_name, tables_of, write_bench
-    from eigencache.studies.bench import BenchSettings, bench_model
-    from eigencache.studies.methods import chosen_methods
-    from eigencache.studies.source import calibration_length
-    from eigencache.studies.workbench import RATES
+    from eigencache.report.bench.page import against_tables, file_name, tables_of, write_bench
+    from eigencache.studies.bench.context import RATES
+    from eigencache.studies.bench.methods import chosen_methods
+    from eigencache.studies.bench.run import BenchSettings, bench_model
 
     wanted = () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
     for task in wanted:

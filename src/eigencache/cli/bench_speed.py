@@ -12,7 +12,7 @@ from eigencache.cli.progress import progress_bar
 from eigencache.errors import CorpusError, ModelError
 from eigencache.evaluate.speed import SpeedSettings, measure_speed
 from eigencache.models.load import check_device
-from eigencache.models.random_model import GEOMETRIES
+from eigencache.models.synthetic import GEOMETRIES
 from eigencache.report.speed import speed_tables, write_speed
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -24,9 +24,10 @@ def run(
     check_plot(plot)
     from rich.console import Console
 
-    from eigencache.records import ProbeRecord, write_whole
-    from eigencache.report.comparison import compare_table
-    from eigencache.report.plots import plot_compare, save_figure
+    from eigencache.records.base import write_whole
+    from eigencache.records.probe import ProbeRecord
+    from eigencache.report.probe.comparison import compare_table
+    from eigencache.report.probe.plots import plot_compare, save_figure
 
     loaded = [ProbeRecord.load(path) for path in records]
     table = compare_table(loaded)

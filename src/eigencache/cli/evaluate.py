@@ -94,16 +94,16 @@ def run(
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.options import length_numbers
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.folder import check_replaceable, load_codec, save_codec
     from eigencache.codec.pca import CoefficientBits
+    from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
     from eigencache.evaluate.prefix import Window
     from eigencache.evaluate.tasks import task_named
-    from eigencache.models.belonging import codec_for
-    from eigencache.quality import Protocol
-    from eigencache.report.evaluations import evaluation_tables
-    from eigencache.studies.calibrate import Calibration, PCASettings
+    from eigencache.fitting.pca import PCACalibration, PCASettings
+    from eigencache.fitting.provenance import fitting_of
+    from eigencache.models.codec_check import codec_for
+    from eigencache.records.quality import ReadingProtocol
+    from eigencache.report.quality.evaluation import evaluation_tables
     from eigencache.studies.evaluation import evaluate_codecs
-    from eigencache.studies.fitting import fitting_of
     from eigencache.studies.sweep import Plan, check_plans, codecs_of
 
     context_lengths = length_numbers(lengths)
@@ -128,7 +128,7 @@ def run(
         if saved:
             calibration, codecs = saved, {own.name: own}
         else:
-            calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
+            calibration = PCACalibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
             codecs = fitted = codecs_of(calibration, plan)
             if save_to:
                 fitting = fitting_of(next(iter(fitted.values())), plan.settings, calibration)
@@ -138,8 +138,8 @@ def run(
             calibration,
             codecs,
             (
-                Protocol(kind="prefix", length=prefix or max_length // 2),
-                Protocol(kind="chunked", length=chunk or max_length // 8, window=window),
+                ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
+                ReadingProtocol(kind="chunked", length=chunk or max_length // 8, window=window),
             ),
             prompts=prompts,
             tasks=chosen,

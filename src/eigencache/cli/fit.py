@@ -63,15 +63,15 @@ def run(
     check_folder(output.parent)
     from rich.console import Console
 
+    from eigencache.calibration.calibration_set import calibration_length
     from eigencache.cli.measuring import load_with_text
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.folder import LIVE, check_replaceable, save_codec
+    from eigencache.codec.saved.folder import LIVE, check_replaceable, save_codec
     from eigencache.errors import BudgetError
+    from eigencache.fitting.eigen import settings_of
+    from eigencache.fitting.fit import Goal, LiveGoal, fit_codec
+    from eigencache.fitting.live import LiveSettings
     from eigencache.report.codecs import codec_table, live_table
-    from eigencache.studies.eigen_fit import settings_of
-    from eigencache.studies.fit import Goal, LiveGoal, fit_codec
-    from eigencache.studies.live_fit import LiveSettings
-    from eigencache.studies.source import calibration_length
 
     check_replaceable(output)
     goal = Goal.of(bits, ratio, max_nll)

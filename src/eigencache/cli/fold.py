@@ -32,14 +32,14 @@ def run(
 
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
+    from eigencache.fitting.pca import PCACalibration, PCASettings
     from eigencache.report.folding import folding_table
-    from eigencache.studies.calibrate import Calibration, PCASettings
     from eigencache.studies.folding import measure_folding
 
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, device=device, dtype=dtype)
     calibration_text = pack_with_progress(loaded, "stdlib", calibration_tokens, held_out.corpus.max_length)
     with progress_bar(model) as on_progress:
-        calibration = Calibration(loaded, calibration_text, on_progress=on_progress)
+        calibration = PCACalibration(loaded, calibration_text, on_progress=on_progress)
         targets = ("latent",) if loaded.geometry.mla else ("v", "k", "kv")
         results = []
         for done, target in enumerate(targets, 1):

@@ -38,10 +38,10 @@ def run(
     """Generate from a compressed cache; at the end its bytes, ratio and tokens per second."""
     import sys
 
-    from eigencache.codec.folder import load_live
+    from eigencache.codec.saved.folder import load_live
     from eigencache.errors import CorpusError
     from eigencache.evaluate.generation import generate_text, parted_at
-    from eigencache.models.belonging import check_belongs
+    from eigencache.models.codec_check import check_belongs
     from eigencache.models.load import load
     from eigencache.report.generation import comparison_lines, cost_line
 

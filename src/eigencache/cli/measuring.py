@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 from eigencache.cli.progress import progress_bar
+from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.corpora.text import Text, read_text
+from eigencache.corpora.text import Text
 from eigencache.models.load import LoadedModel, load
-from eigencache.records import ProbeRecord
-from eigencache.studies.probe import ProbeSettings, default_length, probe_model
+from eigencache.records.probe import ProbeRecord
+from eigencache.studies.probe import ProbeSettings, probe_model
 
 
 def load_with_text(
@@ -16,7 +17,7 @@ def load_with_text(
     text: str,
     tokens: int,
     max_length: int | None = None,
-    length_of: Callable[[LoadedModel], int] = default_length,
+    length_of: Callable[[LoadedModel], int] = lambda loaded: loaded.default_length,
     tokenizer: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -39,7 +40,7 @@ def _packed(loaded: LoadedModel, source: Text, tokens: int, max_length: int) -> 
             loaded.tokenizer,
             tokens=tokens,
             max_length=max_length,
-            on_progress=lambda done, of: on_progress(f"tokenising {source.name}", done, of or done),
+            on_progress=lambda done, of: on_progress(f"tokenizing {source.name}", done, of or done),
         )
 
 

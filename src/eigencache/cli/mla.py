@@ -40,15 +40,15 @@ def run(
 
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
-    from eigencache.quality import Protocol
+    from eigencache.fitting.pca import PCACalibration, PCASettings
+    from eigencache.records.quality import ReadingProtocol
     from eigencache.report.mla import equal_bytes_table, latent_table
-    from eigencache.report.sweeps import safety_table, sweep_table
-    from eigencache.studies.calibrate import Calibration, PCASettings
+    from eigencache.report.quality.sweep_table import safety_table, sweep_table
     from eigencache.studies.mla import check_latent, compare_caches, fit_expanded, sweep_expanded
     from eigencache.studies.sweep import Plan, sweep_model
 
     shares = tuple(eighth / 8 for eighth in range(1, 9))
-    protocol = Protocol(kind="prefix", length=max_length // 2)
+    protocol = ReadingProtocol(kind="prefix", length=max_length // 2)
     latent = [PCASettings("latent", scope.value, metric=metric) for metric in ("frobenius", "attention", "fisher")]
     latent.append(PCASettings("key_rope", scope.value, metric="fisher"))
     ways = {model: latent} | ({against: [PCASettings("kv", scope.value, metric="fisher")]} if against else {})
@@ -59,7 +59,7 @@ def run(
             check_latent(loaded)
         fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
         with progress_bar(name) as on_progress:
-            calibration = Calibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
+            calibration = PCACalibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
             plans = [Plan(one, shares=shares) for one in settings]
             records.append(
                 sweep_model(loaded, held_out, calibration, plans, protocol, batch_size=batch_size, on_progress=on_progress)

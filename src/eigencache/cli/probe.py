@@ -83,10 +83,10 @@ def run(
     from rich.console import Console
 
     from eigencache.cli.measuring import measure_model
-    from eigencache.records import SCOPES, Scope
-    from eigencache.report.comparison import classic_table
-    from eigencache.report.plots import plot_probe, plot_spread, save_figure
-    from eigencache.report.tables import geometry_lines, probe_table, spread_table
+    from eigencache.records.base import SCOPES, Scope
+    from eigencache.report.probe.comparison import classic_table
+    from eigencache.report.probe.plots import plot_probe, plot_spread, save_figure
+    from eigencache.report.probe.tables import geometry_lines, probe_table, spread_table
     from eigencache.studies.probe import ProbeSettings
 
     scopes: tuple[Scope, ...] = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)

@@ -18,8 +18,8 @@ from eigencache.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from eigencache.advice import Advice, Budget
-    from eigencache.records import ProbeRecord
+    from eigencache.records.advice import Advice, Budget
+    from eigencache.records.probe import ProbeRecord
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -80,10 +80,10 @@ def run(
     budget = _budget(budget_nll, budget_ppl)
     from rich.console import Console
 
-    from eigencache.quality import SweepRecord
-    from eigencache.report.advice import advice_lines, advice_tables, evidence_lines
-    from eigencache.studies.recommend import partial_paths, recommend_sweep
-    from eigencache.studies.subject import read_subject
+    from eigencache.records.quality import SweepRecord
+    from eigencache.report.advice.tables import advice_lines, advice_tables, evidence_lines
+    from eigencache.studies.recommend.recommend import partial_paths, recommend_sweep
+    from eigencache.studies.recommend.subject import read_subject
 
     partial = output.with_name(f"{output.name}.partial") if output else None
     found = read_subject(subject, model)
@@ -144,9 +144,9 @@ def _measured(
     """Load what is asked about, check it against its probe, and measure with progress bars."""
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
-    from eigencache.quality import Protocol
-    from eigencache.studies.recommend import recommend_model
-    from eigencache.studies.subject import check_same_model
+    from eigencache.records.quality import ReadingProtocol
+    from eigencache.studies.recommend.recommend import recommend_model
+    from eigencache.studies.recommend.subject import check_same_model
 
     name = probe.model.name if probe else subject
     dtype = dtype or (probe.model.dtype if probe else None)  # the fingerprint is of weights in that dtype
@@ -160,7 +160,7 @@ def _measured(
             held_out,
             calibration,
             budget,
-            Protocol(kind="prefix", length=prefix),
+            ReadingProtocol(kind="prefix", length=prefix),
             batch_size=batch_size,
             seed=seed,
             force=force,
@@ -172,8 +172,8 @@ def _measured(
 
 
 def _budget(nll: str | None, ppl: str | None) -> "Budget":
-    from eigencache.advice import DEFAULT_PPL, Budget
     from eigencache.errors import BudgetError
+    from eigencache.records.advice import DEFAULT_PPL, Budget
 
     if nll is not None and ppl is not None:
         raise BudgetError("--budget-nll and --budget-ppl: give one of them; both say how much may be lost")

@@ -9,10 +9,10 @@ from eigencache.cli.options import BatchSize, Device, Dtype, MaxLength, Seed, To
 from eigencache.cli.options import Text as TextOption
 
 if TYPE_CHECKING:
-    from eigencache.advice import Budget, Verdict
+    from eigencache.calibration.moments import CapturedMoments, Progress
     from eigencache.corpora.text import Text
     from eigencache.models.load import LoadedModel
-    from eigencache.studies.gather import Gathered, Progress
+    from eigencache.records.advice import Budget, Verdict
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -48,17 +48,17 @@ def run(
     check_folder(output)
     from rich.console import Console
 
-    from eigencache.advice import Budget, ReportRecord
+    from eigencache.calibration.moments import gather
     from eigencache.cli.measuring import load_with_text
     from eigencache.cli.progress import progress_bar
-    from eigencache.corpora.text import read_text
+    from eigencache.corpora.resolve import read_text
     from eigencache.models.load import BUNDLED
-    from eigencache.records import write_whole
-    from eigencache.report.comparison import compare_table
+    from eigencache.records.advice import Budget, ReportRecord
+    from eigencache.records.base import write_whole
+    from eigencache.report.advice.verdict import short_table
+    from eigencache.report.core.measured import short_names
     from eigencache.report.html import write_report
-    from eigencache.report.measured import short_names
-    from eigencache.report.verdict import short_table
-    from eigencache.studies.gather import gather
+    from eigencache.report.probe.comparison import compare_table
     from eigencache.studies.probe import ProbeSettings, probe_gathered
 
     console = Console()
@@ -92,7 +92,7 @@ def run(
 
 def _judged(
     loaded: "LoadedModel",
-    gathered: "Gathered",
+    gathered: "CapturedMoments",
     scored: "Text",
     tokens: int,
     budget: "Budget",
@@ -101,10 +101,10 @@ def _judged(
     on_progress: "Progress",
 ) -> "Verdict":
     """Advice, or the reason why this model, or this text, allows none: the probe is worth its report all the same."""
-    from eigencache.advice import Verdict
     from eigencache.corpora.sequences import pack
     from eigencache.errors import EigencacheError
-    from eigencache.studies.verdict import judge
+    from eigencache.records.advice import Verdict
+    from eigencache.studies.recommend.verdict import judge
 
     try:
         held_out = pack(scored, loaded.tokenizer, tokens=tokens, max_length=gathered.sequences.corpus.max_length)

@@ -32,9 +32,10 @@ def run(
     from eigencache.cli.measuring import load_with_text
     from eigencache.cli.progress import progress_bar
     from eigencache.models.load import BUNDLED
-    from eigencache.records import ScoreRecord, write_whole
-    from eigencache.report.scores import score_table
-    from eigencache.studies.score import score_model
+    from eigencache.records.base import write_whole
+    from eigencache.records.probe import ScoreRecord
+    from eigencache.report.quality.score import score_table
+    from eigencache.studies.model_quality import score_model
 
     records = []
     for model in unique(models or BUNDLED):

@@ -25,7 +25,7 @@ EXAMPLES = """
 [b]Examples[/b]\n
   eigencache sweep ref-qwen2\n
   eigencache sweep ref-llama --target v --ranks 8,16,24,full --metric fisher\n
-  eigencache sweep ref-llama --target k --frame post --uncentred --bits 8\n
+  eigencache sweep ref-llama --target k --frame post --uncentered --bits 8\n
   eigencache sweep ref-deepseek --target latent --scope layer --output mla.json --plot mla.png\n
   eigencache sweep meta-llama/Llama-3.2-1B --text wikitext2 --calibration-text stdlib --max-length 2048
 """
@@ -76,7 +76,7 @@ def run(
     frame: Annotated[OneFrame, typer.Option("--frame", help="Keys before or after rotation.")] = OneFrame.pre,
     metric: Annotated[MetricName, typer.Option("--metric", help="What an error is weighed with.")] = MetricName.fisher,
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Power of the metric: 0 is frobenius.")] = 1.0,
-    centred: Annotated[bool, typer.Option("--centred/--uncentred", help="About the mean, or about zero.")] = True,
+    centered: Annotated[bool, typer.Option("--centered/--uncentered", help="About the mean, or about zero.")] = True,
     bits: Annotated[Bits, typer.Option("--bits", help="Bits of a stored coefficient.")] = Bits.sixteen,
     controls: Annotated[bool, typer.Option("--controls", help="Also a basis pooled over heads, and a random one.")] = False,
     text: Text = "stdlib:held-out",
@@ -105,15 +105,15 @@ def run(
     from eigencache.cli.measuring import load_with_text, pack_with_progress
     from eigencache.cli.progress import progress_bar
     from eigencache.codec.pca import CoefficientBits
-    from eigencache.quality import Protocol
-    from eigencache.report.plots import save_figure
-    from eigencache.report.sweep_plot import plot_sweep
-    from eigencache.report.sweeps import safety_table, sweep_table
-    from eigencache.studies.calibrate import Calibration, PCASettings
+    from eigencache.fitting.pca import PCACalibration, PCASettings
+    from eigencache.records.quality import ReadingProtocol
+    from eigencache.report.probe.plots import save_figure
+    from eigencache.report.quality.sweep_plot import plot_sweep
+    from eigencache.report.quality.sweep_table import safety_table, sweep_table
     from eigencache.studies.sweep import Plan, check_plans, control_plans, default_plans, needed_scopes, sweep_model
 
     loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    settings = PCASettings("v", scope.value, frame.value, metric.value, centred, alpha)
+    settings = PCASettings("v", scope.value, frame.value, metric.value, centered, alpha)
     widths: dict[Bits, CoefficientBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
     width = widths[bits]
     if target is None:
@@ -124,10 +124,10 @@ def run(
         plans = list(dict.fromkeys(plans + control_plans(loaded, bits=width, ranks=numbers)))
     check_plans(loaded, plans)
     calibration_sequences = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
-    protocol = Protocol(kind="prefix", length=prefix or max_length // 2)
+    protocol = ReadingProtocol(kind="prefix", length=prefix or max_length // 2)
     partial = output.with_name(f"{output.name}.partial") if output else None
     with progress_bar(model) as on_progress:
-        calibration = Calibration(
+        calibration = PCACalibration(
             loaded, calibration_sequences, scopes=needed_scopes(plans), seed=seed, on_progress=on_progress
         )
         record = sweep_model(

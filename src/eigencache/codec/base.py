@@ -17,7 +17,7 @@ from eigencache.errors import CodecError
 Cached = Mapping[int, tuple[Tensor, Tensor]]  # layer_idx → what the cache holds, [batch, heads, seq, dim] twice
 
 
-class Held(Protocol):
+class EncodedStretch(Protocol):
     """What is kept of a stretch of `tokens` positions from `start`."""
 
     @property
@@ -35,7 +35,7 @@ class Held(Protocol):
         """Bytes that exist because of it."""
         ...
 
-    def select(self, rows: Tensor) -> "Held":
+    def select(self, rows: Tensor) -> "EncodedStretch":
         """The given rows of the batch."""
         ...
 
@@ -90,7 +90,7 @@ class Codec(Protocol):
         ...
 
     def encode(self, cached: Cached, start: int) -> Any:
-        """What is kept of positions start, start + 1, … of every layer: something `Held`."""
+        """What is kept of positions start, start + 1, … of every layer: something `EncodedStretch`."""
         ...
 
     def decode(self, encoded: Any) -> dict[int, tuple[Tensor, Tensor]]:

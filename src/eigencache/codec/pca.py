@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, to_sixteen_bit
-from eigencache.codec.kept import middle_of
 from eigencache.codec.layout import Part, Rotations, Slots, by_layer, columns_of, rotated, slots_of, unrotated
-from eigencache.codec.quantize import GROUP, Quantised, dequantise, quantise
+from eigencache.codec.quantization.grouped import GROUP, QuantizedGroups, dequantize, quantize
+from eigencache.codec.sinks_and_window import middle_of
 from eigencache.errors import CodecError
 from eigencache.spectral.transform import Transform
 
@@ -22,7 +22,7 @@ CoefficientBits = Literal[16, 8, 4]
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class PCAGroup:
     """The parts that one transform works on, one after the other."""
 
     parts: tuple[Part, ...]
@@ -38,7 +38,7 @@ class PCACodec:
     """
 
     name: str
-    groups: tuple[Group, ...]
+    groups: tuple[PCAGroup, ...]
     rotations: Rotations
     dtype: torch.dtype
     bits: CoefficientBits = 16
@@ -120,13 +120,15 @@ class PCACodec:
         if self.bits == 16:
             tensors[f"{index}"] = to_sixteen_bit(y, f"coefficients of group {index}")
         else:
-            for field, tensor in quantise(y, self.bits)._asdict().items():
+            for field, tensor in quantize(y, self.bits)._asdict().items():
                 tensors[f"{index}.{field}"] = tensor
 
     def _load(self, tensors: dict[str, Tensor], index: int, rank: int) -> Tensor:
         if self.bits == 16:
             return tensors[f"{index}"]
-        return dequantise(Quantised(*(tensors[f"{index}.{field}"] for field in Quantised._fields)), self.bits, rank)
+        return dequantize(
+            QuantizedGroups(*(tensors[f"{index}.{field}"] for field in QuantizedGroups._fields)), self.bits, rank
+        )
 
     def payload_nbytes(self, tokens: int, raw_values_per_token: int) -> int:
         """Bytes of `tokens` encoded positions of one sequence, by arithmetic; a test holds it against `encode`."""
@@ -142,10 +144,10 @@ class PCACodec:
         return tokens * sum(-(-rank * self.bits // 8) for rank in ranks) + scales + 2 * tokens * raw_values_per_token
 
 
-def _with_transforms(groups: tuple[Group, ...], change: Callable[[Transform], Transform]) -> tuple[Group, ...]:
+def _with_transforms(groups: tuple[PCAGroup, ...], change: Callable[[Transform], Transform]) -> tuple[PCAGroup, ...]:
     """The groups with other transforms; those that share one share the new one."""
     changed = {id(group.transform): change(group.transform) for group in groups}
-    return tuple(Group(group.parts, changed[id(group.transform)]) for group in groups)
+    return tuple(PCAGroup(group.parts, changed[id(group.transform)]) for group in groups)
 
 
 def _by_slot(tensors: dict[str, Tensor], role: str) -> Slots:

@@ -1,6 +1,6 @@
 """How much of a token stream is new: distinct 8-token contexts, repetition, and warnings with figures.
 
-A centred covariance has no more independent rows than the text has distinct contexts, however often it is repeated.
+A centered covariance has no more independent rows than the text has distinct contexts, however often it is repeated.
 """
 
 from collections.abc import Iterable

@@ -10,11 +10,11 @@ import torch
 from eigencache.corpora.contexts import CONTEXT, context_warnings, distinct_contexts, total_contexts
 from eigencache.corpora.text import Document, Text
 from eigencache.errors import CorpusError
-from eigencache.records import Corpus
+from eigencache.records.run import Corpus
 
 MIN_TAIL = 32  # tokens of a last, partial sequence that is kept: a shorter one is mostly attention sink
-BATCH_CHARS = 2**18  # characters tokenised at a time, about 65,000 tokens
-BATCH_DOCUMENTS = 64  # so that a short run does not tokenise 65,000 tokens of small documents
+BATCH_CHARS = 2**18  # characters tokenized at a time, about 65,000 tokens
+BATCH_DOCUMENTS = 64  # so that a short run does not tokenize 65,000 tokens of small documents
 
 OnProgress = Callable[[int, int | None], None]  # tokens so far, tokens wanted (None: all of the text)
 
@@ -61,7 +61,7 @@ def pack(
 
     Every document is preceded by the tokenizer's `bos_token_id` (its `eos_token_id` without one, nothing without
     either), which counts as a token. The stream ends after `tokens` of them, or with the text. A last, shorter
-    sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenised as they are needed, so memory
+    sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized as they are needed, so memory
     grows with `tokens` and not with the text.
 
     A text that ends early is a warning of the record. Raises `CorpusError` where there is not one whole sequence.

@@ -15,7 +15,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Prefix, Window, check_positions, read_prefix, require_finite
 from eigencache.models.load import LoadedModel
-from eigencache.quality import Divergence
+from eigencache.records.quality import Divergence
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Text generated from a compressed or a plain cache, with its bytes and its time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -10,30 +9,12 @@ from torch import Tensor
 
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import check_positions
-from eigencache.kernels.packed import BackendName
-from eigencache.models.cache import plain_cache
-from eigencache.models.compressed import CompressedCache
+from eigencache.kernels.packed.backend import BackendName
+from eigencache.models.caches.measuring_cache import plain_cache
+from eigencache.models.caches.tensors import cached_of
+from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.load import LoadedModel
-from eigencache.models.stored import cached_of
-
-
-@dataclass(frozen=True, eq=False)
-class Generated:
-    """`tokens` that followed a prompt, bytes of the cache in the end and of the same in 16 bits, and how long it took."""
-
-    tokens: list[int]
-    text: str
-    prompt_tokens: int
-    nbytes: int
-    sixteen_bit_nbytes: int
-    prompt_seconds: float
-    seconds: float  # of the tokens after the first
-    backend: str | None = None  # what read packed blocks
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first; None where there is one only."""
-        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
+from eigencache.records.generation import Generated
 
 
 class _Stream:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Codec, SixteenBit
-from eigencache.codec.folder import load_codec
+from eigencache.codec.saved.folder import load_codec
 from eigencache.errors import CodecError, ModelError
 from eigencache.evaluate.prefix import Prefix, Window, read, read_prefix
-from eigencache.models.belonging import codec_for
+from eigencache.models.codec_check import codec_for
 from eigencache.models.load import LoadedModel, load
 
 try:

@@ -22,7 +22,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import Window, check_positions, read, read_prefix
 from eigencache.models.load import LoadedModel
-from eigencache.quality import Protocol, SequenceLoss
+from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
 _POSITIONS = 256  # compared at a time: of a large vocabulary, logits are the largest tensors there are
@@ -41,7 +41,7 @@ def score_through_cache(
     loaded: LoadedModel,
     sequences: Sequences,
     codecs: Mapping[str, Compressor],
-    protocol: Protocol,
+    protocol: ReadingProtocol,
     *,
     batch_size: int = 4,
     skip: int = 0,
@@ -60,14 +60,14 @@ def score_through_cache(
         yield _score_batch(loaded, torch.from_numpy(np.stack(batch)).to(loaded.device), codecs, protocol)
 
 
-def pieces(length: int, protocol: Protocol) -> list[tuple[int, int]]:
+def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:
     """From and up to which token each piece goes; the last one reaches the end."""
     first, step = (protocol.length, protocol.step or length) if protocol.kind == "prefix" else (0, protocol.length)
     edges = [*range(first, length - 1, step), length]
     return list(pairwise([0, *edges] if first else edges))
 
 
-def batches_of(sequences: Sequences, protocol: Protocol, batch_size: int) -> list[list[np.ndarray]]:
+def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int) -> list[list[np.ndarray]]:
     """The batches that are scored, in order. Raises `CorpusError` where no sequence is long enough."""
     rows = [ids for ids in sequences.ids if len(ids) >= protocol.length + 2]
     if not rows:
@@ -90,7 +90,7 @@ def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[n
         yield batch
 
 
-def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: Protocol) -> Scored:
+def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: ReadingProtocol) -> Scored:
     (_, first), *later = pieces(ids.shape[1], protocol)
     goes_on, window = protocol.kind == "chunked", Window(protocol.window, protocol.block)
     prefix = whole = read_prefix(loaded, ids[:, : first if goes_on else later[-1][0]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.errors import CodecError, ModelError, NonFiniteError, UnsupportedArchitectureError
-from eigencache.models.cache import CodecCache, plain_cache
+from eigencache.models.caches.measuring_cache import MeasuringCache, plain_cache
 from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
 
@@ -45,7 +45,7 @@ class Prefix:
         return Prefix(self.loaded, self.ids[:, :tokens], stored)
 
     def cache(self, codec: Compressor | None, window: Window = WHOLE) -> Any:
-        """A new cache that holds the prefix: an ordinary one without a codec, a `CodecCache` with one.
+        """A new cache that holds the prefix: an ordinary one without a codec, a `MeasuringCache` with one.
 
         What makes caches of its own is asked for one. Raises `CodecError` when it is to keep a window.
         """
@@ -55,7 +55,7 @@ class Prefix:
             if window != WHOLE:
                 raise CodecError(f"{codec.name} is a cache of its own: it cannot be given a window")
             return codec.cache_of(self)
-        cache = CodecCache(self.loaded.model, codec, window=window.tokens, block=window.block)
+        cache = MeasuringCache(self.loaded.model, codec, window=window.tokens, block=window.block)
         for layer_idx, (keys, values) in self.stored.items():
             cache.update(keys, values, layer_idx)
         return cache

@@ -15,8 +15,8 @@ from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Window, check_positions, read_prefix
 from eigencache.evaluate.tasks import TASKS, Example, examples, task_named, vocabulary
 from eigencache.models.load import LoadedModel
-from eigencache.quality import Accuracy, Retrieval
-from eigencache.records import Interval
+from eigencache.records.base import Interval
+from eigencache.records.quality import Accuracy, Retrieval
 
 UNCOMPRESSED = "uncompressed"
 FLOOR = 0.1  # a task that is done less often than this leaves no room to see a loss
@@ -115,6 +115,6 @@ def accuracy(codec: str, correct: int, count: int) -> Accuracy:
 def wilson_interval(successes: int, trials: int) -> Interval:
     """95 % score interval of a share (Wilson 1927), in [0, 1] also for none and for all of few trials."""
     share, z2 = successes / trials, _Z * _Z
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from random import Random
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,51 +18,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigencache.codec.base import storage_bytes
-from eigencache.kernels.packed import packed_backend
-from eigencache.models.cache import plain_cache
-from eigencache.models.compressed import CompressedCache
-from eigencache.models.compressed_attention import attend
-from eigencache.models.quantized_cache import tensors_of
-from eigencache.models.random_model import filled_caches, keys_turn, noise_codec, random_model, require_known, stored_shapes
-from eigencache.provenance import Stopwatch
-from eigencache.records import Record, Run, StoredRecord
+from eigencache.kernels.packed.backend import packed_backend
+from eigencache.models.caches.hf_quantized import tensors_of
+from eigencache.models.caches.measuring_cache import plain_cache
+from eigencache.models.live_cache.attention import attend
+from eigencache.models.live_cache.cache import CompressedCache
+from eigencache.models.synthetic import filled_caches, keys_turn, noise_codec, random_model, require_known, stored_shapes
+from eigencache.records.provenance import Stopwatch
+from eigencache.records.speed import Part, SpeedRecord, Timing
 
-Part = Literal["attention", "decode", "generation", "prefill", "chunked prefill"]
 Progress = Callable[[str, int, int], None]
 _COPIED = 2**28  # bytes, more than any cache of a processor
 _PRODUCT, _PRODUCT_ON_CPU = 8192, 1024  # rows of a square matrix: a CPU without 16-bit products takes minutes for more
 ROUNDS = 5  # in which a generation goes on, all caches in turn
 _GENERATION = 16_384  # tokens held, beyond which a whole generation takes minutes and a step says as much
-
-
-class Timing(Record):
-    """One way to do one thing: the median of its seconds, of a generation the mean per token, and the bytes it reads."""
-
-    part: Part
-    geometry: str
-    context: int
-    batch: int
-    way: str
-    seconds: float | None  # None where it cannot be done here
-    nbytes: int | None
-    operations: int | None = None  # of attention: products and sums
-    why: str | None = None  # it cannot
-
-
-class SpeedRecord(StoredRecord):
-    """Timings of one machine in one run."""
-
-    schema_version: Literal["eigencache-speed/1"] = "eigencache-speed/1"
-    run: Run
-    device: str
-    dtype: str
-    backend: str  # that reads packed blocks in a decode step
-    layers: int
-    chunk: int = 0  # tokens of a chunked prefill
-    repeats: int
-    read_bytes_per_second: float  # measured: a copy, half of what it moves
-    operations_per_second: float  # measured: a product of matrices in the model's dtype
-    timings: list[Timing]
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eigencache.quality import Quality, SequenceLoss
-from eigencache.records import Interval
+from eigencache.records.base import Interval
+from eigencache.records.quality import Quality, SequenceLoss
 
 REPLICATES = 2000
 MIN_SEQUENCES = 8  # a bootstrap over fewer units gives intervals that are too narrow to be believed
 
 
-def summarise(
+def summarize(
     codec: str,
     losses: Sequence[SequenceLoss],
     uncompressed: Sequence[SequenceLoss],

@@ -20,7 +20,7 @@ from eigencache.codec.pca import PCACodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.geometry import KVGeometry
 from eigencache.models.linear_map import linear_map
-from eigencache.models.outputs import output_projection, output_rows
+from eigencache.models.output_projection import output_projection, output_rows
 from eigencache.spectral.transform import Transform
 
 ATTENTION = "eigencache_folded"

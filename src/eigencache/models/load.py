@@ -33,6 +33,8 @@ from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
 from eigencache.models.devices import device_of
+from eigencache.models.identity import known_fingerprint
+from eigencache.records.run import Model
 
 _LOG = getLogger(__name__)
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
@@ -56,6 +58,29 @@ class LoadedModel:
     def learned_positions(self) -> int | None:
         """How many positions a model without rotation says it has; None where it rotates keys, or says nothing."""
         return getattr(self.model.config, "max_position_embeddings", None) or None if self.geometry.rope is None else None
+
+    @property
+    def default_length(self) -> int:
+        """Tokens of a sequence where nobody asks for another length: 512, or as many as the model has positions for."""
+        return min(512, getattr(self.model.config, "max_position_embeddings", None) or 512)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that the cache depends on; computed again only when the model has changed."""
+        return known_fingerprint(self.model)
+
+    def record(self, adapter: str) -> Model:
+        """The model behind a result. `adapter`: how its cache was captured."""
+        return Model(
+            name=self.name,
+            architecture=type(self.model).__name__,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.model.device),
+            parameters=self.model.num_parameters(),
+            sha256=self.sha256,
+            adapter=adapter,
+            geometry=self.geometry,
+        )
 
     @property
     def embedded_ids(self) -> int:

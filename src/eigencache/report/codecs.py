@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from eigencache.codec.card import Expected
-from eigencache.codec.eigen import EigenCodec
-from eigencache.codec.ledger import CONTEXTS, ledger, paid_back_at
-from eigencache.codec.live import LiveCodec
-from eigencache.kernels.reference import BLOCK
-from eigencache.report.table import Table
+from eigencache.codec.byte_ledger import CONTEXTS, ledger, paid_back_at
+from eigencache.codec.eigen.codec import EigenCodec
+from eigencache.codec.live.codec import LiveCodec
+from eigencache.codec.saved.card import Expected
+from eigencache.kernels.packed.format import BLOCK
+from eigencache.report.core.table import Table
 
 
 def codec_table(

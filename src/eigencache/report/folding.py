@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from eigencache.report.table import Table
-from eigencache.studies.folding import Folding
+from eigencache.records.folding import FoldingResult
+from eigencache.report.core.table import Table
 
 
-def folding_table(model: str, dtype: str, results: Sequence[Folding]) -> Table:
+def folding_table(model: str, dtype: str, results: Sequence[FoldingResult]) -> Table:
     """One row per target: what folding changes, beside what compression changes."""
     columns = (
         "Compressed",

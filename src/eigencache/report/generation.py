@@ -1,7 +1,7 @@
 """What a generation took, in lines under its text."""
 
-from eigencache.evaluate.generation import Generated
 from eigencache.models.load import LoadedModel
+from eigencache.records.generation import Generated
 
 _AROUND = 24  # tokens shown on either side of where two answers part
 

@@ -12,16 +12,17 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from eigencache.advice import ReportRecord
-from eigencache.records import ProbeRecord, write_whole
-from eigencache.report.assess import RULE, assess
-from eigencache.report.comparison import classic_table, compare_table
-from eigencache.report.figures import Interactive, cross_figures, model_figures
-from eigencache.report.lookup import loud_warnings
-from eigencache.report.measured import LEGEND, short_names
-from eigencache.report.palette import DARK, LIGHT
-from eigencache.report.tables import geometry_lines, probe_table, spread_sentences, spread_table
-from eigencache.report.verdict import Shown, short_table, shown
+from eigencache.records.advice import ReportRecord
+from eigencache.records.base import write_whole
+from eigencache.records.probe import ProbeRecord
+from eigencache.report.advice.verdict import Shown, short_table, shown
+from eigencache.report.core.lookup import loud_warnings
+from eigencache.report.core.measured import LEGEND, short_names
+from eigencache.report.core.palette import DARK, LIGHT
+from eigencache.report.probe.assess import RULE, assess
+from eigencache.report.probe.comparison import classic_table, compare_table
+from eigencache.report.probe.figures import Interactive, cross_figures, model_figures
+from eigencache.report.probe.tables import geometry_lines, probe_table, spread_sentences, spread_table
 
 _LAYERS = {  # shades from the first layer to the last
     "light": [[68, 1, 84], [59, 82, 139], [33, 145, 140], [70, 160, 80]],
@@ -77,7 +78,7 @@ def page(report: ReportRecord) -> str:
         _assessments(records, names),
         replace(compare_table(records), notes=LEGEND).html(),
         _grid(across, ""),
-        "<h2>What a repeated text does</h2><p>The historic probe: centred, post-RoPE, heads joined, in-sample, on four "
+        "<h2>What a repeated text does</h2><p>The historic probe: centered, post-RoPE, heads joined, in-sample, on four "
         "sentences repeated to fill 64 samples. Such a probe measures its own text. Beside it the same figure on this "
         "text, and the figure that does not flatter.</p>",
         *(classic_table(record).html() for record in records),

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from eigencache.quality import SweepRecord
-from eigencache.report.table import Table
-from eigencache.studies.mla import LatentAgainstExpanded
+from eigencache.records.mla import LatentComparison
+from eigencache.records.quality import SweepRecord
+from eigencache.report.core.table import Table
 
 
-def latent_table(model: str, found: LatentAgainstExpanded) -> Table:
+def latent_table(model: str, found: LatentComparison) -> Table:
     """Bytes per token of both ways to cache, and how far their logits are apart."""
     rows = (
         ("latent and rotary key", f"{found.latent_nbytes:,}", "1.00"),

@@ -7,17 +7,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from eigencache.evaluate.speed import ROUNDS, SpeedRecord, Timing, prefills
-from eigencache.records import write_whole
-from eigencache.report.plots import dress, new_figure, svg_of
-from eigencache.report.table import Table
+from eigencache.evaluate.speed import ROUNDS, prefills
+from eigencache.records.base import write_whole
+from eigencache.records.speed import SpeedRecord, Timing
+from eigencache.report.core.table import Table
+from eigencache.report.probe.plots import dress, new_figure, svg_of
 
 _LIVE = "live"
 _CODEC = (
     "Live: as a fit may give it, with first tokens in 16 bits, bundles of unlike widths, and, of keys with biases, means "
     "that turn in every pair."
 )
-_COLOURS = {"live": "#1f5fbf", "other": "#c2541b"}
+_COLORS = {"live": "#1f5fbf", "other": "#c2541b"}
 
 
 def speed_tables(record: SpeedRecord) -> list[Table]:
@@ -122,13 +123,13 @@ def plot_roofline(record: SpeedRecord) -> Figure | None:
     read, products = record.read_bytes_per_second, record.operations_per_second
     x = np.geomspace(min(intensities) / 2, max(*intensities, products / read) * 2, 100)
     axes.plot(x, np.minimum(x * read, products) / 1e9, color="#1b1f24", linewidth=1.2)
-    for live, colour in ((True, _COLOURS["live"]), (False, _COLOURS["other"])):
+    for live, color in ((True, _COLORS["live"]), (False, _COLORS["other"])):
         own = [t for t in timings if t.way.startswith(_LIVE) == live]
         axes.scatter(
             [t.operations / t.nbytes for t in own],  # type: ignore[operator]
             [t.operations / t.seconds / 1e9 for t in own],  # type: ignore[operator]
             s=[4 * np.log2(1 + t.context) for t in own],
-            color=colour,
+            color=color,
             alpha=0.8,
             label="live cache, packed" if live else f"{record.dtype}, plain",
         )

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.records import Interval, Scope, Spectrum
+from eigencache.records.base import Interval, Scope
+from eigencache.records.probe import Spectrum
 from eigencache.spectral import spectrum as sp
 from eigencache.spectral.moments import Moments, SecondOrder
 
@@ -53,7 +54,7 @@ def effective_vectors(moments: Moments, total: SecondOrder, basis: Tensor, eigen
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """What the centred and the uncentred spectrum of one place share."""
+    """What the centered and the uncentered spectrum of one place share."""
 
     total: SecondOrder
     eigenvalues: Tensor
@@ -71,29 +72,29 @@ def _decomposed(moments: Moments, at_most: float | None) -> _Decomposed:
 def measure_both(
     place: Place, moments: Moments, *, distinct_contexts: int, at_most: float | None = None, seed: int = 0
 ) -> tuple[Spectrum, Spectrum]:
-    """The centred and the uncentred spectrum of one place, as `measure` gives them, decomposing what they share once."""
+    """The centered and the uncentered spectrum of one place, as `measure` gives them, decomposing what they share once."""
     shared = _decomposed(moments, at_most)
-    centred, uncentred = (_spectrum(place, moments, shared, c, distinct_contexts, seed) for c in (True, False))
-    return centred, uncentred
+    centered, uncentered = (_spectrum(place, moments, shared, c, distinct_contexts, seed) for c in (True, False))
+    return centered, uncentered
 
 
 def measure(
-    place: Place, moments: Moments, *, centred: bool, distinct_contexts: int, at_most: float | None = None, seed: int = 0
+    place: Place, moments: Moments, *, centered: bool, distinct_contexts: int, at_most: float | None = None, seed: int = 0
 ) -> Spectrum:
     """The spectrum of one place from its moments (one block), with statistics, support, refusals and intervals.
 
     `at_most`: an upper bound of n_eff from elsewhere. Held-out energy, split-half agreement, null and intervals are
-    those of the centred spectrum; the uncentred one goes without.
+    those of the centered spectrum; the uncentered one goes without.
     """
-    return _spectrum(place, moments, _decomposed(moments, at_most), centred, distinct_contexts, seed)
+    return _spectrum(place, moments, _decomposed(moments, at_most), centered, distinct_contexts, seed)
 
 
 def _spectrum(
-    place: Place, moments: Moments, shared: _Decomposed, centred: bool, distinct_contexts: int, seed: int
+    place: Place, moments: Moments, shared: _Decomposed, centered: bool, distinct_contexts: int, seed: int
 ) -> Spectrum:
     total, basis, n_eff = shared.total, shared.basis, shared.n_eff
-    matrix = total.covariance if centred else total.second_moment
-    eigenvalues = shared.eigenvalues if centred else sp.eigenvalues_of(matrix)
+    matrix = total.covariance if centered else total.second_moment
+    eigenvalues = shared.eigenvalues if centered else sp.eigenvalues_of(matrix)
     width, variances = moments.width, matrix.diagonal()
     support = min(n_eff or total.count, distinct_contexts) / width
     refusals, warnings = _verdicts(support, width, n_eff, distinct_contexts)
@@ -105,15 +106,15 @@ def _spectrum(
     points = [k - 1 for k in sp.energy_points(width)]
     shares = sp.energy_shares(eigenvalues)
     mean_norm = float(total.mean.norm())
-    halves = _halves(moments) if centred and not constant else None
+    halves = _halves(moments) if centered and not constant else None
     edge = nulls = above = None
-    if centred and n_eff:
+    if centered and n_eff:
         edge, nulls = sp.marchenko_pastur(float(eigenvalues.mean()), width / n_eff, min(width, NULL_POINTS))
         above = int((eigenvalues > edge).sum())
     intervals = _intervals(moments, total, basis, halves, seed) if halves and rank_known else {}
     return Spectrum(
         **vars(place),
-        centred=centred,
+        centered=centered,
         width=width,
         vectors=int(total.count),
         effective_vectors=n_eff,

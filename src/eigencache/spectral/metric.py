@@ -1,6 +1,6 @@
 """What an error costs: symmetric positive matrices M with cost eᵀMe, and how they are made usable (THEORY 4).
 
-All matrices are float64 [p, p]. Every metric is regularised before it is inverted, and the ε is recorded.
+All matrices are float64 [p, p]. Every metric is regularized before it is inverted, and the ε is recorded.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from eigencache.spectral.rope import Angles, Rotation, rotate, unrotate
 EPSILON = 1e-3  # of the mean eigenvalue, added to every direction: what the calibration text never asks for still costs
 
 
-def regularised(metric: Tensor, epsilon: float = EPSILON) -> Tensor:
+def regularized(metric: Tensor, epsilon: float = EPSILON) -> Tensor:
     """M + ε tr(M)/p · I: positive definite for any positive semidefinite M that is not zero.
 
     Raises `StatisticsError` for a metric that holds NaN or whose trace is not positive.
@@ -42,7 +42,7 @@ def lag_averaged(queries: Tensor, rotation: Rotation, lags: Tensor) -> Tensor:
     """
     used = (lags > 0).nonzero().flatten()
     share = (lags[used] / lags.sum()).to(queries.device, torch.float64)
-    root = roots(regularised(queries.double(), 1e-12))[0]  # C = root rootᵀ: its rows stand for the queries
+    root = roots(regularized(queries.double(), 1e-12))[0]  # C = root rootᵀ: its rows stand for the queries
     turned, back = (_per_lag(rotation.angles(n).to(queries.device)) for n in (used, torch.zeros_like(used)))
     rows = unrotate(rotate(root.expand(1, len(used), *root.shape), turned, rotation.pairing), back, rotation.pairing)[0]
     rows[..., : turned.rotary_dim] *= rotation.scale**2  # `unrotate` is the inverse; a logit has the transpose

@@ -2,7 +2,7 @@
 
 Memory is `folds x blocks x width^2` numbers whatever the number of vectors. Folds are disjoint groups of whole
 sequences: they give the halves for held-out statistics and the units that a bootstrap resamples. A product runs
-in the dtype of its input, at least float32, on vectors centred on the running mean; sums are kept in float64.
+in the dtype of its input, at least float32, on vectors centered on the running mean; sums are kept in float64.
 Combination of parts: Chan, Golub & LeVeque 1979.
 """
 

@@ -7,7 +7,7 @@ vectors a truncation of M keeps needs their covariance as well.
 import torch
 from torch import Tensor
 
-from eigencache.operators import Operator
+from eigencache.records.adapter import Operator
 from eigencache.spectral import spectrum as sp
 from eigencache.spectral.transform import Transform
 
@@ -34,7 +34,7 @@ def kept_shares(svd: Transform, pca: Transform) -> Tensor:
     return sp.energy_shares((svd.encoder.mT @ pca.encoder).square() @ pca.spectrum)
 
 
-def analyse(layer_idx: int, matrix: Tensor, frozen: Transform, adapted: Transform, ranks: list[int]) -> Operator:
+def analyze(layer_idx: int, matrix: Tensor, frozen: Transform, adapted: Transform, ranks: list[int]) -> Operator:
     """Gains of M [p, p] beside variances: `frozen` and `adapted` are full PCAs of the vectors before and behind it."""
     width = len(matrix)
     svd = operator_transform(matrix)

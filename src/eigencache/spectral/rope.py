@@ -40,7 +40,7 @@ class Angles:
 def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
     """Angles from what a model hands to its attention layers: a complex table, or cos and sin [batch, seq, r or r/2].
 
-    A table that repeats itself, as two halves or in neighbours, has one entry per number and not per pair.
+    A table that repeats itself, as two halves or in neighbors, has one entry per number and not per pair.
     """
     if isinstance(tables, Tensor):
         return Angles(tables.real.unsqueeze(1), tables.imag.unsqueeze(1))
@@ -53,14 +53,14 @@ def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
     return Angles(cos.unsqueeze(1), sin.unsqueeze(1))
 
 
-def pairs(x: Tensor, neighbours: bool) -> tuple[Tensor, Tensor]:
-    """What turns together, the first of every pair and the second: neighbours, or the two halves."""
-    return (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)  # type: ignore[return-value]
+def pairs(x: Tensor, neighbors: bool) -> tuple[Tensor, Tensor]:
+    """What turns together, the first of every pair and the second: neighbors, or the two halves."""
+    return (x[..., ::2], x[..., 1::2]) if neighbors else x.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
-def joined(first: Tensor, second: Tensor, neighbours: bool) -> Tensor:
+def joined(first: Tensor, second: Tensor, neighbors: bool) -> Tensor:
     """The inverse of `pairs`."""
-    return torch.stack((first, second), -1).flatten(-2) if neighbours else torch.cat((first, second), -1)
+    return torch.stack((first, second), -1).flatten(-2) if neighbors else torch.cat((first, second), -1)
 
 
 def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:

@@ -92,7 +92,7 @@ def marchenko_pastur(variance: float, aspect: float, count: int) -> tuple[float,
     tells of a direction only above the edge (Baik, Ben Arous & Péché 2005).
     """
     low, high = variance * (1 - math.sqrt(aspect)) ** 2, variance * (1 + math.sqrt(aspect)) ** 2
-    angle = np.linspace(0, np.pi, 4097)  # x = centre − radius cos(angle) resolves both edges
+    angle = np.linspace(0, np.pi, 4097)  # x = center − radius cos(angle) resolves both edges
     x = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
     density = np.sqrt(np.maximum((high - x) * (x - low), 0)) * np.sin(angle)
     density[1:] /= x[1:]

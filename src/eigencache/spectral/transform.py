@@ -59,19 +59,19 @@ class Transform:
 
 
 def fit_transform(
-    moments: SecondOrder, *, metric: Tensor | None = None, alpha: float = 1.0, centred: bool = True
+    moments: SecondOrder, *, metric: Tensor | None = None, alpha: float = 1.0, centered: bool = True
 ) -> Transform:
     """The transform of all p coefficients, in float64. `metric` [p, p] positive definite; None is Frobenius.
 
     Raises `StatisticsError` where there are fewer vectors than dimensions, or the moments are not finite.
     """
-    matrix = moments.covariance if centred else moments.second_moment
+    matrix = moments.covariance if centered else moments.second_moment
     width = len(matrix)
     if moments.count <= width:
         raise StatisticsError(f"{moments.count:.0f} vectors cannot carry a basis of {width} dimensions: give more text")
     if not matrix.isfinite().all():
         raise StatisticsError("the moments hold NaN or infinite values: the calibration text broke the model")
-    mean = moments.mean if centred else torch.zeros_like(moments.mean)
+    mean = moments.mean if centered else torch.zeros_like(moments.mean)
     if metric is None:
         eigenvalues, basis = eigenbasis_of(matrix)
         return Transform(mean, basis, basis.mT.contiguous(), eigenvalues)

@@ -3,32 +3,31 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eigencache.calibration.moments import Progress
 from eigencache.codec.base import Codec
-from eigencache.codec.folder import FittedCodec, SavedCodec
-from eigencache.codec.ledger import ledger
+from eigencache.codec.byte_ledger import ledger
+from eigencache.codec.saved.folder import AnyCodec, SavedCodec
 from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.codec_scoring import as_kept, scores_of
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.likelihood import batches_of, score_through_cache
 from eigencache.evaluate.prefix import Window
+from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.retrieval import evaluate_retrieval
+from eigencache.fitting.pca import PCACalibration
 from eigencache.models.load import LoadedModel
-from eigencache.provenance import Stopwatch
-from eigencache.quality import Divergence, EvaluationRecord, Likelihood, Protocol, Retrieval
-from eigencache.records import Corpus
-from eigencache.studies.calibrate import Calibration
-from eigencache.studies.gather import Progress
-from eigencache.studies.probe import model_record
-from eigencache.studies.resume import Partial
-from eigencache.studies.scoring import as_kept, scores_of
+from eigencache.records.provenance import Stopwatch
+from eigencache.records.quality import Divergence, EvaluationRecord, Likelihood, ReadingProtocol, Retrieval
+from eigencache.records.run import Corpus
 
 
 def evaluate_codecs(
     loaded: LoadedModel,
     sequences: Sequences,
-    calibration: Calibration | SavedCodec,
-    codecs: Mapping[str, FittedCodec],
-    protocols: Sequence[Protocol],
+    calibration: PCACalibration | SavedCodec,
+    codecs: Mapping[str, AnyCodec],
+    protocols: Sequence[ReadingProtocol],
     *,
     prompts: int = 8,
     tasks: Sequence[str] | None = None,
@@ -52,14 +51,14 @@ def evaluate_codecs(
     values_per_token = loaded.geometry.values_per_token
     coded_bits = calibration.coded_bits if isinstance(calibration, SavedCodec) else None
     ledgers = {name: ledger(codec, values_per_token, coded_bits=coded_bits) for name, codec in codecs.items()}
-    model = model_record(loaded, "the cache itself")
+    model = loaded.record("the cache itself")
     key = {
         "model": model.sha256,
         "texts": [text.model_dump() for text in (sequences.corpus, fitted_on)],
         "codecs": [*codecs, saved],
         "settings": [[p.model_dump() for p in protocols], prompts, tasks, lengths, examples, str(window), batch_size, seed],
     }
-    kept = Partial(partial, key)
+    kept = ResumableResults(partial, key)
     batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, batch_size)))]
     for protocol in protocols:
         before = [one for one in kept.done if one.get("protocol") == protocol.model_dump()]
@@ -104,14 +103,18 @@ def evaluate_codecs(
     )
 
 
-def _calibration_text(calibration: Calibration | SavedCodec, sequences: Sequences, force: bool) -> tuple[Corpus, str | None]:
+def _calibration_text(
+    calibration: PCACalibration | SavedCodec, sequences: Sequences, force: bool
+) -> tuple[Corpus, str | None]:
     """The record of the text that codecs were fitted on, and a warning where `sequences` overlap it."""
     if isinstance(calibration, SavedCodec):
         return calibration.card.origin.calibration, check_sketched_overlap(sequences.ids, calibration.windows, force=force)
     return calibration.sequences.corpus, check_overlap(sequences.ids, calibration.sequences.ids, force=force)
 
 
-def _likelihood(done: list[dict], protocol: Protocol, codecs: Mapping[str, Codec], values_per_token: int) -> Likelihood:
+def _likelihood(
+    done: list[dict], protocol: ReadingProtocol, codecs: Mapping[str, Codec], values_per_token: int
+) -> Likelihood:
     batches = [one for one in done if one.get("protocol") == protocol.model_dump()]
     scores = scores_of(batches, codecs, values_per_token)
     return Likelihood(protocol=protocol, uncompressed_nll=scores.uncompressed_nll, results=list(scores.quality.values()))

@@ -3,31 +3,17 @@
 Both ways compress every token, the newest too, so that nothing but the order of the products differs.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from eigencache.codec.pca import PCACodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.models.folding import coefficient_cache, folded
 from eigencache.models.load import LoadedModel
-
-
-@dataclass(frozen=True)
-class Folding:
-    """The largest differences of logits over a text for one codec."""
-
-    codec: str
-    tokens: int
-    rounding: float  # folded against decode-then-attend
-    effect: float  # decode-then-attend against the uncompressed model
-    scale: float  # largest absolute logit
-    coefficients_nbytes: int  # held by the folded cache after the last sequence
-    vectors_nbytes: int  # what an ordinary cache held
+from eigencache.records.folding import FoldingResult
 
 
 @torch.no_grad()
-def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) -> Folding:
+def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) -> FoldingResult:
     """Compare logits of whole sequences. Raises what `folded` and `coefficient_cache` raise."""
     model = loaded.model
     rounding = effect = scale = 0.0
@@ -42,7 +28,7 @@ def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) 
         effect = max(effect, float((decoded - plain.logits).abs().max()))
         scale = max(scale, float(plain.logits.abs().max()))
         held, plain_held = _nbytes(cache), _nbytes(plain.past_key_values)
-    return Folding(codec.name, sequences.corpus.tokens, rounding, effect, scale, held, plain_held)
+    return FoldingResult(codec.name, sequences.corpus.tokens, rounding, effect, scale, held, plain_held)
 
 
 def _nbytes(cache: object) -> int:

@@ -5,21 +5,21 @@ that a cache without the latent would hold stand beside as bytes (THEORY 9, 11).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from eigencache.calibration.moments import gather
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import batches_of, compared
 from eigencache.evaluate.prefix import read_prefix
-from eigencache.evaluate.summary import summarise
-from eigencache.models.expansion import Expanded, expanded_codec, recorded_expansion, replayed_expansion
+from eigencache.evaluate.summary import summarize
 from eigencache.models.load import LoadedModel
-from eigencache.quality import Protocol, SequenceLoss, SweepPoint, SweepSeries
+from eigencache.models.mla_expanded import Expanded, expanded_codec, recorded_expansion, replayed_expansion
+from eigencache.records.mla import LatentComparison
+from eigencache.records.quality import ReadingProtocol, SequenceLoss, SweepPoint, SweepSeries
 from eigencache.spectral.transform import Transform, fit_transform
-from eigencache.studies.gather import gather
 
 OnBatch = Callable[[int, int], None]
 KINDS = {"k": "keys_nope", "v": "values"}
@@ -31,24 +31,13 @@ def check_latent(loaded: LoadedModel) -> None:
         raise UnsupportedArchitectureError(f"{loaded.name} is no MLA model: {loaded.geometry.describe()}")
 
 
-@dataclass(frozen=True)
-class LatentAgainstExpanded:
-    """Bytes per token of both ways to cache, and how far their logits are apart."""
-
-    latent_nbytes: int  # latent and rotary key, 16 bit
-    expanded_nbytes: int  # keys and values of all heads, 16 bit
-    tokens: int  # compared
-    largest_difference: float  # of any logit
-    largest_logit: float
-
-
 @torch.no_grad()
-def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> LatentAgainstExpanded:
+def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> LatentComparison:
     """Score the tokens after a prefix once expanding the cached latent anew, once with the expansion that was kept."""
     check_latent(loaded)
     difference = largest = 0.0
     tokens = 0
-    for batch in batches_of(sequences, Protocol(kind="prefix", length=prefix), 1):
+    for batch in batches_of(sequences, ReadingProtocol(kind="prefix", length=prefix), 1):
         ids = torch.from_numpy(np.stack(batch)).to(loaded.device)
         with recorded_expansion(loaded) as kept:
             start = read_prefix(loaded, ids[:, :prefix])
@@ -59,7 +48,7 @@ def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> La
         largest = max(largest, float(latent.abs().max()))
         tokens += ids.shape[1] - prefix
     geometry = loaded.geometry
-    return LatentAgainstExpanded(
+    return LatentComparison(
         2 * geometry.values_per_token, 2 * geometry.expanded_values_per_token, tokens, difference, largest
     )
 
@@ -98,7 +87,7 @@ def sweep_expanded(
     width = max(t.rank for (_, name), heads in fitted.items() if name == kind for t in heads)
     ranks = sorted({max(1, round(share * width)) for share in shares})
     codecs = {rank: _truncated(fitted, kind, rank) for rank in ranks}
-    protocol = Protocol(kind="prefix", length=prefix)
+    protocol = ReadingProtocol(kind="prefix", length=prefix)
     losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
     held = dict.fromkeys(ranks, 0)
     positions = 0
@@ -119,7 +108,7 @@ def sweep_expanded(
     rope = 2 * sum(layer.mla.qk_rope_head_dim for layer in geometry.layers if layer.mla) * positions
     points = []
     for rank, codec in codecs.items():
-        quality = summarise(
+        quality = summarize(
             f"{target} expanded · rank {rank}",
             losses[rank],
             losses[None],
@@ -129,9 +118,9 @@ def sweep_expanded(
             basis_nbytes=sum(t.nbytes for heads in codec.values() for t in heads),
         )
         points.append(SweepPoint(rank=rank, target_ratio=width / rank, quality=quality))
-    name = f"{target} expanded · head · frobenius · centred"
+    name = f"{target} expanded · head · frobenius · centered"
     return SweepSeries(
-        name=name, target=f"{target} expanded", scope="head", frame="pre", metric="frobenius", centred=True, alpha=1.0,
+        name=name, target=f"{target} expanded", scope="head", frame="pre", metric="frobenius", centered=True, alpha=1.0,
         basis="fitted", bits=16, width=width, points=points,
     )  # fmt: skip
 

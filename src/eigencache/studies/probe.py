@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import torch
 
+from eigencache.calibration.accumulator import Accumulator, shapes_of
+from eigencache.calibration.moments import MEMORY, CapturedMoments, Progress, captured_by_name, gather, silent
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.capture import Capture
-from eigencache.models.identity import fingerprint
 from eigencache.models.load import LoadedModel
-from eigencache.records import SCOPES, FrameComparison, Model, ProbeRecord, Scope, Spectrum
+from eigencache.records.base import SCOPES, Scope
+from eigencache.records.probe import FrameComparison, ProbeRecord, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
-from eigencache.studies.accumulate import Accumulator, shapes_of
-from eigencache.studies.classic import SAMPLES, SENTENCES, classic_rows
-from eigencache.studies.gather import MEMORY, Gathered, Progress, captured_by_name, gather, silent
+from eigencache.studies.legacy_probe import SAMPLES, SENTENCES, classic_rows
 
 FrameChoice = Literal["pre", "post", "both"]
 
@@ -57,7 +57,7 @@ def probe_model(
 
 
 def probe_gathered(
-    loaded: LoadedModel, gathered: Gathered, settings: ProbeSettings, on_progress: Progress = silent
+    loaded: LoadedModel, gathered: CapturedMoments, settings: ProbeSettings, on_progress: Progress = silent
 ) -> ProbeRecord:
     """The same of a text that was gathered with these settings."""
     corpus, notes = gathered.sequences.corpus, gathered.notes
@@ -77,7 +77,7 @@ def probe_gathered(
         "folds": gathered.accumulator.folds,
     }
     return ProbeRecord(
-        model=model_record(loaded, gathered.style),
+        model=loaded.record(gathered.style),
         corpus=corpus,
         run=gathered.watch.run(settings.seed, options),
         spectra=spectra,
@@ -88,7 +88,7 @@ def probe_gathered(
 
 
 def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Progress) -> list[Spectrum]:
-    """Every spectrum, centred and not. Rotation adds no independent vectors: after it, n_eff is at most that before."""
+    """Every spectrum, centered and not. Rotation adds no independent vectors: after it, n_eff is at most that before."""
     places = list(accumulator.places())
     spectra: list[Spectrum] = []
     before: dict[tuple, float | None] = {}
@@ -120,11 +120,11 @@ def _demonstration(loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
 
 def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
     """Before against after rotation, per layer."""
-    found = {(s.kind, s.layer_idx, s.frame, s.centred): s for s in spectra if s.scope == "layer"}
+    found = {(s.kind, s.layer_idx, s.frame, s.centered): s for s in spectra if s.scope == "layer"}
     comparisons = []
-    for (kind, layer_idx, frame, centred), post in found.items():
+    for (kind, layer_idx, frame, centered), post in found.items():
         pre = found.get((kind, layer_idx, "pre_rope", True))
-        if frame != "post_rope" or not centred or pre is None or layer_idx is None:
+        if frame != "post_rope" or not centered or pre is None or layer_idx is None:
             continue
         variance_post, variance_pre = sum(post.eigenvalues), sum(pre.eigenvalues)
         comparisons.append(
@@ -133,7 +133,7 @@ def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
                 kind=kind,
                 spread_post_rope=post.spread,
                 spread_pre_rope=pre.spread,
-                spread_pre_rope_uncentred=found[kind, layer_idx, "pre_rope", False].spread,
+                spread_pre_rope_uncentered=found[kind, layer_idx, "pre_rope", False].spread,
                 variance_post_rope=variance_post,
                 variance_pre_rope=variance_pre,
                 rotated_mean_share=(variance_post - variance_pre) / variance_post if variance_post else 0.0,
@@ -151,7 +151,7 @@ def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
     """
     worst: dict[str, float] = {}
     for s in spectra:
-        if s.centred and s.support < DOUBTFUL_BELOW:
+        if s.centered and s.support < DOUBTFUL_BELOW:
             place = f"{s.name} at scope {s.scope}"
             worst[place] = min(worst.get(place, s.support), s.support)
     bounds = (("refused", 0, REFUSED_BELOW), ("doubtful", REFUSED_BELOW, DOUBTFUL_BELOW))
@@ -160,23 +160,3 @@ def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
         if places := [f"{place} ({support:.2g})" for place, support in worst.items() if low <= support < high]:
             lines.append(f"ranks {verdict}, fewer than {high} independent vectors per dimension: {', '.join(places)}")
     return lines
-
-
-def model_record(loaded: LoadedModel, style: str) -> Model:
-    """The model behind a result; `style`: how its cache was captured."""
-    model = loaded.model
-    return Model(
-        name=loaded.name,
-        architecture=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
-        parameters=model.num_parameters(),
-        sha256=fingerprint(model),
-        adapter=style,
-        geometry=loaded.geometry,
-    )
-
-
-def default_length(loaded: LoadedModel) -> int:
-    """512 tokens a sequence, or what the model has positions for."""
-    return min(512, getattr(loaded.model.config, "max_position_embeddings", None) or 512)

@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eigencache.calibration.moments import Progress, silent
 from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
+from eigencache.evaluate.codec_scoring import CodecScores, score_codecs
+from eigencache.fitting.pca import PCACalibration, PCASettings, check_target, targets_of, width_of
 from eigencache.models.load import LoadedModel
-from eigencache.provenance import Stopwatch
-from eigencache.quality import Protocol, SweepPoint, SweepRecord, SweepSeries
-from eigencache.records import SCOPES, Scope
-from eigencache.studies.calibrate import Calibration, PCASettings, check_target, targets_of, width_of
-from eigencache.studies.gather import Progress, silent
-from eigencache.studies.probe import model_record
-from eigencache.studies.scoring import Scores, score_codecs
+from eigencache.records.base import SCOPES, Scope
+from eigencache.records.provenance import Stopwatch
+from eigencache.records.quality import ReadingProtocol, SweepPoint, SweepRecord, SweepSeries
 
 Ranks = tuple[int | None, ...] | None
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
@@ -50,7 +49,7 @@ def default_plans(
     """Every target of the model in the wanted way, and keys in the way that gave them their bad name."""
     plans = [Plan(settings.of(target), bits, ranks) for target in targets_of(loaded)]
     if loaded.geometry.rope is not None and not loaded.geometry.mla:
-        plans.append(Plan(PCASettings("k", settings.scope, "post", centred=False), bits, ranks))
+        plans.append(Plan(PCASettings("k", settings.scope, "post", centered=False), bits, ranks))
     return plans
 
 
@@ -83,9 +82,9 @@ class _Series:
 def sweep_model(
     loaded: LoadedModel,
     sequences: Sequences,
-    calibration: Calibration,
+    calibration: PCACalibration,
     plans: Sequence[Plan],
-    protocol: Protocol,
+    protocol: ReadingProtocol,
     *,
     batch_size: int = 8,
     force: bool = False,
@@ -111,7 +110,7 @@ def sweep_model(
         on_progress=on_progress,
     )
     return SweepRecord(
-        model=model_record(loaded, "the cache itself"),
+        model=loaded.record("the cache itself"),
         corpus=sequences.corpus,
         calibration=calibration.sequences.corpus,
         protocol=protocol,
@@ -122,12 +121,12 @@ def sweep_model(
     )
 
 
-def codecs_of(calibration: Calibration, plan: Plan) -> dict[str, PCACodec]:
+def codecs_of(calibration: PCACalibration, plan: Plan) -> dict[str, PCACodec]:
     """The plan's codecs by name."""
     return {codec.name: codec for codec in _fit(calibration, plan).codecs.values()}
 
 
-def _fit(calibration: Calibration, plan: Plan) -> _Series:
+def _fit(calibration: PCACalibration, plan: Plan) -> _Series:
     full = calibration.fit(plan.settings)
     width = max(group.transform.rank for group in full.groups)
     name = full.name if plan.bits == 16 else f"{full.name} · {plan.bits} bit"
@@ -135,7 +134,7 @@ def _fit(calibration: Calibration, plan: Plan) -> _Series:
     return _Series(plan, codecs, width, sum(group.transform.width for group in full.groups))
 
 
-def _series_record(loaded: LoadedModel, series: _Series, scores: Scores) -> SweepSeries:
+def _series_record(loaded: LoadedModel, series: _Series, scores: CodecScores) -> SweepSeries:
     points = []
     for rank, codec in series.codecs.items():
         quality = scores.quality[codec.name]

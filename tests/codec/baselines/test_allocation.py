@@ -5,20 +5,20 @@ import itertools
 import numpy as np
 import pytest
 
-from eigencache.codec.baselines.allocation import Choice, Group, allocate
+from eigencache.codec.baselines.allocation import ComponentGroup, GroupFormat, allocate
 
 
-def planted(count: int, seed: int) -> tuple[np.ndarray, list[Choice]]:
+def planted(count: int, seed: int) -> tuple[np.ndarray, list[GroupFormat]]:
     rng = np.random.default_rng(seed)
     dropped = np.sort(rng.exponential(size=count) ** 3)[::-1]
     choices = []
     for size, (kind, bits) in itertools.product((1, 2, 4), (("int2", 2), ("int4", 4), ("fp8", 8))):
         energy = np.convolve(dropped, np.ones(size), "valid")
-        choices.append(Choice(kind, size, bits * size + 6, energy * rng.uniform(0.2, 1.5, len(energy)) / 4**bits))
+        choices.append(GroupFormat(kind, size, bits * size + 6, energy * rng.uniform(0.2, 1.5, len(energy)) / 4**bits))
     return dropped, choices
 
 
-def every(count: int, choices: list[Choice], at: int = 0):
+def every(count: int, choices: list[GroupFormat], at: int = 0):
     """All sets of groups of components from `at` on."""
     if at >= count:
         yield ()
@@ -28,10 +28,10 @@ def every(count: int, choices: list[Choice], at: int = 0):
     for choice in choices:
         if at + choice.size <= count:
             for rest in every(count, choices, at + choice.size):
-                yield (Group(at, choice.size, choice.kind), *rest)
+                yield (ComponentGroup(at, choice.size, choice.kind), *rest)
 
 
-def price(groups, dropped: np.ndarray, choices: list[Choice]) -> tuple[float, int]:
+def price(groups, dropped: np.ndarray, choices: list[GroupFormat]) -> tuple[float, int]:
     known = {(choice.kind, choice.size): choice for choice in choices}
     error, bits, kept = 0.0, 0, np.zeros(len(dropped), dtype=bool)
     for group in groups:

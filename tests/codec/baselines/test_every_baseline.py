@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_caches import SHAPES, cache, layouts, moments, numbers_of, relative_error, rotation
 
+from baseline_caches import SHAPES, cache, layouts, moments, numbers_of, relative_error, rotation
 from eigencache.codec.baselines.integers import Integers
 from eigencache.codec.baselines.kivi import kivi
 from eigencache.codec.baselines.kvtc_fit import fit_kvtc

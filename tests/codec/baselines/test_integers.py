@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from baseline_caches import cache, numbers_of
 
+from baseline_caches import cache, numbers_of
 from eigencache.codec.baselines.integers import Integers
 
 

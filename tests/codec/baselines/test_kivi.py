@@ -1,8 +1,8 @@
 """KIVI's keys share scales over 32 tokens, its values over 32 channels; 3 bits per number at 2 bits; the rest is exact."""
 
 import torch
-from baseline_caches import cache, numbers_of
 
+from baseline_caches import cache, numbers_of
 from eigencache.codec.baselines.kivi import KIVI, kivi
 
 SHAPES = {0: ((2, 64), (2, 64))}

@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
-from baseline_caches import GQA, MLA, cache, layouts, numbers_of, relative_error
 
+from baseline_caches import GQA, MLA, cache, layouts, numbers_of, relative_error
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.baselines.kvtc import KVTC
 from eigencache.codec.baselines.kvtc_fit import FittedKVTC, fit_kvtc, principal_components

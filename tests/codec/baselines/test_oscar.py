@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from baseline_caches import GQA, MLA, ODD, cache, moments, numbers_of
 
+from baseline_caches import GQA, MLA, ODD, cache, moments, numbers_of
 from eigencache.codec.baselines.oscar import OSCAR, PUBLISHED_CLIPS, clipped, fit_oscar, hadamard
 from eigencache.errors import CodecError
 
@@ -34,7 +34,7 @@ def test_every_coordinate_gets_the_same_share_of_the_queries_energy() -> None:
     assert torch.allclose(energy, energy.mean(-1, keepdim=True).expand_as(energy), rtol=1e-4)
 
 
-def test_hadamard_is_normalised_and_orders_are_bit_reversed() -> None:
+def test_hadamard_is_normalized_and_orders_are_bit_reversed() -> None:
     assert torch.allclose(hadamard(8) @ hadamard(8).mT, torch.eye(8, dtype=torch.float64))
     assert (hadamard(8).abs() - 8**-0.5).abs().max() < 1e-12
     diagonal = torch.diag(torch.arange(1.0, 5.0))[None]  # eigenvectors are the axes, by rising eigenvalue

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from baseline_caches import GQA, MLA, cache, relative_error
 
+from baseline_caches import GQA, MLA, cache, relative_error
 from eigencache.codec.baselines.lloyd_max import borders, gaussian_codebook
 from eigencache.codec.baselines.turboquant import random_orthogonal, turboquant
 from eigencache.errors import CodecError
@@ -77,7 +77,7 @@ def test_the_first_and_last_two_layers_are_exact_in_sixteen_bits() -> None:
 
 def test_values_as_vllm_stores_them_are_uniform_and_directions_keep_their_length() -> None:
     cached = cache(GQA)
-    codec = turboquant(WIDTHS, 4, torch.float32, boundary_layers=0, values="uniform", renormalised=True)
+    codec = turboquant(WIDTHS, 4, torch.float32, boundary_layers=0, values="uniform", renormalized=True)
     encoded = codec.encode(cached, 0)
     decoded = codec.decode(encoded)
     norms = cached[2][0].norm(dim=-1)

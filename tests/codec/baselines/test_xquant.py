@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from baseline_caches import rotation
 
+from baseline_caches import rotation
 from eigencache.codec.baselines.xquant import XQuant, xquant
 from eigencache.errors import CodecError
 from eigencache.spectral.rope import rotate

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Group(NamedTuple):
+class ComponentGroup(NamedTuple):
     """Components `start` … `start + size − 1` in the format `kind`."""
 
     start: int
@@ -18,7 +18,7 @@ class Group(NamedTuple):
     kind: str
 
 
-class Choice(NamedTuple):
+class GroupFormat(NamedTuple):
     """A format and a size that groups may have, what one costs, and its error at every start [components − size + 1]."""
 
     kind: str
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     errors: np.ndarray
 
 
-def allocate(dropped: np.ndarray, choices: list[Choice], budget_bits: int) -> tuple[Group, ...]:
+def allocate(dropped: np.ndarray, choices: list[GroupFormat], budget_bits: int) -> tuple[ComponentGroup, ...]:
     """The groups of least error that cost at most `budget_bits`; `dropped`: the error of leaving a component out.
 
     Time and memory: components × budget, in units of the greatest common divisor of all costs, × choices.
@@ -55,7 +55,7 @@ def allocate(dropped: np.ndarray, choices: list[Choice], budget_bits: int) -> tu
     return _groups(taken, choices, budget, unit)
 
 
-def _groups(taken: np.ndarray, choices: list[Choice], budget: int, unit: int) -> tuple[Group, ...]:
+def _groups(taken: np.ndarray, choices: list[GroupFormat], budget: int, unit: int) -> tuple[ComponentGroup, ...]:
     """The groups that the table's decisions name, from the last component to the first."""
     groups, p = [], len(taken) - 1
     while p:
@@ -64,5 +64,5 @@ def _groups(taken: np.ndarray, choices: list[Choice], budget: int, unit: int) ->
             continue
         kind, size, bits, _ = choices[chosen - 1]
         p, budget = p - size, budget - bits // unit
-        groups.append(Group(p, size, kind))
+        groups.append(ComponentGroup(p, size, kind))
     return tuple(reversed(groups))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigencache.codec.packing import pack, unpack
-from eigencache.codec.quantize import low_and_step
+from eigencache.codec.quantization.bitpack import pack, unpack
+from eigencache.codec.quantization.grouped import low_and_step
 from eigencache.errors import CodecError
 
 
@@ -21,7 +21,7 @@ class Groups(NamedTuple):
     step: Tensor
 
 
-def quantised(x: Tensor, bits: int, group: int, what: str) -> Groups:
+def quantized(x: Tensor, bits: int, group: int, what: str) -> Groups:
     """x [..., n] in groups of `group` numbers, of which the last may be narrower.
 
     Raises `CodecError`, beginning with `what`, for NaN and for numbers that float16 scales cannot hold.
@@ -36,7 +36,7 @@ def quantised(x: Tensor, bits: int, group: int, what: str) -> Groups:
     return Groups(pack(codes.to(torch.uint8).flatten(-2)[..., : x.shape[-1]], bits), low, step)
 
 
-def dequantised(groups: Groups, bits: int, count: int, group: int) -> Tensor:
+def dequantized(groups: Groups, bits: int, count: int, group: int) -> Tensor:
     """The numbers [..., count] again, float32."""
     codes = _grouped(unpack(groups.codes, bits, count).float(), group)
     return (codes * groups.step.float()[..., None] + groups.low.float()[..., None]).flatten(-2)[..., :count]

@@ -4,8 +4,8 @@ Source: common practice (round to nearest, per token and head), as in the `Quant
 KV caches of serving engines; no single paper. Groups of 64 numbers along the head's dimension, or the whole head where it
 is narrower; lowest value and step in float16; the cache as it is, keys after rotation.
 
-Where this differs: transformers keeps the most recent 128 tokens in 16 bits and takes quanto's or HQQ's quantiser; here
-no token is kept apart, and the quantiser is plain. Where a head is no multiple of 64, its last group is narrower.
+Where this differs: transformers keeps the most recent 128 tokens in 16 bits and takes quanto's or HQQ's quantizer; here
+no token is kept apart, and the quantizer is plain. Where a head is no multiple of 64, its last group is narrower.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
 
 
@@ -34,8 +34,8 @@ class Integers(PerSlot):
 
     def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
         """Codes, lowest values and steps."""
-        return quantised(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
+        return quantized(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
 
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
         """Numbers again."""
-        return dequantised(Groups(**parts), self.bits, width, min(self.group, width))
+        return dequantized(Groups(**parts), self.bits, width, min(self.group, width))

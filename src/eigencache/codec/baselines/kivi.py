@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import to_sixteen_bit
-from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
-from eigencache.codec.kept import WithKept
+from eigencache.codec.sinks_and_window import WithSinksAndWindow
 
 
 @dataclass(frozen=True, eq=False)
 class KIVI(PerSlot):
-    """The quantised part of KIVI. `dtype`: the model's."""
+    """The quantized part of KIVI. `dtype`: the model's."""
 
     bits: Literal[2, 4]
     dtype: torch.dtype
@@ -40,11 +40,11 @@ class KIVI(PerSlot):
     def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
         """Groups of tokens for keys, with the tokens that fill none; groups of channels for values."""
         if slot == 1:
-            return quantised(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
+            return quantized(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
         full = x.shape[2] // self.group * self.group
         parts: dict[str, Tensor] = {}
         if full:
-            parts |= quantised(x[:, :, :full].mT, self.bits, self.group, what)._asdict()
+            parts |= quantized(x[:, :, :full].mT, self.bits, self.group, what)._asdict()
         if full < x.shape[2]:
             parts["rest"] = to_sixteen_bit(x[:, :, full:], what)
         return parts
@@ -55,11 +55,11 @@ class KIVI(PerSlot):
         if "codes" in parts:
             groups = Groups(parts["codes"], parts["low"], parts["step"])
             if slot == 1:
-                return dequantised(groups, self.bits, width, min(self.group, width))
-            found.insert(0, dequantised(groups, self.bits, groups.step.shape[-1] * self.group, self.group).mT)
+                return dequantized(groups, self.bits, width, min(self.group, width))
+            found.insert(0, dequantized(groups, self.bits, groups.step.shape[-1] * self.group, self.group).mT)
         return torch.cat(found, 2)
 
 
-def kivi(bits: Literal[2, 4], dtype: torch.dtype, *, residual: int = 128) -> WithKept:
+def kivi(bits: Literal[2, 4], dtype: torch.dtype, *, residual: int = 128) -> WithSinksAndWindow:
     """KIVI as published, with the last `residual` tokens in 16 bits."""
-    return WithKept(KIVI(bits, dtype), dtype, window=residual)
+    return WithSinksAndWindow(KIVI(bits, dtype), dtype, window=residual)

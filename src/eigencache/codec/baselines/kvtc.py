@@ -2,13 +2,13 @@
 
 Source: Staniszewski and Łańcucki (NVIDIA), KV Cache Transform Coding for Compact Storage in LLM Inference, ICLR 2026, arXiv
 2511.01815; no code of the authors' was at hand. Keys and values apart, keys before rotation, all layers and heads side by
-side; centred PCA that knows nothing of queries; runs of 1, 16, 64, 256 or 1024 components are dropped or get int2, int4 or
+side; centered PCA that knows nothing of queries; runs of 1, 16, 64, 256 or 1024 components are dropped or get int2, int4 or
 fp8 with a 16-bit shift and a 16-bit scale per token; the least error of reconstruction (Frobenius) at a budget of bits per
 token, the same share for keys and values, counted before DEFLATE; the first 4 tokens in fp8, the last 128 in 16 bits.
 
 Where this differs, or where the paper could not be read to the letter: zlib's DEFLATE (level 9, no header) over the whole
 stretch of one sequence, where the paper has nvCOMP's over blocks on a GPU; an exact eigendecomposition in float64 (of the
-Gram matrix where there are fewer vectors than dimensions) and no randomised one; the error of a group is measured on at
+Gram matrix where there are fewer vectors than dimensions) and no randomized one; the error of a group is measured on at
 most 256 of the calibration vectors, or of others where those are given; fp8 has shift and scale like the integers, the
 shift in the middle of the range; the bytes of a group are its shifts and scales, low and high bytes apart, and its codes
 component by component, which makes 1 to 4 % fewer bytes than plain order does on the bundled models. Accounts of
@@ -24,22 +24,22 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, EncodedBytes, length_of
-from eigencache.codec.baselines.allocation import Group
+from eigencache.codec.baselines.allocation import ComponentGroup
 from eigencache.codec.baselines.asymmetric import refuse_non_finite
 from eigencache.codec.baselines.kvtc_formats import BITS, from_codes, shift_and_scale, to_codes
 from eigencache.codec.layout import Layout, Slots, by_layer
-from eigencache.codec.packing import pack, unpack
+from eigencache.codec.quantization.bitpack import pack, unpack
 from eigencache.errors import CodecError
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class TransformedKind:
     """Keys or values of all layers: `mean` [width], `basis` [width, used components] and the groups of those."""
 
     layout: Layout
     mean: Tensor
     basis: Tensor
-    groups: tuple[Group, ...]
+    groups: tuple[ComponentGroup, ...]
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +78,7 @@ class Kind:
 class KVTC:
     """The codec proper, without tokens kept apart. `dtype`: the model's."""
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[TransformedKind, ...]
     dtype: torch.dtype
     name: str
 
@@ -112,7 +112,7 @@ class KVTC:
         return by_layer(slots, self.dtype)
 
 
-def code_bytes(group: Group, tokens: int) -> int:
+def code_bytes(group: ComponentGroup, tokens: int) -> int:
     """Bytes of a group's codes."""
     return -(-tokens * group.size * BITS[group.kind] // 8)
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.codec.baselines.allocation import Choice, Group, allocate
-from eigencache.codec.baselines.kvtc import KVTC, Kind
+from eigencache.codec.baselines.allocation import ComponentGroup, GroupFormat, allocate
+from eigencache.codec.baselines.kvtc import KVTC, TransformedKind
 from eigencache.codec.baselines.kvtc_formats import BITS, from_codes, group_bits, shift_and_scale, to_codes
-from eigencache.codec.kept import WithKept
 from eigencache.codec.layout import Layout
+from eigencache.codec.sinks_and_window import WithSinksAndWindow
 from eigencache.errors import CodecError
 
 SIZES = (1, 16, 64, 256, 1024)
@@ -29,15 +29,15 @@ class Components:
     mean: Tensor
     basis: Tensor
     dropped: np.ndarray
-    choices: list[Choice]
+    choices: list[GroupFormat]
 
-    def at(self, bits_per_value: float) -> Kind:
+    def at(self, bits_per_value: float) -> TransformedKind:
         """The groups of least error at a budget; components that are in none are not kept."""
         groups = allocate(self.dropped, self.choices, int(bits_per_value * self.layout.width))
         columns = [i for group in groups for i in range(group.start, group.start + group.size)]
         ends = np.cumsum([0, *(group.size for group in groups)]).tolist()
-        moved = tuple(Group(end, group.size, group.kind) for end, group in zip(ends, groups, strict=False))
-        return Kind(self.layout, self.mean, self.basis[:, columns].contiguous(), moved)
+        moved = tuple(ComponentGroup(end, group.size, group.kind) for end, group in zip(ends, groups, strict=False))
+        return TransformedKind(self.layout, self.mean, self.basis[:, columns].contiguous(), moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +54,12 @@ class FittedKVTC:
         sinks: int = 4,
         window: int = 128,
         sink_format: Literal["16 bit", "fp8"] = "fp8",
-    ) -> WithKept:
+    ) -> WithSinksAndWindow:
         """The codec at a budget before DEFLATE, with the first and last tokens apart; 0 and 0 for none."""
         kinds = tuple(kind.at(bits_per_value) for kind in self.kinds)
-        return WithKept(KVTC(kinds, self.dtype, f"kvtc {bits_per_value:g} bit"), self.dtype, sinks, window, sink_format)
+        return WithSinksAndWindow(
+            KVTC(kinds, self.dtype, f"kvtc {bits_per_value:g} bit"), self.dtype, sinks, window, sink_format
+        )
 
 
 def fit_kvtc(
@@ -110,8 +112,8 @@ def principal_components(vectors: Tensor, rank: int | None = None) -> tuple[Tens
             x = rows.double() - mean
             matrix += x.mT @ x
     else:
-        for columns, centre in zip(vectors.split(_BLOCK, 1), mean.split(_BLOCK), strict=True):
-            x = columns.double() - centre
+        for columns, center in zip(vectors.split(_BLOCK, 1), mean.split(_BLOCK), strict=True):
+            x = columns.double() - center
             matrix += x @ x.mT
     eigenvalues, found = torch.linalg.eigh(matrix)
     eigenvalues, found = eigenvalues.flip(0), found.flip(1)
@@ -121,10 +123,10 @@ def principal_components(vectors: Tensor, rank: int | None = None) -> tuple[Tens
         return mean.float(), found[:, :used].float()
     scaled = found[:, :used] / eigenvalues[:used].clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     blocks = zip(vectors.split(_BLOCK, 1), mean.split(_BLOCK), strict=True)
-    return mean.float(), torch.cat([((x.double() - centre).mT @ scaled).float() for x, centre in blocks])
+    return mean.float(), torch.cat([((x.double() - center).mT @ scaled).float() for x, center in blocks])
 
 
-def _choices(y: Tensor, size: int) -> list[Choice]:
+def _choices(y: Tensor, size: int) -> list[GroupFormat]:
     """The error of every format for `size` components from every start on, summed over vectors."""
     windows = y.unfold(1, size, 1)  # [n, starts, size], a view
     errors: dict[str, list[Tensor]] = {kind: [] for kind in BITS}
@@ -133,4 +135,4 @@ def _choices(y: Tensor, size: int) -> list[Choice]:
             shift, scale = shift_and_scale(x, kind)
             again = from_codes(to_codes(x, kind, shift, scale), kind, shift, scale)
             errors[kind].append((again - x).square().sum(-1).double().sum(0))
-    return [Choice(kind, size, group_bits(kind, size), torch.cat(e).cpu().numpy()) for kind, e in errors.items()]
+    return [GroupFormat(kind, size, group_bits(kind, size), torch.cat(e).cpu().numpy()) for kind, e in errors.items()]

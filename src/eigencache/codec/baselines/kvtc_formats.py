@@ -7,7 +7,7 @@ step. fp8 (e4m3): shift is the middle of the range, and half the range is 448 sc
 import torch
 from torch import Tensor
 
-from eigencache.codec.quantize import low_and_step, scale_reaching
+from eigencache.codec.quantization.grouped import low_and_step, scale_reaching
 from eigencache.errors import CodecError
 
 BITS = {"int2": 2, "int4": 4, "fp8": 8}

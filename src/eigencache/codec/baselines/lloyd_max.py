@@ -30,5 +30,5 @@ def gaussian_codebook(bits: int) -> Tensor:
 
 
 def borders(numbers: Tensor) -> Tensor:
-    """Half-way between neighbours: what lies between two borders is coded as the number between them."""
+    """Half-way between neighbors: what lies between two borders is coded as the number between them."""
     return (numbers[1:] + numbers[:-1]) / 2

@@ -4,7 +4,7 @@ Source: OSCAR: Offline Spectral Covariance-Aware Rotation for 2-bit KV Cache Qua
 github.com/FutureMLS-Lab/OSCAR. Per layer and KV head a basis U·H·P: eigenvectors of the second moment of the queries (for
 keys) or of the values weighted by attention (for values), a Hadamard matrix, and a bit-reversed order. A token's vector
 is clipped at a quantile of its own magnitudes (0.96 for keys, 0.92 for values in the repository's recipes), then
-quantised asymmetrically in groups of 128 numbers of a head; keys after rotation; the first 64 tokens and the last 256 in
+quantized asymmetrically in groups of 128 numbers of a head; keys after rotation; the first 64 tokens and the last 256 in
 16 bits. For MLA the latent is treated so, and the rotary key stays in 16 bits: give no value moments for such layers.
 
 Where this differs: where a head is no power of two, a seeded random orthogonal matrix mixes in place of H·P; quantiles may
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached
-from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
 from eigencache.codec.baselines.turboquant import random_orthogonal
-from eigencache.codec.kept import WithKept
+from eigencache.codec.sinks_and_window import WithSinksAndWindow
 from eigencache.errors import CodecError
 
 PUBLISHED_CLIPS = (0.96, 0.92)  # keys, values
@@ -64,11 +64,11 @@ class OSCAR(PerSlot):
         if basis.shape != (x.shape[1], x.shape[3], x.shape[3]):
             raise CodecError(f"{what} has other heads than {self.name} was fitted for")
         y = clipped(x.float() @ basis, self.clips[slot])
-        return quantised(y, self.bits, min(self.group, y.shape[-1]), what)._asdict()
+        return quantized(y, self.bits, min(self.group, y.shape[-1]), what)._asdict()
 
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
         """Vectors again."""
-        y = dequantised(Groups(**parts), self.bits, width, min(self.group, width))
+        y = dequantized(Groups(**parts), self.bits, width, min(self.group, width))
         return y @ self.bases[layer_idx, slot].to(y.device).mT
 
 
@@ -84,7 +84,7 @@ def fit_oscar(
     window: int = 256,
     group: int = 128,
     seed: int = 0,
-) -> WithKept:
+) -> WithSinksAndWindow:
     """OSCAR from second moments per layer and KV head: of the queries (keys), of the attended values (values).
 
     With a `sample` of the cache, keys after rotation, clips are those of `clip_candidates` with the least error: in the
@@ -98,7 +98,7 @@ def fit_oscar(
         losses = [[_loss(codec, key_moments, sample, slot, clip) for clip in clip_candidates] for slot in (0, 1)]
         keys, values = (clip_candidates[tried.index(min(tried))] for tried in losses)
         codec = OSCAR(bases, (keys, values), bits, dtype, group)
-    return WithKept(codec, dtype, sinks, window)
+    return WithSinksAndWindow(codec, dtype, sinks, window)
 
 
 def clipped(y: Tensor, ratio: float) -> Tensor:
@@ -109,7 +109,7 @@ def clipped(y: Tensor, ratio: float) -> Tensor:
 
 
 def hadamard(width: int) -> Tensor:
-    """The normalised Hadamard matrix of a power of two, float64."""
+    """The normalized Hadamard matrix of a power of two, float64."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5

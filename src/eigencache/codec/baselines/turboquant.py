@@ -10,7 +10,7 @@ Where this differs from the paper: no second stage (one bit of the residual, QJL
 channels with more bits. Where this differs from vLLM: the basis is a seeded random orthogonal one and not a Hadamard
 matrix, so that any width will do; with `values="codebook"` values go through the codebook as in the paper, where vLLM takes
 asymmetric integers of one group per head (`values="uniform"`); directions keep the length that the codebook gives them,
-where vLLM's presets `_nc` bring them back to length 1 (`renormalised`). vLLM exempts hybrid models from 16-bit layers and
+where vLLM's presets `_nc` bring them back to length 1 (`renormalized`). vLLM exempts hybrid models from 16-bit layers and
 pads a head to an even number of bytes: neither is done here. For MLA, which the paper does not treat, latent and rotary
 key count as keys and values.
 """
@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised
+from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.lloyd_max import borders, gaussian_codebook
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
-from eigencache.codec.packing import pack, unpack
+from eigencache.codec.quantization.bitpack import pack, unpack
 from eigencache.errors import CodecError
 
 Bits = Literal[2, 3, 4]
@@ -41,7 +41,7 @@ class TurboQuant(PerSlot):
     bases: Mapping[int, Tensor]
     sixteen_bit: frozenset[int]
     values: Literal["codebook", "uniform"]
-    renormalised: bool
+    renormalized: bool
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class TurboQuant(PerSlot):
         """Codes and norms; for values as uniform integers their codes, lowest values and steps."""
         bits = self.value_bits if slot else self.bits
         if slot and self.values == "uniform":
-            return quantised(x, bits, x.shape[-1], what)._asdict()
+            return quantized(x, bits, x.shape[-1], what)._asdict()
         x = x.float()
         norm = x.norm(dim=-1, keepdim=True)
         small = norm.half()
@@ -77,10 +77,10 @@ class TurboQuant(PerSlot):
         """Norm times direction."""
         bits = self.value_bits if slot else self.bits
         if slot and self.values == "uniform":
-            return dequantised(Groups(**parts), bits, width, width)
+            return dequantized(Groups(**parts), bits, width, width)
         numbers = gaussian_codebook(bits).to(parts["codes"].device)
         direction = numbers[unpack(parts["codes"], bits, width).long()] / width**0.5
-        if self.renormalised:
+        if self.renormalized:
             direction = direction / direction.norm(dim=-1, keepdim=True)
         return (direction @ self._basis(direction).mT) * parts["norm"].float()[..., None]
 
@@ -98,18 +98,18 @@ def turboquant(
     value_bits: Bits | None = None,
     boundary_layers: int = 2,
     values: Literal["codebook", "uniform"] = "codebook",
-    renormalised: bool = False,
+    renormalized: bool = False,
     seed: int = 0,
 ) -> TurboQuant:
     """TurboQuant for a model whose cached layers have vectors of these `widths`: layer → (slot 0, slot 1).
 
-    `values="uniform"` with `renormalised=True` is what vLLM's presets `turboquant_4bit_nc` and `turboquant_3bit_nc` do.
+    `values="uniform"` with `renormalized=True` is what vLLM's presets `turboquant_4bit_nc` and `turboquant_3bit_nc` do.
     """
     layers = sorted(widths)
     apart = min(boundary_layers, len(layers) // 2)
     bases = {width: random_orthogonal(width, seed) for width in sorted({w for both in widths.values() for w in both})}
     kept = frozenset(layers[:apart] + layers[len(layers) - apart :])
-    return TurboQuant(bits, value_bits or bits, dtype, bases, kept, values, renormalised)
+    return TurboQuant(bits, value_bits or bits, dtype, bases, kept, values, renormalized)
 
 
 def random_orthogonal(width: int, seed: int) -> Tensor:

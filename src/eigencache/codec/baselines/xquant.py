@@ -5,10 +5,10 @@ Source: Tomar et al., XQuant: Breaking the Memory Wall for LLM Inference with KV
 rotation and V = W_V x + b_V are computed again from it. Of use where keys and values together are wider than x.
 
 Where this differs: a cache holds K and V, so x is recovered from them, x = pinv([W_K; W_V]) ([K; V] − b), exact but for
-the rounding of the cached numbers, where the stacked weight has full column rank; the paper has x at hand. Quantised per
+the rounding of the cached numbers, where the stacked weight has full column rank; the paper has x at hand. Quantized per
 token, asymmetric, in groups of 128, lowest value and step in float16; the paper's own grouping could not be looked up.
 Every layer has the same bits, and no token is kept apart. Left out: XQuant-CL (differences between layers) and the
-latents of an SVD for grouped-query attention. Models that normalise keys after the projection (Qwen3, Gemma 3) do not
+latents of an SVD for grouped-query attention. Models that normalize keys after the projection (Qwen3, Gemma 3) do not
 fit, and nothing here can tell.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, owned
-from eigencache.codec.baselines.asymmetric import Groups, dequantised, quantised, refuse_non_finite
+from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized, refuse_non_finite
 from eigencache.codec.layout import Part, Rotations, by_layer, columns_of, rotated, slots_of, unrotated
 from eigencache.errors import CodecError
 
@@ -59,7 +59,7 @@ class XQuant:
             columns = torch.cat([columns_of(slots, part).float() for part in self._parts(layer_idx)], -1)
             bias = self.weights[layer_idx][1]
             x = (columns if bias is None else columns - bias.to(columns)) @ self.inverses[layer_idx].to(columns).mT
-            found = quantised(x, self.bits, min(self.group, x.shape[-1]), f"{self.name}: layer {layer_idx}")
+            found = quantized(x, self.bits, min(self.group, x.shape[-1]), f"{self.name}: layer {layer_idx}")
             tensors |= {f"{layer_idx}.{part}": owned(tensor) for part, tensor in found._asdict().items()}
         return Encoded(tensors, start, length_of(cached))
 
@@ -69,7 +69,7 @@ class XQuant:
         for layer_idx in dict.fromkeys(int(name.split(".")[0]) for name in encoded.tensors):
             weight, bias = self.weights[layer_idx]
             groups = Groups(*(encoded.tensors[f"{layer_idx}.{part}"] for part in Groups._fields))
-            x = dequantised(groups, self.bits, weight.shape[1], min(self.group, weight.shape[1]))
+            x = dequantized(groups, self.bits, weight.shape[1], min(self.group, weight.shape[1]))
             y = x @ weight.to(x).mT
             keys, values = (y if bias is None else y + bias.to(y)).chunk(2, -1)
             columns += zip(self._parts(layer_idx), (keys, values), strict=True)

@@ -1,0 +1,149 @@
+"""The attention metric: what queries make of an error in a key, and output weights of one in a value (THEORY 4.2, 4.3, 9).
+
+Keys: Σ over a group's query heads of E[q qᵀ]/d; before rotation averaged over the lags that attention really uses.
+Values: Σ of W_O,h W_O,hᵀ. A latent reaches both through its expansion. Tokens weigh alike: Σ a² of THEORY 4.3 is left out.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from eigencache.calibration.fisher_metric import Metrics, OnBatch
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import UnsupportedArchitectureError
+from eigencache.geometry import Layer
+from eigencache.models.capture import Capture, CapturedLayer
+from eigencache.models.linear_map import linear_map
+from eigencache.models.load import LoadedModel
+from eigencache.models.output_projection import OUTPUT_PROJECTIONS, output_projection, output_rows
+from eigencache.spectral.metric import lag_averaged
+from eigencache.spectral.rope import Rotation
+
+
+def attention_metrics(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    rotations: dict[int, Rotation],
+    *,
+    batch_size: int = 4,
+    on_batch: OnBatch = lambda *_: None,
+) -> Metrics:
+    """The metric of every slot in every frame it has, per KV head.
+
+    Raises `UnsupportedArchitectureError` where queries, their keys or the output projection cannot be found.
+    """
+    queries: Metrics = {}
+    lags: dict[int, Tensor] = {}
+    done = 0
+    with Capture(loaded.model, loaded.geometry, queries=True) as capture:
+        for input_ids, attention_mask, indices in sequences.batches(batch_size, pad_id=0):
+            padded = bool((attention_mask == 0).any())
+            mask = attention_mask.to(loaded.device) if padded else None
+            for layer in capture.run(input_ids.to(loaded.device), mask):
+                _add_queries(queries, layer, attention_mask, loaded.name)
+                if layer.layer_idx in rotations:
+                    lags[layer.layer_idx] = _added(lags.get(layer.layer_idx), lag_weights(layer, attention_mask))
+            done += len(indices)
+            on_batch(done, len(sequences.ids))
+    tokens = sum(map(len, sequences.ids))
+    metrics: Metrics = {}
+    for name, layers in queries.items():
+        for layer_idx, total in layers.items():
+            layer = loaded.geometry.layers[layer_idx]
+            moments = total / tokens / layer.head_dim
+            nope = layer.mla.qk_nope_head_dim if layer.mla else 0
+            kind = ("key_rope" if layer.mla else "keys") + name.removeprefix("queries")
+            metric = _grouped(moments[:, nope:, nope:], 1 if layer.mla else layer.num_key_value_heads)
+            if name == "queries_pre_rope":
+                metric = torch.stack([lag_averaged(c, rotations[layer_idx], lags[layer_idx]) for c in metric])
+            metrics.setdefault(kind, {})[layer_idx] = metric
+            attention = _attention(loaded, layer_idx)
+            outputs = output_metric(attention, layer)
+            if layer.mla:
+                metrics.setdefault("latent", {})[layer_idx] = latent_metric(attention, layer, moments, outputs)
+            else:
+                metrics.setdefault("values", {})[layer_idx] = _grouped(outputs, layer.num_key_value_heads)
+    return metrics
+
+
+def _add_queries(queries: Metrics, layer: CapturedLayer, mask: Tensor, model: str) -> None:
+    """Σ q qᵀ per query head over the tokens of one batch, padding left out."""
+    names = [name for name in layer.tensors if name.startswith("queries")]
+    if not names:
+        raise UnsupportedArchitectureError(
+            f"{model}: the queries of layer {layer.layer_idx} cannot be captured: use `metric` fisher or frobenius"
+        )
+    for name in names:
+        x = layer.tensors[name]
+        rows = x.transpose(0, 1).flatten(1, 2)[:, mask.bool().flatten().to(x.device)].double()
+        layers = queries.setdefault(name, {})
+        layers[layer.layer_idx] = layers.get(layer.layer_idx, 0) + rows.mT @ rows
+
+
+def lag_weights(layer: CapturedLayer, mask: Tensor) -> Tensor:
+    """How much attention mass falls on each lag Δ = 0, 1, …, heads and queries added up [seq].
+
+    Computed from the captured queries and keys of one batch, causal; a window of the layer is not applied.
+    """
+    queries, tensors = layer.tensors["queries_post_rope"].float(), layer.tensors
+    if "latent" in tensors:
+        nope, rope = tensors["keys_nope"], tensors["key_rope_post_rope"]
+        keys = torch.cat([nope, rope.expand(-1, nope.shape[1], -1, -1)], -1).float()
+    else:
+        keys = tensors["keys_post_rope"].float()
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+    seq = queries.shape[2]
+    future = torch.ones(seq, seq, dtype=torch.bool, device=queries.device).triu(1)
+    weights = torch.zeros(seq, dtype=torch.float64)
+    lag = (torch.arange(seq)[:, None] - torch.arange(seq)).clamp_min(0).flatten()
+    for q, k, kept in zip(queries, keys, mask, strict=True):  # a row at a time: [heads, seq, seq] is large
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf).softmax(-1).sum(0).double().cpu()
+        weights.index_add_(0, lag, (scores * kept[:, None]).flatten())
+    return weights
+
+
+def _added(known: Tensor | None, more: Tensor) -> Tensor:
+    """Lag weights added up, of batches of different lengths too."""
+    if known is None:
+        return more
+    length = max(len(known), len(more))
+    return sum(torch.nn.functional.pad(x, (0, length - len(x))) for x in (known, more))  # type: ignore[return-value]
+
+
+def _grouped(metric: Tensor, kv_heads: int) -> Tensor:
+    """[query heads, d, d] summed over the query heads of each KV head."""
+    return metric.unflatten(0, (kv_heads, -1)).sum(1)
+
+
+def _attention(loaded: LoadedModel, layer_idx: int) -> nn.Module:
+    for module in loaded.model.modules():
+        if getattr(module, "layer_idx", None) == layer_idx and output_projection(module):
+            return module
+    raise UnsupportedArchitectureError(
+        f"{loaded.name}: layer {layer_idx} has no output projection of a known name "
+        f"({', '.join(OUTPUT_PROJECTIONS)}): use `metric` fisher or frobenius"
+    )
+
+
+def output_metric(attention: nn.Module, layer: Layer) -> Tensor:
+    """W_O,h W_O,hᵀ per query head [heads, v_head_dim, v_head_dim]: the squared output error of an error in the value."""
+    found = output_projection(attention)
+    assert found is not None
+    weights = output_rows(found[1], layer)[0].double()
+    return weights @ weights.mT
+
+
+def latent_metric(attention: nn.Module, layer: Layer, queries: Tensor, outputs: Tensor) -> Tensor:
+    """M_c = Σ_h [W_UK,hᵀ C_q,h W_UK,h + W_UV,hᵀ W_O,h W_O,hᵀ W_UV,h] [1, rank, rank], α = β = 1 (THEORY 9).
+
+    `queries`: second moments per head over d, of which the part without rotation is used.
+    """
+    mla = layer.mla
+    assert mla is not None
+    up = linear_map(attention.kv_b_proj, mla.kv_lora_rank, f"layer {layer.layer_idx}, kv_b_proj")[0].detach().double()  # type: ignore[arg-type]
+    nope = mla.qk_nope_head_dim
+    keys, values = up.unflatten(0, (layer.num_attention_heads, -1)).split(
+        [nope, up.shape[0] // layer.num_attention_heads - nope], 1
+    )
+    through_keys = keys.mT @ queries[:, :nope, :nope] @ keys
+    through_values = values.mT @ outputs @ values
+    return (through_keys + through_values).sum(0, keepdim=True)

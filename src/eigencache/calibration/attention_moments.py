@@ -1,0 +1,75 @@
+"""Second moments that rotations for few-bit integers are made of: of the queries, and of the values that are attended.
+
+As OSCAR's repository has them (arXiv 2605.17757): a value weighs w_t ∝ k_tᵀ C_q k_t with mean 1 over the text, how much
+the logits of its own key vary. All after rotation, uncentered.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from eigencache.calibration.moments import Progress, silent
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import UnsupportedArchitectureError
+from eigencache.models.capture import Capture, CapturedLayer
+from eigencache.models.load import LoadedModel
+
+Moments = dict[int, Tensor]  # layer_idx → [kv_heads, d, d] float64
+
+
+@torch.no_grad()
+def attended_moments(
+    loaded: LoadedModel, sequences: Sequences, *, batch_size: int = 8, on_progress: Progress = silent
+) -> tuple[Moments, Moments]:
+    """Σ q qᵀ / n over the queries of a KV head's group, and Σ w v vᵀ / Σ w, per layer and KV head.
+
+    The text is read twice, since the weights need the queries of all of it. Raises `UnsupportedArchitectureError` for MLA,
+    and where queries cannot be captured.
+    """
+    if loaded.geometry.mla:
+        raise UnsupportedArchitectureError(
+            f"{loaded.name}: moments of attended values are of keys and values, not of latents"
+        )
+
+    def summed(add: Callable[[CapturedLayer, Tensor, dict[int, Tensor]], None], what: str) -> dict[int, Tensor]:
+        sums: dict[int, Tensor] = {}
+        with Capture(loaded.model, loaded.geometry, queries=True) as capture:
+            done = 0
+            for input_ids, mask, indices in sequences.batches(batch_size, pad_id=0):
+                for layer in capture.run(input_ids.to(loaded.device), mask.to(loaded.device)):
+                    if not {"queries", "queries_post_rope"} & layer.tensors.keys():
+                        raise UnsupportedArchitectureError(
+                            f"{loaded.name}: queries of layer {layer.layer_idx} are not captured"
+                        )
+                    add(layer, mask.bool().to(loaded.device), sums)
+                done += len(indices)
+                on_progress(what, done, len(sequences.ids))
+        return sums
+
+    queries = {i: total / total[..., -1:, -1:] for i, total in summed(_add_queries, "queries").items()}
+    queries = {i: total[..., :-1, :-1] for i, total in queries.items()}
+    values = summed(partial(_add_values, queries), "attended values")
+    return queries, {i: (total / total[..., -1:, -1:])[..., :-1, :-1] for i, total in values.items()}
+
+
+def _add_queries(layer: CapturedLayer, mask: Tensor, sums: dict[int, Tensor]) -> None:
+    q = layer.tensors.get("queries_post_rope", layer.tensors.get("queries"))
+    keys = layer.tensors.get("keys_post_rope", layer.tensors.get("keys"))
+    assert q is not None and keys is not None
+    grouped = q.unflatten(1, (keys.shape[1], -1)).permute(1, 0, 3, 2, 4)[:, mask].flatten(1, 2)
+    _add(sums, layer.layer_idx, grouped, torch.ones_like(grouped[..., :1]))
+
+
+def _add_values(queries: Moments, layer: CapturedLayer, mask: Tensor, sums: dict[int, Tensor]) -> None:
+    keys = layer.tensors.get("keys_post_rope", layer.tensors.get("keys"))
+    assert keys is not None
+    k, v = (x.transpose(0, 1)[:, mask].double() for x in (keys, layer.tensors["values"]))
+    _add(sums, layer.layer_idx, v, ((k @ queries[layer.layer_idx]) * k).sum(-1, keepdim=True))
+
+
+def _add(sums: dict[int, Tensor], layer_idx: int, x: Tensor, weight: Tensor) -> None:
+    """Σ w x xᵀ per head with Σ w as one row and column more, of x [heads, n, d] and weights [heads, n, 1]."""
+    x, weight = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1), weight.double()
+    sums[layer_idx] = sums.get(layer_idx, 0) + (x * weight).mT @ x  # type: ignore[operator]

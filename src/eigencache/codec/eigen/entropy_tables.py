@@ -1,0 +1,121 @@
+"""Static tables for integers: coefficients of like spread share one, fitted at calibration and held with the codec.
+
+A table has 2^12 slots over −half … half and an escape (THEORY 7). Where integers are wide, a table is over value >> shift
+and the lowest bits are coded as they are: within so small a part of the distribution they are all but uniform.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from eigencache.kernels.rans.cpu import PRECISION, SLOTS, least_bits, pack_slots
+
+MAX_HALF = 127
+_WIDE = 24.0  # mean magnitude in units of 2^shift that a table is allowed
+_SMOOTH = 0.02  # counts added to every entry
+_ESCAPE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyTables:
+    """`table_of` [coefficients]; per table `shifts`, `halves` and `starts` [tables, 2 · MAX_HALF + 3], edges in slots."""
+
+    table_of: np.ndarray  # int32
+    shifts: np.ndarray  # int32
+    halves: np.ndarray  # int32
+    starts: np.ndarray  # int32; beyond a table's own entries 2^12
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """What the decoder looks up, made once."""
+        return pack_slots(self.starts, self.halves)
+
+    @property
+    def least_bits(self) -> float:
+        """Fewest bits that the integers of one token can cost."""
+        return self._least_bits
+
+    @cached_property
+    def _least_bits(self) -> float:
+        return least_bits(self.table_of, self.shifts, self.halves, self.starts)
+
+    def variances(self) -> np.ndarray:
+        """Mean square of the integers of every coefficient [coefficients], by its table, escapes left out.
+
+        The one slot that every entry has whatever its share is not counted: of rare entries it is most.
+        """
+        found = []
+        for shift, half, edges in zip(self.shifts, self.halves, self.starts, strict=True):
+            values = np.arange(-half, half + 1, dtype=np.float64) * 2.0**shift
+            weights = np.diff(edges[: 2 * half + 2]) - 1
+            found.append(weights @ values**2 / max(1, weights.sum()))
+        return np.maximum(np.array(found), 1 / SLOTS)[self.table_of]
+
+    def bits(self, symbols: np.ndarray) -> float:
+        """Σ −log₂ of the shares that `symbols` [coefficients, tokens] have in these tables: what coding them costs."""
+        total = 0.0
+        for table, (shift, half, edges) in enumerate(zip(self.shifts, self.halves, self.starts, strict=True)):
+            counts = _counts(symbols[self.table_of == table], int(shift), int(half))
+            bits = PRECISION - np.log2(np.diff(edges[: 2 * half + 3])) + np.append(np.full(2 * half + 1, shift), 32)
+            total += float(counts @ bits)
+        return total
+
+
+def fit_tables(symbols: np.ndarray, table_of: np.ndarray) -> EntropyTables:
+    """Tables for integers [coefficients, n] like these; `table_of` [coefficients] counts up from 0 without holes."""
+    shifts, halves, starts = [], [], []
+    for table in range(int(table_of.max(initial=-1)) + 1):
+        values = symbols[table_of == table].ravel()
+        wide = np.log2(max(np.abs(values).mean(), 1e-9) / _WIDE)
+        shift = int(np.clip(np.ceil(wide), 0, PRECISION))
+        half = int(min(MAX_HALF, np.abs(values >> shift).max(initial=0) + 1))
+        counts = _counts(values, shift, half) + np.append(np.full(2 * half + 1, _SMOOTH), _ESCAPE)
+        shifts.append(shift)
+        halves.append(half)
+        starts.append(np.pad(edges_of(counts), (0, 2 * (MAX_HALF - half)), mode="edge"))
+    return EntropyTables(
+        table_of.astype(np.int32),
+        np.array(shifts, np.int32),
+        np.array(halves, np.int32),
+        np.array(starts, np.int32).reshape(len(shifts), 2 * MAX_HALF + 3),
+    )
+
+
+def _counts(values: np.ndarray, shift: int, half: int) -> np.ndarray:
+    """How often each entry of a table occurs, the escape last."""
+    high = (values >> shift).ravel()
+    entries = np.where((high < -half) | (high > half), 2 * half + 1, high + half)
+    return np.bincount(entries, minlength=2 * half + 2)
+
+
+def edges_of(counts: np.ndarray) -> np.ndarray:
+    """Slots in proportion to counts, one each at least, as edges [entries + 1] from 0 to 2^12.
+
+    Slots that rounding left over go where they save most bits, those that are short come from where they cost least.
+    """
+    share = counts / counts.sum()
+    slots = np.maximum(1, np.floor(share * SLOTS)).astype(np.int64)
+    while slots.sum() > SLOTS:
+        cost = np.where(slots > 1, share * np.log2(slots / np.maximum(slots - 1, 1)), np.inf)
+        slots[cost.argmin()] -= 1
+    while slots.sum() < SLOTS:
+        slots[(share * np.log2((slots + 1) / slots)).argmax()] += 1
+    return np.append(0, slots.cumsum())
+
+
+def fault_of(tables: EntropyTables) -> str | None:
+    """What of tables that were read could not be coded with."""
+    if not len(tables.halves) or _beyond(tables.table_of, 0, len(tables.halves) - 1):
+        return "a coefficient names a table that does not exist"
+    if _beyond(tables.halves, 1, MAX_HALF) or _beyond(tables.shifts, 0, PRECISION):
+        return "a table's width is out of range"
+    for edges, half in zip(tables.starts, tables.halves, strict=True):
+        own = edges[: 2 * half + 3].astype(np.int64)  # in 32 bits a difference could come round
+        if own[0] != 0 or own[-1] != SLOTS or (np.diff(own) < 1).any() or (edges[2 * half + 3 :] != SLOTS).any():
+            return "a table does not fill its slots"
+    return None
+
+
+def _beyond(numbers: np.ndarray, low: int, high: int) -> bool:
+    return bool(((numbers < low) | (numbers > high)).any())

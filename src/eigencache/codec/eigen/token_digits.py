@@ -1,0 +1,71 @@
+"""Ranks of tokens as a few digits whose shares multiply to nearly those of the tokens, so that small tables code them.
+
+Tokens by falling frequency take the cells of a grid by rising product of (digit + 1), as if every digit followed Zipf's
+law. One table per digit then takes a tenth of a bit more than the tokens' own distribution would, which has too many
+entries for a table. Digits are centered: 0 lies in the middle of a table's range.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigencache.codec.eigen.entropy_tables import MAX_HALF
+from eigencache.errors import CodecError
+from eigencache.modes import constant
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDigits:
+    """`digits` [vocabulary, d] int32 of every rank, and `ranks` [side^d] int64 of every cell, −1 where none is."""
+
+    side: int
+    digits: Tensor
+    ranks: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many digits a token has."""
+        return self.digits.shape[1]
+
+    def split(self, ranks: Tensor) -> Tensor:
+        """Digits int32 [..., d] of ranks [...]."""
+        return self.digits.to(ranks.device)[ranks]
+
+    def joined(self, digits: Tensor) -> Tensor:
+        """Ranks int64 [...] of digits [..., d]. Raises `CodecError` for a token that the vocabulary does not have."""
+        cell = torch.zeros(digits.shape[:-1], dtype=torch.int64, device=digits.device)
+        places = digits.long() + self.side // 2
+        known = ((places >= 0) & (places < self.side)).all(-1)
+        for digit in places.clamp(0, self.side - 1).unbind(-1):
+            cell = cell * self.side + digit
+        ranks = torch.where(known, self.ranks.to(digits.device)[cell], -1)
+        if bool((ranks < 0).any()):
+            raise CodecError("a block names a token that the vocabulary does not have: it is damaged")
+        return ranks
+
+
+def digit_count(vocabulary: int) -> int:
+    """How many digits a token of a vocabulary has: as few as can be, at most 255 values each."""
+    count, largest = 1, 2 * MAX_HALF + 1
+    while largest**count < vocabulary:
+        count += 1
+    return count
+
+
+@lru_cache(maxsize=8)
+@constant
+def token_digits(vocabulary: int) -> TokenDigits:
+    """The digits of every token of a vocabulary."""
+    count = digit_count(vocabulary)
+    side = max(1, round(vocabulary ** (1 / count)))
+    while side**count < vocabulary:
+        side += 1
+    cells = np.indices((side,) * count).reshape(count, -1)
+    order = np.argsort((cells + 1).prod(0), kind="stable")[:vocabulary]
+    ranks = np.full(side**count, -1, np.int64)
+    ranks[order] = np.arange(vocabulary)
+    digits = (cells[:, order].T - side // 2).astype(np.int32)
+    return TokenDigits(side, torch.from_numpy(digits), torch.from_numpy(ranks))

@@ -1,0 +1,90 @@
+"""Codecs scored through the cache, batch by batch, results kept while it runs: what every such study shares."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eigencache.calibration.moments import Progress, silent
+from eigencache.codec.base import Compressor
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
+from eigencache.evaluate.resume import ResumableResults
+from eigencache.evaluate.summary import summarize
+from eigencache.models.load import LoadedModel
+from eigencache.records.quality import Quality, ReadingProtocol, SequenceLoss
+from eigencache.records.run import Corpus
+
+
+@dataclass(frozen=True)
+class CodecScores:
+    """What every codec costs, by name, and the loss of the uncompressed cache in nats per token.
+
+    `excess`: nats above the uncompressed cache, sequence by sequence.
+    """
+
+    uncompressed_nll: float
+    quality: dict[str, Quality]
+    excess: dict[str, list[float]]
+
+
+def score_codecs(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    codecs: Mapping[str, Compressor],
+    protocol: ReadingProtocol,
+    *,
+    calibration: Corpus,
+    batch_size: int = 8,
+    partial: Path | None = None,
+    on_progress: Progress = silent,
+) -> CodecScores:
+    """Score all codecs on `sequences` beside the uncompressed cache; resumed from `partial` where that is of the same run.
+
+    `calibration`: what the codecs were made from. Raises what `score_through_cache` raises, and `ModelError` for
+    too few positions.
+    """
+    key = {
+        "model": loaded.sha256,
+        "text": sequences.corpus.model_dump(),
+        "calibration": calibration.model_dump(),
+        "protocol": protocol.model_dump(),
+        "codecs": {name: codec.nbytes for name, codec in codecs.items()},
+        "batch": batch_size,
+    }
+    kept = ResumableResults(partial, key)
+    total = len(batches_of(sequences, protocol, batch_size))
+    on_progress("scoring", len(kept.done), total)
+    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
+        kept.add(as_kept(scored))
+        on_progress("scoring", len(kept.done), total)
+    return scores_of(kept.done, codecs, loaded.geometry.values_per_token)
+
+
+def as_kept(scored: Scored) -> dict[str, Any]:
+    """A scored batch as it is kept while a run goes on."""
+    losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
+    return {"losses": losses, "held": scored.held}
+
+
+def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Compressor], values_per_token: int) -> CodecScores:
+    """What all kept batches say together."""
+
+    def losses_of(name: str) -> list[SequenceLoss]:
+        return [SequenceLoss(**loss) for batch in batches for loss in batch["losses"][name]]
+
+    plain = losses_of(UNCOMPRESSED)
+    quality = {
+        name: summarize(
+            name,
+            losses_of(name),
+            plain,
+            encoded_tokens=sum(batch["held"][name][0] for batch in batches),
+            encoded_nbytes=sum(batch["held"][name][1] for batch in batches),
+            values_per_token=values_per_token,
+            basis_nbytes=codec.nbytes,
+        )
+        for name, codec in codecs.items()
+    }
+    excess = {name: [a.nll - b.nll for a, b in zip(losses_of(name), plain, strict=True)] for name in codecs}
+    return CodecScores(sum(loss.nll for loss in plain) / sum(loss.tokens for loss in plain), quality, excess)

@@ -1,0 +1,229 @@
+"""Calibration: the moments and metrics of a model on a text, captured once, from which any PCA codec is fitted.
+
+A codec is fitted for a target (`k`, `v`, `kv`, `latent`), a scope, a frame of the keys, a metric, centered or not.
+For MLA `latent` is what is cached beside the rotary key; `k` and `v` are what it expands to and are not in its cache.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eigencache.calibration.accumulator import Columns
+from eigencache.calibration.attention_metric import attention_metrics
+from eigencache.calibration.fisher_metric import Metrics, fisher_metrics
+from eigencache.calibration.metrics import METRIC_TOKENS, MetricName, spread_out
+from eigencache.calibration.moments import MEMORY, CapturedMoments, Progress, gather, silent
+from eigencache.codec.pca import Part, PCACodec, PCAGroup
+from eigencache.codec.sinks_and_window import FIRST_EXACT
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import CodecError, StatisticsError
+from eigencache.geometry import KVGeometry, Layer, kind_and_frame
+from eigencache.models.load import LoadedModel
+from eigencache.models.rope_detection import require_steady, rotations_of
+from eigencache.records.base import Scope
+from eigencache.spectral.measure import Place, effective_vectors
+from eigencache.spectral.metric import block_diagonal, regularized
+from eigencache.spectral.moments import Moments, SecondOrder
+from eigencache.spectral.rope import Rotation
+from eigencache.spectral.spectrum import eigenbasis_of
+from eigencache.spectral.transform import Transform, fit_transform, random_transform
+
+Target = Literal["k", "v", "kv", "latent", "key_rope"]
+Basis = Literal["fitted", "pooled", "random"]
+_KINDS: dict[str, tuple[str, ...]] = {
+    "k": ("keys",),
+    "v": ("values",),
+    "kv": ("keys", "values"),
+    "latent": ("latent",),
+    "key_rope": ("key_rope",),
+}
+_SLOT = {"keys": 0, "values": 1, "latent": 0, "key_rope": 1}
+MIN_SUPPORT = 1  # independent vectors per dimension, below which a basis is refused
+
+
+@dataclass(frozen=True)
+class PCASettings:
+    """What to compress and how its basis is found."""
+
+    target: Target = "v"
+    scope: Scope = "head"
+    frame: Literal["pre", "post"] = "pre"
+    metric: MetricName = "frobenius"
+    centered: bool = True
+    alpha: float = 1.0
+    basis: Basis = "fitted"  # `pooled`: one for all heads of a layer; `random`: a control
+    sinks: int = FIRST_EXACT  # first tokens that are kept in 16 bits
+
+    def of(self, target: Target) -> "PCASettings":
+        """The same for another target."""
+        return replace(self, target=target)
+
+    def describe(self) -> str:
+        """One line for tables."""
+        parts = [self.target, self.scope]
+        if self.target in ("k", "kv", "key_rope"):
+            parts.append(f"{self.frame}-RoPE")
+        parts.append(self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else ""))
+        parts += ["centered" if self.centered else "uncentered"]
+        return " · ".join(parts + ([] if self.basis == "fitted" else [f"{self.basis} basis"]))
+
+
+@dataclass
+class PCACalibration:
+    """What a model's cache looks like on a text; metrics are measured when they are first asked for."""
+
+    loaded: LoadedModel
+    sequences: Sequences
+    scopes: tuple[Scope, ...] = ("head",)
+    batch_size: int = 8
+    memory: int = MEMORY
+    seed: int = 0
+    on_progress: Progress = silent
+    metric_tokens: int = METRIC_TOKENS
+    gathered: CapturedMoments | None = None  # moments of `sequences` in `scopes`, where somebody has them already
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+    _moments: dict[Place, Moments] = field(default_factory=dict)
+    _columns: dict[str, list[Columns]] = field(default_factory=dict)
+    _metrics: dict[str, Metrics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_steady(self.loaded, max(map(len, self.sequences.ids), default=0))
+        kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
+        self.gathered = self.gathered or gather(
+            self.loaded,
+            self.sequences,
+            self.scopes,
+            kinds=kinds,
+            batch_size=self.batch_size,
+            memory=self.memory,
+            on_progress=self.on_progress,
+        )
+        self.rotations = rotations_of(self.loaded)
+        self._columns = {n: c for n, c in self.gathered.columns.items() if kind_and_frame(n)[0] in kinds}
+        self._moments = dict(self.gathered.accumulator.places())
+
+    def metric(self, name: str) -> Metrics:
+        """`attention` or `fisher`, measured on first use."""
+        if name not in self._metrics:
+            measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
+            self._metrics[name] = measure(
+                self.loaded,
+                spread_out(self.sequences, self.metric_tokens),
+                self.rotations,
+                on_batch=partial(self.on_progress, f"{name} metric"),
+            )
+        return self._metrics[name]
+
+    def fit(self, settings: PCASettings) -> PCACodec:
+        """The codec of full rank; `truncated` gives the others.
+
+        Raises `CodecError` for a target the model does not cache, `StatisticsError` for too little text.
+        """
+        check_target(self.loaded, settings.target)
+        groups: list[PCAGroup] = []
+        rotations: dict[int, tuple[int, Rotation]] = {}
+        for kind in _KINDS[settings.target]:
+            name = self._name(kind, settings.frame)
+            groups += self._groups(name, settings)
+            if name.endswith("_pre_rope"):
+                rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
+        codec = PCACodec(settings.describe(), tuple(groups), rotations, self.loaded.model.dtype, sinks=settings.sinks)
+        return codec.to(self.loaded.device)
+
+    def _name(self, kind: str, frame: str) -> str:
+        """The tensor name of a kind in the wanted frame, or in the only one it has."""
+        return next(name for name in (f"{kind}_{frame}_rope", kind) if name in self._columns)
+
+    def _groups(self, name: str, settings: PCASettings) -> list[PCAGroup]:
+        kind, frame = kind_and_frame(name)
+        columns = self._columns[name]
+        whole = {c.layer_idx: Part(c.layer_idx, _SLOT[kind], (0, c.heads), c.dim) for c in columns}
+        if settings.scope == "all":
+            place = Place(None, None, kind, frame, "all")
+            return [PCAGroup(tuple(whole.values()), self._transform(place, name, list(whole.values()), settings))]
+        if settings.scope == "layer":
+            places = {i: Place(i, None, kind, frame, "layer") for i in whole}
+            return [PCAGroup((part,), self._transform(places[i], name, [part], settings)) for i, part in whole.items()]
+        groups = []
+        for c in columns:
+            parts = [replace(whole[c.layer_idx], heads=(h, h + 1)) for h in range(c.heads)]
+            places = [Place(c.layer_idx, h, kind, frame, "head") for h in range(c.heads)]
+            if settings.basis == "pooled":
+                pooled = self._transform(places[0], name, parts, settings, pool=places)
+                groups += [PCAGroup((part,), pooled) for part in parts]
+            else:
+                groups += [
+                    PCAGroup((p,), self._transform(at, name, [p], settings)) for at, p in zip(places, parts, strict=True)
+                ]
+        return groups
+
+    def _transform(
+        self, place: Place, name: str, parts: list[Part], settings: PCASettings, pool: list[Place] | None = None
+    ) -> Transform:
+        moments = self._moments.get(place)
+        if moments is None:
+            raise StatisticsError(f"{name}: scope {place.scope} was not captured, or is too wide to be decomposed")
+        total = moments.total() if pool is None else _pooled([self._moments[at].total() for at in pool])
+        self._check_support(moments, total, name, place)
+        if settings.basis == "random":
+            return random_transform(total, self.seed).to(torch.float32)
+        metric = None
+        if settings.metric != "frobenius":
+            layers = self.metric(settings.metric)[name]
+            blocks = [layers[p.layer_idx][head] for p in parts for head in range(*p.heads)]
+            metric = regularized(sum(blocks) / len(blocks) if pool else block_diagonal(blocks))  # type: ignore[arg-type]
+        fitted = fit_transform(total, metric=metric, alpha=settings.alpha, centered=settings.centered)
+        return fitted.to(torch.float32)
+
+    def _check_support(self, moments: Moments, total: SecondOrder, name: str, place: Place) -> None:
+        eigenvalues, basis = eigenbasis_of(total.covariance)
+        n_eff = effective_vectors(moments, total, basis, eigenvalues) or total.count
+        independent = min(n_eff, self.sequences.corpus.distinct_8grams)
+        if independent < MIN_SUPPORT * moments.width:
+            where = f"layer {place.layer_idx}" if place.layer_idx is not None else "all layers"
+            raise StatisticsError(
+                f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
+                f"{moments.width:,} dimensions: raise `tokens`, or choose a narrower `scope`"
+            )
+
+
+def _pooled(parts: list[SecondOrder]) -> SecondOrder:
+    """All heads' vectors as one set."""
+    count = sum(part.count for part in parts)
+    mean: Tensor = sum(part.count * part.mean for part in parts) / count  # type: ignore[assignment]
+    about: Tensor = sum(part.count * part.second_moment for part in parts) / count  # type: ignore[assignment]
+    return SecondOrder(count, mean, (about - torch.outer(mean, mean)) * count)
+
+
+def targets_of(loaded: LoadedModel) -> tuple[Target, ...]:
+    """The targets that a model's cache has, the most usual first."""
+    return ("latent", "key_rope") if loaded.geometry.mla else ("v", "k", "kv")
+
+
+def check_target(loaded: LoadedModel, target: Target) -> None:
+    """Raises `CodecError` for a target that the model does not cache."""
+    cached = sorted({kind for one in targets_of(loaded) for kind in _KINDS[one]})
+    if missing := [kind for kind in _KINDS[target] if kind not in cached]:
+        raise CodecError(
+            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}; choose such a `target`"
+        )
+
+
+def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
+    """Numbers of the widest vector that is transformed, which is the full rank of `fit`, from the architecture alone."""
+    widths = []
+    for kind in _KINDS[settings.target]:
+        sizes = [cached_size(layer, kind) for layer in geometry.layers if layer.cached]
+        whole = [heads * dim for heads, dim in sizes]
+        widths.append({"head": max(dim for _, dim in sizes), "layer": max(whole), "all": sum(whole)}[settings.scope])
+    return max(widths)
+
+
+def cached_size(layer: Layer, kind: str) -> tuple[int, int]:
+    """Heads and numbers per head of what one layer caches."""
+    if layer.mla:
+        return 1, {"latent": layer.mla.kv_lora_rank, "key_rope": layer.mla.qk_rope_head_dim}[kind]
+    return layer.num_key_value_heads, {"keys": layer.head_dim, "values": layer.v_head_dim}[kind]

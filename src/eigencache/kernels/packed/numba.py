@@ -1,0 +1,154 @@
+"""`kernels/packed/reference.py` compiled for CPUs: integers are unpacked once into registers' width, for all rows of a head.
+
+A byte is turned into floats without a mask: of f = l + 16 h the high half is h = ⌊f/16⌋, and q_l l + q_h h =
+q_l f + (q_h − 16 q_l) h. What is multiplied are such planes, eight of 64 tokens at a time; queries are brought to planes
+before, and sums of planes to coefficients after, by one small matrix.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigencache.kernels.packed.format import BLOCK, Widths, bundles_of, most_coefficients
+from eigencache.modes import constant
+
+_PLANES = 8  # of 64 tokens, in one pass
+_TILE = 8  # blocks whose planes are held at a time
+_compiled = numba.njit(
+    cache=True, nogil=True, boundscheck=False, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy"
+)
+_F = np.float32
+
+
+def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
+    """As `reference.logits`, of queries in `planes`."""
+    q = queries.float().contiguous()
+    found = torch.empty(*q.shape[:3], packed.shape[1] * BLOCK)
+    arrays = [x.numpy() for x in (packed.contiguous(), bundles_of(widths), q.flatten(0, 1), found.flatten(0, 1))]
+    _shared(partial(_logits, *arrays), len(arrays[2]))
+    return found
+
+
+def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
+    """As `reference.sums`, in `planes`."""
+    w = weights.float().contiguous()
+    found = torch.zeros(*w.shape[:3], most_coefficients(widths))
+    arrays = [x.numpy() for x in (packed.contiguous(), bundles_of(widths), w.flatten(0, 1), found.flatten(0, 1))]
+    _shared(partial(_sums, *arrays), len(arrays[2]))
+    return found
+
+
+@cache
+@constant
+def planes(widths: tuple[Widths, ...]) -> Tensor:
+    """A [bundles, most, most] with integers = A planes, planes in the order in which passes make them."""
+    found = torch.zeros(len(widths), *[most_coefficients(widths)] * 2)
+    for own, w in zip(found, widths, strict=True):
+        at = 0
+        for count, bits in ((w.eight, 8), (w.four, 4), (w.two, 2)):
+            each = 8 // bits
+            rows = _PLANES // each  # bytes of a token in a pass
+            for i in range(count):
+                byte, part = i % (count // each), i // (count // each)
+                plane = at + byte // rows * _PLANES + byte % rows
+                own[at + i, plane + part * rows] = 1
+                if part + 1 < each:
+                    own[at + i, plane + (part + 1) * rows] = -(2**bits)
+            at += count
+    return found
+
+
+def _shared(work: Callable[[int, int], None], items: int) -> None:
+    """`work(first, stop)` on as many threads as torch has: compiled code leaves the interpreter's lock."""
+    threads = min(torch.get_num_threads(), items)
+    if threads == 1:
+        return work(0, items)
+    edges = [items * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(work, edges, edges[1:]))
+    return None
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@_compiled
+def _unpack(row, bits, x, stride, at):
+    """Eight planes of 64 tokens, at `stride` from each other from `at` on in x, of the bytes that hold them; how many."""
+    each = 8 // bits
+    rows = _PLANES // each
+    for k in range(rows):
+        source, plane = row[BLOCK * k : BLOCK * k + BLOCK], x[k * stride + at : k * stride + at + BLOCK]
+        for t in range(BLOCK):
+            plane[t] = _F(source[t])
+        for part in range(1, each):
+            target = x[(k + part * rows) * stride + at : (k + part * rows) * stride + at + BLOCK]
+            scale = _F(1.0 / (1 << (bits * part)))
+            for t in range(BLOCK):
+                target[t] = np.floor(plane[t] * scale)
+    return rows * BLOCK
+
+
+@_compiled
+def _logits(codes, counts, queries, out, first, stop):
+    """`codes` [batch, blocks, bytes], `queries` [items, rows, planes], `out` [items, rows, tokens]: items first … stop."""
+    rows = queries.shape[1]
+    x = np.empty(_PLANES * BLOCK, np.float32)
+    sums = np.empty((rows, BLOCK), np.float32)
+    for item in range(first, stop):
+        q, o = queries[item], out[item]
+        batch, bundle = divmod(item, len(counts))
+        begin, eight, four, planes = counts[bundle]
+        for block in range(codes.shape[1]):
+            row = codes[batch, block, begin:]
+            sums[:] = 0
+            for p in range(0, planes, _PLANES):
+                row = row[_unpack(row, 8 if p < eight else 4 if p < four else 2, x, BLOCK, 0) :]
+                for r in range(rows):
+                    a, b, c, d = q[r, p], q[r, p + 1], q[r, p + 2], q[r, p + 3]
+                    e, f, g, h = q[r, p + 4], q[r, p + 5], q[r, p + 6], q[r, p + 7]
+                    for t in range(BLOCK):
+                        sums[r, t] += (a * x[t] + b * x[64 + t] + c * x[128 + t] + d * x[192 + t]) + (
+                            e * x[256 + t] + f * x[320 + t] + g * x[384 + t] + h * x[448 + t]
+                        )
+            for r in range(rows):
+                for t in range(BLOCK):
+                    o[r, block * BLOCK + t] = sums[r, t]
+
+
+@_compiled
+def _dot(a, b):
+    total = _F(0)
+    for t in range(len(a)):
+        total += a[t] * b[t]
+    return total
+
+
+@_compiled
+def _sums(codes, counts, weights, out, first, stop):
+    """`codes` [batch, blocks, bytes], `weights` [items, rows, tokens], `out` [items, rows, planes]: items first … stop."""
+    blocks = codes.shape[1]
+    x = np.empty(_PLANES * _TILE * BLOCK, np.float32)
+    for item in range(first, stop):
+        batch, bundle = divmod(item, len(counts))
+        begin, eight, four, planes = counts[bundle]
+        for start in range(0, blocks, _TILE):
+            tile = min(_TILE, blocks - start)
+            tokens, at = tile * BLOCK, begin
+            for p in range(0, planes, _PLANES):
+                bits = 8 if p < eight else 4 if p < four else 2
+                used = 0
+                for block in range(tile):
+                    used = _unpack(codes[batch, start + block, at:], bits, x, tokens, block * BLOCK)
+                at += used
+                for k in range(_PLANES):
+                    plane = x[k * tokens : k * tokens + tokens]
+                    for r in range(weights.shape[1]):
+                        w = weights[item, r, start * BLOCK : start * BLOCK + tokens]
+                        out[item, r, p + k] += _dot(w, plane)

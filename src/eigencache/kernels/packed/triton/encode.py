@@ -1,0 +1,154 @@
+"""Keys or values to packed bytes on a GPU in one pass: projected, quantized and packed, with nothing between in memory.
+
+One program packs the blocks of a bundle one at a time: integers that share bytes are made beside each other from rows of the
+encoder, in float32 by three products of tf32 (Ampere and later). What turns with positions is taken out from the angles of
+a block's first token and a table of its 64.
+"""
+# What a kernel is called with is not what its parameters are inside of it.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eigencache.kernels.packed.format import BLOCK, Widths
+from eigencache.kernels.packed.reference import RotatedMean
+from eigencache.kernels.packed.triton.tiles import padded
+from eigencache.modes import constant
+
+_BLOCK = tl.constexpr(BLOCK)
+_ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken away again: the next integer, of two the even one
+
+
+def encode(
+    x: Tensor,
+    mean: Tensor,
+    encoder: Tensor,
+    widths: tuple[Widths, ...],
+    six: tuple[int, ...] = (),
+    turned: RotatedMean | None = None,
+) -> Tensor:
+    """As `reference.encode`: the same integers but where a sum in float32 is next to a half."""
+    batch, _, tokens, dim = x.shape
+    blocks, bundles = tokens // BLOCK, len(widths)
+    out = torch.empty(batch, blocks, sum(w.nbytes for w in widths), dtype=torch.uint8, device=x.device)
+    if not out.numel():
+        return out
+    inner = encoder.shape[2]
+    tensors = [t.float().contiguous() for t in (mean, encoder)]
+    parts = (None,) * 4 if turned is None else (turned.still, turned.quarter, turned.starts, turned.table)
+    turns = [None if t is None else t.contiguous() for t in parts]
+    sizes = blocks, bundles, inner, dim, batch * blocks * dim, encoder.shape[1]
+    wide = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)  # instructions of four warps
+    constants = {"K": min(64, padded(inner)), "R": 64 if wide else 32, "num_warps": 4, "num_stages": 1}
+    counts = _counts(widths, six, x.device)
+    with torch.cuda.device_of(x):
+        _encode[(batch * bundles * blocks,)](
+            x, *tensors, counts, *turns, out, *x.stride(), *out.stride()[:2], *sizes, **constants
+        )
+    return out
+
+
+@lru_cache(maxsize=1024)
+@constant
+def _counts(widths: tuple[Widths, ...], six: tuple[int, ...], device: torch.device) -> Tensor:
+    """Per bundle [bundles, 5] int32: its first byte in a block, coefficients of 8, of 4, of 2 and of 6 bits."""
+    found, at = [], 0
+    for w, both in zip(widths, six or (0,) * len(widths), strict=True):
+        found.append((at, w.eight, w.four, w.two, both))
+        at += w.nbytes
+    return torch.tensor(found, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _high(x):
+    """What of x a tensor core takes for tf32: sign, exponent and 10 bits."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _integers(
+    x, mean, encoder, still, quarter, starts, table, row, rows, bits, six, six_stop,
+    token_stride, head_stride, dim_stride, inner, dim, starts_size,
+    K: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Integers [R, 64] of rows of the encoder, of one block; rows from `six` to `six_stop` are digits of 6 bits."""
+    t = tl.arange(0, _BLOCK)
+    y = tl.zeros((R, _BLOCK), tl.float32)
+    for first in range(0, inner, K):
+        k = first + tl.arange(0, K)
+        head, number = k // dim, k % dim
+        z = tl.load(
+            x + (head.to(tl.int64) * head_stride + number * dim_stride)[:, None] + (t * token_stride)[None, :],
+            mask=(k < inner)[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        z -= tl.load(mean + k, mask=k < inner, other=0.0)[:, None]
+        if still is not None:
+            a = tl.load(still + k, mask=k < inner, other=0.0)
+            b = tl.load(quarter + k, mask=k < inner, other=0.0)
+            cos = tl.load(starts + number, mask=k < inner, other=0.0)
+            sin = tl.load(starts + starts_size + number, mask=k < inner, other=0.0)
+            at = (number * _BLOCK)[:, None] + t[None, :]
+            z -= (a * cos + b * sin)[:, None] * tl.load(table + at, mask=(k < inner)[:, None], other=0.0)
+            z -= (b * cos - a * sin)[:, None] * tl.load(table + dim * _BLOCK + at, mask=(k < inner)[:, None], other=0.0)
+        e = tl.load(
+            encoder + row[:, None] * inner + k[None, :], mask=(row < rows)[:, None] & (k < inner)[None, :], other=0.0
+        )
+        e_high, z_high = _high(e), _high(z)
+        y = tl.dot(e - e_high, z_high, y, input_precision="tf32")
+        y = tl.dot(e_high, z - z_high, y, input_precision="tf32")
+        y = tl.dot(e_high, z_high, y, input_precision="tf32")
+    largest = (1 << bits) - 1
+    digit = ((row >= six) & (row < six_stop))[:, None]
+    most = tl.where(digit, 63.0, largest.to(tl.float32))
+    y = tl.minimum(tl.maximum(y + most * 0.5, 0.0), most)
+    u = ((y + _ROUND) - _ROUND).to(tl.int32)
+    return tl.where(digit & (bits == 4), u >> 2, u) & largest
+
+
+@triton.jit
+def _encode(
+    x, mean, encoder, counts, still, quarter, starts, table, out,
+    batch_stride, head_stride, token_stride, dim_stride, out_batch_stride, out_block_stride,
+    blocks, bundles, inner, dim, starts_size, most,
+    K: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """One block of one bundle: bytes of 8, of 4 and of 2 bits, each in turn."""
+    block = tl.program_id(0) % blocks
+    bundle = tl.program_id(0) // blocks % bundles
+    batch = (tl.program_id(0) // blocks // bundles).to(tl.int64)
+    x += batch * batch_stride + (bundle * (inner // dim)).to(tl.int64) * head_stride
+    x += block.to(tl.int64) * _BLOCK * token_stride
+    mean += bundle * inner
+    encoder += bundle * most * inner
+    if still is not None:
+        still += bundle * inner
+        quarter += bundle * inner
+        starts += (batch * blocks + block) * dim
+    out += batch * out_batch_stride + block * out_block_stride.to(tl.int64) + tl.load(counts + 5 * bundle)
+    both = tl.load(counts + 5 * bundle + 4)
+    six = tl.load(counts + 5 * bundle + 1) + tl.load(counts + 5 * bundle + 2) - both
+    coefficient = 0
+    t = tl.arange(0, _BLOCK)
+    for width in tl.static_range(3):
+        bits = 8 >> width
+        count = tl.load(counts + 5 * bundle + 1 + width)
+        rows = count // (1 << width)
+        for first in range(0, rows, R):
+            row = first + tl.arange(0, R)
+            packed = tl.zeros((R, _BLOCK), tl.int32)
+            for part in tl.static_range(1 << width):
+                begin = coefficient + part * rows
+                u = _integers(
+                    x, mean, encoder, still, quarter, starts, table, begin + row, begin + rows, bits, six, six + 2 * both,
+                    token_stride, head_stride, dim_stride, inner, dim, starts_size, K, R,
+                )  # fmt: skip
+                packed |= u << (part * bits)
+            tl.store(out + row[:, None] * _BLOCK + t[None, :], packed.to(tl.uint8), mask=(row < rows)[:, None])
+        out += rows * _BLOCK
+        coefficient += count

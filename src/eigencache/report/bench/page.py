@@ -1,0 +1,89 @@
+"""The leaderboard: one folder with a Markdown page, an offline HTML page, a plot per model and the records behind them."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path, PurePath
+from urllib.parse import quote
+
+from eigencache.records.base import write_whole
+from eigencache.records.bench import BenchRecord
+from eigencache.report.bench.plot import plot_bench
+from eigencache.report.bench.tables import (
+    against_by_divergence_table,
+    against_table,
+    divergences_table,
+    frontier_table,
+    generation_tables,
+    points_table,
+)
+from eigencache.report.core.table import Table
+from eigencache.report.probe.plots import svg_of
+
+OURS = "eigen"
+
+
+def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> list[Path]:
+    """`README.md`, `bench.html`, and `MODEL.svg` with `MODEL.json` of every model. Raises `OutputError`."""
+    plots = {record.model.name: svg_of(plot_bench(record), record.model.name) for record in records}
+    files = {folder / f"{file_name(r.model.name)}.json": r.model_dump_json(indent=1).encode() for r in records}
+    files |= {folder / f"{file_name(name)}.svg": svg.encode() for name, svg in plots.items()}
+    files |= {
+        folder / "README.md": markdown(records, command).encode(),
+        folder / "bench.html": page(records, plots).encode(),
+    }
+    for path, data in files.items():
+        write_whole(path, data)
+    return list(files)
+
+
+def file_name(model: str) -> str:
+    """What files of a model are called: `meta-llama/Llama-3.2-1B` → `meta-llama--Llama-3.2-1B`, none outside its folder."""
+    return "--".join(part for part in PurePath(model).parts if part.strip("/.")) or "model"
+
+
+def markdown(records: Sequence[BenchRecord], command: str) -> str:
+    """The page for a repository: what each method holds at equal loss, the command first."""
+    parts = ["# Leaderboard: bytes at equal loss", f"Printed by `{command}`."]
+    parts += [table.markdown() for table in against_tables(records)]
+    for record in records:
+        parts += [f"## {record.model.name}", f"![loss against bytes]({quote(file_name(record.model.name))}.svg)"]
+        parts += [table.markdown() for table in tables_of(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables_of(record: BenchRecord) -> list[Table]:
+    """What is read first of a model: frontiers, then generation and retrieval."""
+    contexts = sorted(record.corpora)
+    frontiers = [table(record, context) for context in contexts for table in (divergences_table, frontier_table)]
+    return [*frontiers, *generation_tables(record)]
+
+
+def against_tables(records: Sequence[BenchRecord]) -> list[Table]:
+    """All methods in units of ours, where it was measured."""
+    if not any(one.method == OURS for record in records for one in record.equal_loss):
+        return []
+    return [against_by_divergence_table(records, OURS), against_table(records, OURS)]
+
+
+def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
+    """The same as one page that loads nothing from anywhere, with every operating point."""
+    body = []
+    for record in records:
+        body += [f"<h2>{escape(record.model.name)}</h2>", _warnings(record), plots[record.model.name]]
+        body += [table.html() for table in tables_of(record)]
+        points = "".join(points_table(record, context).html() for context in sorted(record.corpora))
+        body.append(f"<details><summary>Every operating point</summary>{points}</details>")
+    against = [table.html() for table in against_tables(records)]
+    css = (resources.files("eigencache.report.assets") / "page.css").read_text(encoding="utf8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1"><title>Eigencache bench</title>'
+        f"<style>{css} svg{{max-width:100%;height:auto;background:#fff}}</style></head><body><header><h1>Bytes at equal loss"
+        f"</h1></header><main>{''.join([*against, *body])}</main></body></html>\n"
+    )
+
+
+def _warnings(record: BenchRecord) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in record.warnings)
+    return f'<section class="warnings" role="note"><ul>{items}</ul></section>' if items else ""

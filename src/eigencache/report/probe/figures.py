@@ -1,0 +1,225 @@
+"""Interactive figures as plain data: traces and axes that the page hands to plotly.js, in either theme.
+
+A color is a tone, not a value: the name of a tensor (see `palette`), or `layer:0.5` for a place on the scale of
+layers. The page knows both themes and resolves it. The numbers of a figure are those of its traces.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from eigencache.records.probe import ProbeRecord
+from eigencache.report.core.lookup import layers_of
+from eigencache.report.core.palette import mark, tone
+from eigencache.report.core.series import (
+    energies,
+    energy_triples,
+    head_maps,
+    head_range,
+    held_out_eigenvalues,
+    rank_points,
+    ratio_points,
+    relative_eigenvalues,
+    relative_null,
+    spectrum_range,
+    spreads,
+)
+
+
+@dataclass(frozen=True)
+class Interactive:
+    """One figure: what it is called on disk, what it shows in words, its traces and axes."""
+
+    name: str
+    title: str
+    says: str
+    traces: list[dict[str, Any]]
+    x: str
+    y: str
+    axes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the page needs to draw it and to write its CSV."""
+        return {"traces": self.traces, "x": self.x, "y": self.y, "axes": self.axes}
+
+
+def _line(name: str, points: tuple[list, list], shade: str, **style: Any) -> dict[str, Any]:
+    x, y = points
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "tone": shade, **style}
+
+
+def spectra_figures(record: ProbeRecord) -> list[Interactive]:
+    """Eigenvalues of every layer, one figure per tensor, with held-out means and the null of the weakest layer."""
+    low, high = spectrum_range(record)
+    figures = []
+    for name in record.names:
+        spectra, traces = layers_of(record, name), []
+        for position, s in enumerate(spectra):
+            shade, group = f"layer:{position / max(1, len(spectra) - 1):.3f}", f"layer {s.layer_idx}"
+            traces.append(_line(group, relative_eigenvalues(s), shade, legendgroup=group))
+            held = _line(f"{group}, held out", held_out_eigenvalues(s), shade, legendgroup=group, showlegend=False)
+            traces.append(held | {"mode": "markers", "marker": {"size": 5}})
+        if not spectra:
+            continue
+        null = relative_null(min(spectra, key=lambda s: s.support))
+        if null[0]:
+            traces.append(_line("white noise (Marchenko–Pastur)", null, "reference", dash="dot"))
+        figures.append(
+            Interactive(
+                name=f"spectrum-{name}",
+                title=f"Spectrum of {name}",
+                says="lines: eigenvalue of each component, centered, heads of a layer joined; points: the mean per octave "
+                "on text the basis has not seen; dotted: white noise of the same total",
+                traces=traces,
+                x="component",
+                y="eigenvalue ÷ mean eigenvalue",
+                axes={"xaxis": {"type": "log"}, "yaxis": {"type": "log", "range": [low, high]}},
+            )
+        )
+    return figures
+
+
+def energy_figure(record: ProbeRecord) -> Interactive:
+    """Energy in the leading k, in-sample and held out, mean over layers."""
+    traces = []
+    for name in record.names:
+        spectra = layers_of(record, name)
+        for held_out, label in ((False, "in-sample"), (True, "held out")):
+            points = energies(spectra, held_out)
+            if any(value is not None for value in points[1]):
+                style = {"dash": "dash" if held_out else "solid", "symbol": mark(name, interactive=True)}
+                traces.append(_line(f"{name}, {label}", points, tone(name), mode="lines+markers", **style))
+    return Interactive(
+        name="energy",
+        title="Energy in the leading k",
+        says="mean over layers, centered, heads of a layer joined; in-sample energy flatters, held-out energy does not",
+        traces=traces,
+        x="k (components)",
+        y="share of energy",
+        axes={"xaxis": {"type": "log"}, "yaxis": {"range": [0, 1.02]}},
+    )
+
+
+def head_figures(record: ProbeRecord) -> list[Interactive]:
+    """Effective rank over width, layer by head, one map per tensor on one color range."""
+    maps = head_maps(record)
+    low, high = head_range(maps)
+    return [
+        Interactive(
+            name=f"heads-{one.name}",
+            title=f"Effective rank ÷ width of {one.name}",
+            says="per head, centered; ! doubtful, — refused",
+            traces=[
+                {
+                    "type": "heatmap",
+                    "name": one.name,
+                    "x": [f"head {head}" for head in one.heads],
+                    "y": [f"layer {layer}" for layer in one.layers],
+                    "z": one.values,
+                    "text": one.marks,
+                    "texttemplate": "%{text}",
+                    "colorscale": "Cividis",
+                    "zmin": low,
+                    "zmax": high,
+                    "colorbar": {"thickness": 10},
+                }
+            ],
+            x="KV head",
+            y="layer",
+            axes={"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}},
+        )
+        for one in maps
+    ]
+
+
+def spread_figure(record: ProbeRecord) -> Interactive:
+    """Spread of standard deviations per layer, with its robust twin."""
+    traces = []
+    for name in record.names:
+        for robust, label in ((False, "max/min"), (True, "p95/p5")):
+            style = {"dash": "dash" if robust else "solid", "symbol": mark(name, interactive=True), "mode": "lines+markers"}
+            traces.append(_line(f"{name}, {label}", spreads(record, name, robust), tone(name), **style))
+    return Interactive(
+        name="spread",
+        title="Spread of standard deviations over raw dimensions",
+        says="largest over smallest is an extreme-value statistic; the 95th over the 5th percentile is not",
+        traces=traces,
+        x="layer",
+        y="largest ÷ smallest std",
+        axes={"yaxis": {"type": "log"}},
+    )
+
+
+def rotation_figure(record: ProbeRecord) -> Interactive | None:
+    """The share of the rotated keys' variance that is their mean, turned; None for models without rotation."""
+    if not record.frames:
+        return None
+    layers = [float(frame.layer_idx) for frame in record.frames]
+    shares = [frame.rotated_mean_share for frame in record.frames]
+    kind = record.frames[0].kind
+    bar = {"type": "bar", "name": "rotated mean", "x": layers, "y": shares, "tone": tone(f"{kind}_post_rope")}
+    return Interactive(
+        name="rotation",
+        title="Variance after rotation that is the mean, turned",
+        says="(variance after − variance before rotation) ÷ variance after, per layer",
+        traces=[bar],
+        x="layer",
+        y="share of variance",
+        axes={"yaxis": {"range": [0, 1]}},
+    )
+
+
+def model_figures(record: ProbeRecord) -> list[Interactive]:
+    """Every figure of one model that has something to show, in the order of the page."""
+    rotation = rotation_figure(record)
+    rest = [spread_figure(record), *([rotation] if rotation else [])]
+    figures = [*spectra_figures(record), energy_figure(record), *head_figures(record), *rest]
+    return [figure for figure in figures if figure.traces]
+
+
+def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
+    """What repetition does to the historic figure, and ranks and spreads of all models side by side."""
+    triples = energy_triples(records)
+    labels = [triple.label for triple in triples]
+    ways = (
+        ("four repeated sentences, in-sample", [triple.repeated for triple in triples], "keys_post_rope", "x"),
+        ("this text, in-sample", [triple.own for triple in triples], "reference", "circle"),
+        ("this text, held out, before rotation", [triple.honest.value for triple in triples], "values", "diamond"),
+    )
+    dots = [_dots(name, x, labels, shade, symbol) for name, x, shade, symbol in ways]
+    figures = []
+    if triples:
+        figures.append(
+            Interactive(
+                name="repetition",
+                title="What a repeated text does to energy@32",
+                says="the same models; the historic probe of four repeated sentences measures its own text",
+                traces=dots,
+                x="energy@32, mean over layers",
+                y="model and kind",
+                axes={"xaxis": {"range": [0, 1.02]}, "yaxis": {"type": "category", "autorange": "reversed"}},
+            )
+        )
+    for name, title, says, unit, points in (
+        (
+            "ranks",
+            "Effective rank ÷ width",
+            "mean over layers, before rotation",
+            "effective rank ÷ width",
+            rank_points(records),
+        ),
+        ("ratios", "K spread ÷ V spread", "geometric mean over layers", "ratio of spreads", ratio_points(records)),
+    ):
+        tensors = dict.fromkeys(point.tensor for point in points)
+        traces = []
+        for tensor in tensors:
+            mine = [point for point in points if point.tensor == tensor]
+            values = [point.measured.value for point in mine]
+            traces.append(_dots(tensor, values, [point.label for point in mine], tone(tensor), mark(tensor, True)))
+        axes = {"yaxis": {"type": "category", "autorange": "reversed"}}
+        figures.append(Interactive(name, title, says, traces, unit, "model", axes))
+    return figures
+
+
+def _dots(name: str, x: list, y: list[str], shade: str, symbol: str) -> dict[str, Any]:
+    return _line(name, (x, y), shade, mode="markers", symbol=symbol, marker={"size": 11})

@@ -1,0 +1,95 @@
+"""What codecs do to what a model says, as tables: likelihood, generation, retrieval, bytes."""
+
+from eigencache.records.bench import BenchRecord
+from eigencache.records.quality import EvaluationRecord
+from eigencache.report.core.measured import ABSENT
+from eigencache.report.core.table import Table
+from eigencache.report.quality.sweep_table import interval_cell
+
+
+def evaluation_tables(record: EvaluationRecord) -> list[Table]:
+    """Every part that was measured, likelihood first."""
+    tables = [likelihood_table(record)]
+    if record.divergence:
+        tables.append(divergence_table(record))
+    if record.retrieval:
+        tables.append(retrieval_table(record))
+    return [*tables, ledger_table(record)]
+
+
+def likelihood_table(record: EvaluationRecord) -> Table:
+    """One row per protocol and codec."""
+    columns = ("Codec", "Read", "Ratio", "ΔNLL (nats)", "Δ perplexity", "KL (nats)", "Top-1")
+    rows = tuple(
+        (
+            quality.codec,
+            part.protocol.describe(),
+            f"{quality.compression_ratio:.2f}" if quality.encoded_nbytes else ABSENT,
+            interval_cell(quality),
+            f"{100 * quality.perplexity_increase:+.2f} %",
+            f"{quality.kl:.4f}",
+            f"{100 * quality.top1_agreement:.1f} %",
+        )
+        for part in record.likelihood
+        for quality in part.results
+    )
+    notes = (
+        f"{record.corpus.name}; basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
+        "Ratio: 16-bit bytes of what was held encoded over the bytes held for it, the basis apart. "
+        "Intervals: 95 %, bootstrap over sequences, paired.",
+    )
+    warnings = tuple(record.warnings)
+    return Table(f"{record.model.name}: likelihood through the cache", columns, rows, notes, warnings, frozenset({"Read"}))
+
+
+def divergence_table(record: EvaluationRecord | BenchRecord) -> Table:
+    """How long greedy generation stays what it was."""
+    columns = ("Codec", "Prompts", "New tokens", "Tokens until parting", "median", "Agreement", "Never parted")
+    rows = tuple(
+        (
+            one.codec,
+            f"{len(one.agreement)} of {one.prompt_tokens} tokens",
+            f"{one.new_tokens}",
+            f"{one.mean_tokens_until_parting:.1f}",
+            f"{one.median_tokens_until_parting:g}",
+            f"{100 * one.mean_agreement:.1f} %",
+            f"{one.never_parted}",
+        )
+        for one in record.divergence
+    )
+    return Table(f"{record.model.name}: greedy generation", columns, rows)
+
+
+def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
+    """Exact answers; a task that the model cannot do uncompressed is not applicable."""
+    compared = record.ledgers if isinstance(record, EvaluationRecord) else [one.codec for one in record.divergence]
+    codecs = list(dict.fromkeys([*compared, *(result.codec for one in record.retrieval for result in one.results)]))
+    columns = ("Task", "Context", "Depth", "Uncompressed", *codecs)
+    rows = []
+    for one in record.retrieval:
+        depth = ABSENT if one.depth is None else f"{one.depth:g}"
+        found = {result.codec: f"{result.accuracy:.2f}" for result in one.results}
+        cells = [found.get(codec, "not applicable") for codec in codecs]
+        rows.append((one.task, f"{one.length}", depth, f"{one.uncompressed.accuracy:.2f}", *cells))
+    examples = record.retrieval[0].uncompressed.examples
+    notes = (f"Share of {examples} examples with every token of the answer ranked first.",)
+    return Table(f"{record.model.name}: retrieval", columns, tuple(rows), notes)
+
+
+def ledger_table(record: EvaluationRecord) -> Table:
+    """Bytes of one sequence as the context grows."""
+    columns = ("Codec", "Context", "16 bit", "Held", "Basis, once", "Ratio", "Ratio with basis")
+    rows = tuple(
+        (
+            name if index == 0 else "",
+            f"{row.context:,}",
+            f"{row.sixteen_bit_nbytes:,}",
+            f"{row.payload_nbytes:,}",
+            f"{row.basis_nbytes:,}",
+            f"{row.ratio:.2f}",
+            f"{row.ratio_with_basis:.2f}",
+        )
+        for name, ledger in record.ledgers.items()
+        for index, row in enumerate(ledger)
+    )
+    return Table(f"{record.model.name}: bytes of one sequence", columns, rows)

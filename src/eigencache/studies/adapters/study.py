@@ -1,0 +1,143 @@
+"""Residual adapters on trial: trained, read as operators, truncated, and scored through the cache beside direct PCA.
+
+With adapters in place the cache is given V_eff = M·V (keys: M·K, then rotated). In cache mode only r coefficients per
+layer and token are kept, S_r V_rᵀ v of the SVD M = U S Vᵀ, and U_r times them is read back; on V_eff that is the
+projection on U_r. Direct PCA keeps as many coefficients of the frozen model's own values.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eigencache.calibration.moments import Progress, check_fit, silent
+from eigencache.codec.pca import PCACodec, PCAGroup
+from eigencache.corpora.overlap import check_overlap
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.evaluate.likelihood import batches_of
+from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.models.load import LoadedModel
+from eigencache.models.residual import AdapterTarget, Site, find_sites, inserted
+from eigencache.records.adapter import AdapterRecord, Method, Truncation
+from eigencache.records.provenance import Stopwatch
+from eigencache.records.quality import ReadingProtocol
+from eigencache.spectral.operator import analyze, operator_transform
+from eigencache.studies.adapters.training import TrainingSettings, new_residuals, train
+from eigencache.studies.sweep import Plan, Ranks
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+def study_adapter(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    calibration: Sequences,
+    protocol: ReadingProtocol,
+    *,
+    target: AdapterTarget = "v",
+    layers: Iterable[int] | None = None,
+    ranks: Ranks = None,
+    training: TrainingSettings | None = None,
+    force: bool = False,
+    on_progress: Progress = silent,
+) -> AdapterRecord:
+    """Train on `calibration`, analyze, truncate and score on `sequences`; the model is as before, also after an error.
+
+    Raises `CorpusError` for texts that overlap (unless `force`), `LayerError`, `UnsupportedArchitectureError` (MLA; keys
+    that are normed after their projection), `StatisticsError` (ranks; text that cannot carry a basis), `TrainingError`,
+    `NonFiniteError`.
+    """
+    training, watch = training or TrainingSettings(), Stopwatch()
+    overlap = check_overlap(sequences.ids, calibration.ids, force=force)
+    for text in (calibration, sequences):
+        check_fit(loaded, text.corpus.max_length, max(int(ids.max()) for ids in text.ids))
+    batches_of(sequences, protocol, training.batch_size)  # refuses a prefix that leaves nothing to score
+    first = torch.from_numpy(calibration.ids[0])[None].to(loaded.device)
+    sites = find_sites(loaded.model, loaded.geometry, target, layers, first)
+    settings = PCASettings(target, "layer")
+    kept_ranks = Plan(settings, ranks=ranks, shares=QUARTERS).ranks_for(max(site.width for site in sites))
+    residuals = new_residuals(sites, training)
+
+    def progress(which: str) -> Progress:
+        return lambda what, done, of: on_progress(f"{what}, {which}", done, of)
+
+    def calibrated(which: str) -> PCACalibration:
+        size, seed = training.batch_size, training.seed
+        return PCACalibration(
+            loaded, calibration, scopes=("layer",), batch_size=size, seed=seed, on_progress=progress(which)
+        )
+
+    def scored(which: str, whole: dict[Method, PCACodec]) -> tuple[float, list[Truncation]]:
+        codecs: dict[tuple[Method, int], PCACodec] = {
+            (method, rank): codec.truncated(rank, f"{method}, rank {rank}")
+            for method, codec in whole.items()
+            for rank in kept_ranks
+        }
+        scores = score_codecs(
+            loaded,
+            sequences,
+            {codec.name: codec for codec in codecs.values()},
+            protocol,
+            calibration=calibration.corpus,
+            batch_size=training.batch_size,
+            on_progress=progress(which),
+        )
+        return scores.uncompressed_nll, [
+            Truncation(method=method, rank=rank, quality=scores.quality[codec.name])
+            for (method, rank), codec in codecs.items()
+        ]
+
+    direct = _of_sites(calibrated("frozen").fit(settings), sites)
+    trained = train(loaded, sites, residuals, calibration, training, lambda n, of: on_progress("training", n, of))
+    operators = {layer_idx: residual.operator for layer_idx, residual in residuals.items()}
+    frozen_nll, without = scored("frozen", {"direct-pca": direct})
+    with inserted(sites, residuals):
+        adapted = calibrated("adapted")
+        pca = _of_sites(adapted.fit(settings), sites)
+        codecs: dict[Method, PCACodec] = {
+            "operator-svd": _operator_codec(pca, operators, centered=False),
+            "operator-svd-centered": _operator_codec(pca, operators, centered=True),
+            "random-basis": _of_sites(adapted.fit(replace(settings, basis="random")), sites),
+            "adapted-pca": pca,
+        }
+        adapted_nll, results = scored("adapted", codecs)
+    return AdapterRecord(
+        model=loaded.record("forward hooks on the projection"),
+        corpus=sequences.corpus,
+        calibration=calibration.corpus,
+        protocol=protocol,
+        run=watch.run(training.seed, {"batch_size": training.batch_size, "forced": force}),
+        target=target,
+        training=trained,
+        operators=[
+            analyze(site.layer_idx, operators[site.layer_idx], before.transform, behind.transform, kept_ranks)
+            for site, before, behind in zip(sites, direct.groups, pca.groups, strict=True)
+        ],
+        frozen_nll=frozen_nll,
+        adapted_nll=adapted_nll,
+        results=results + without,
+        warnings=[
+            *sequences.corpus.warnings,
+            *calibration.corpus.warnings,
+            *([overlap] if overlap else []),
+            *trained.warnings,
+        ],
+    )
+
+
+def _of_sites(codec: PCACodec, sites: list[Site]) -> PCACodec:
+    """The codec of the sites' layers alone, in their order; other layers stay in 16 bits."""
+    groups = {group.parts[0].layer_idx: group for group in codec.groups}
+    rotations = {site.layer_idx: codec.rotations[site.layer_idx] for site in sites if site.layer_idx in codec.rotations}
+    return replace(codec, groups=tuple(groups[site.layer_idx] for site in sites), rotations=rotations)
+
+
+def _operator_codec(pca: PCACodec, operators: Mapping[int, Tensor], *, centered: bool) -> PCACodec:
+    """The same layers with U of M = U S Vᵀ for a basis, about the mean of `pca` or about zero."""
+    groups = []
+    for group in pca.groups:
+        transform = operator_transform(operators[group.parts[0].layer_idx], group.transform.mean if centered else None)
+        groups.append(PCAGroup(group.parts, transform.to(torch.float32, group.transform.mean.device)))
+    return replace(pca, groups=tuple(groups))

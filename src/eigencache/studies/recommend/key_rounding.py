@@ -1,0 +1,93 @@
+"""How large the biases of keys are, and what fp8 and int8 keys cost with them and without the mean they are part of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eigencache.calibration.moments import Progress, silent
+from eigencache.codec.baselines.rounded_keys import KINDS, RoundedKeys, Rounding
+from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.models.capture import Capture
+from eigencache.models.key_bias import key_biases
+from eigencache.models.load import LoadedModel
+from eigencache.records.advice import KeyBias, KeyRounding, Keys
+from eigencache.records.quality import ReadingProtocol
+from eigencache.spectral.rope import Rotation
+
+_SEQUENCES = 8  # of the calibration text: means need far fewer vectors than bases
+
+
+def measure_keys(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    calibration: Sequences,
+    rotations: Mapping[int, Rotation],
+    protocol: ReadingProtocol,
+    *,
+    batch_size: int = 8,
+    partial: Path | None = None,
+    on_progress: Progress = silent,
+) -> Keys | None:
+    """Biases per layer, and the loss of rounded keys on `sequences`; means from `calibration`. None without biases."""
+    biases = key_biases(loaded)
+    if not biases:
+        return None
+    means, norms = _means_and_norms(loaded, calibration)
+    sizes = [_size(layer_idx, bias, norms[layer_idx]) for layer_idx, bias in biases.items()]
+    codecs: dict[tuple[Rounding, bool], RoundedKeys] = {
+        (kind, mean_out): RoundedKeys(
+            f"K {kind}{', mean taken out' if mean_out else ''}",
+            kind,
+            loaded.model.dtype,
+            means if mean_out else {},
+            rotations,
+        )
+        for kind in KINDS
+        for mean_out in (False, True)
+    }
+    named = {codec.name: codec for codec in codecs.values()}
+    found = score_codecs(
+        loaded,
+        sequences,
+        named,
+        protocol,
+        calibration=calibration.corpus,
+        batch_size=batch_size,
+        partial=partial,
+        on_progress=on_progress,
+    ).quality
+    roundings = [
+        KeyRounding(kind=kind, mean_out=mean_out, quality=found[codec.name]) for (kind, mean_out), codec in codecs.items()
+    ]
+    return Keys(biases=sizes, roundings=roundings)
+
+
+def _means_and_norms(loaded: LoadedModel, calibration: Sequences) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """Layer → mean of the keys before rotation [heads, dim], and mean norm of all heads of a layer joined."""
+    ids = calibration.ids[:: max(1, len(calibration.ids) // _SEQUENCES)]
+    sums: dict[int, Tensor] = {}
+    norms: dict[int, float] = {}
+    tokens = 0
+    with Capture(loaded.model, loaded.geometry) as capture:
+        for row in ids:
+            for layer in capture.run(torch.from_numpy(row)[None].to(loaded.device)):
+                keys = layer.tensors["keys_pre_rope" if "keys_pre_rope" in layer.tensors else "keys"][0].double().cpu()
+                sums[layer.layer_idx] = sums.get(layer.layer_idx, 0) + keys.sum(1)
+                norm = float(keys.square().sum((0, 2)).sqrt().sum())
+                norms[layer.layer_idx] = norms.get(layer.layer_idx, 0.0) + norm
+            tokens += len(row)
+    return {i: (total / tokens).float() for i, total in sums.items()}, {i: total / tokens for i, total in norms.items()}
+
+
+def _size(layer_idx: int, bias: Tensor, mean_key_norm: float) -> KeyBias:
+    channels = bias.abs().flatten().double()
+    median = float(channels.median())
+    return KeyBias(
+        layer_idx=layer_idx,
+        bias_norm=float(channels.norm()),
+        mean_key_norm=mean_key_norm,
+        largest_to_median=float(channels.max()) / median if median else float("inf"),
+    )

@@ -1,0 +1,124 @@
+"""What a model caches as plain vectors: those of the capture, token for token, whatever the batch and the padding."""
+
+import copy
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+
+from eigencache.calibration.moments import captured_by_name
+from eigencache.calibration.vectors import SampledVectors, layout_of, sample_vectors, tensor_names
+from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
+from eigencache.models.capture import Capture
+from eigencache.models.rope_detection import rotations_of
+from tiny_models import tiny
+
+NAMES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek_v3", "smollm3")
+MEMORY = 2**30
+
+
+def sampled(loaded, sequences, memory: int = MEMORY, **options) -> SampledVectors:
+    return sample_vectors(loaded, sequences, rotations_of(loaded), memory=memory, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vectors_are_what_the_capture_sees_before_rotation(name: str, loaded, sequences) -> None:
+    one, text = loaded(name), sequences(24, 17, 24)
+    samples, mla = sampled(one, text, batch_size=2), loaded(name).geometry.mla is not None
+    assert samples.lengths == (24, 17, 24) and samples.vectors.shape == (65, one.geometry.values_per_token)
+    names, edges = tensor_names(samples.layout, mla=mla), [0, *accumulate(part.width for part in samples.layout.parts)]
+    assert [(p.slot, p.layer_idx) for p in samples.layout.parts] == sorted(
+        (p.slot, p.layer_idx) for p in samples.layout.parts
+    )
+    tokens = [slice(*edge) for edge in pairwise([0, 24, 41, 65])]
+    with Capture(one.model, one.geometry) as capture:
+        for ids, at in zip(text.ids, tokens, strict=True):
+            assert torch.equal(samples.ids[at], torch.from_numpy(ids))
+            tensors = captured_by_name(capture.run(torch.from_numpy(ids)[None]))
+            for part, tensor, start, stop in zip(samples.layout.parts, names, edges, edges[1:], strict=False):
+                expected = tensors[tensor][part.layer_idx][0].transpose(0, 1).flatten(1).float()
+                torch.testing.assert_close(samples.vectors[at, start:stop], expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_batches_do_not_matter(name: str, loaded, sequences) -> None:
+    text = sequences(20, 24, 9)
+    alone, together = (sampled(loaded(name), text, batch_size=size) for size in (1, 3))
+    torch.testing.assert_close(together.vectors, alone.vectors, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together.ids, alone.ids) and together.lengths == alone.lengths
+
+
+def test_names_are_those_of_metrics(loaded, sequences) -> None:
+    expected = {
+        "gpt2": ["keys"] * 3 + ["values"] * 3,
+        "llama": ["keys_pre_rope"] * 3 + ["values"] * 3,
+        "deepseek_v2": ["latent"] * 3 + ["key_rope_pre_rope"] * 3,
+        "smollm3": ["keys_pre_rope", "keys", "keys_pre_rope", "keys"] + ["values"] * 4,
+    }
+    for name, names in expected.items():
+        layout = sampled(loaded(name), sequences(12)).layout
+        assert sorted(tensor_names(layout, mla=name == "deepseek_v2")) == sorted(names), name
+
+
+def test_what_does_not_fit_into_memory_is_thinned_out_over_the_whole_text(loaded, sequences) -> None:
+    one, text = loaded("llama"), sequences(*[16] * 10)
+    per_token = 4 * one.geometry.values_per_token
+    samples = sampled(one, text, memory=per_token * 16 * 4)
+    assert samples.lengths == (16,) * 4
+    assert torch.equal(samples.ids, torch.cat([torch.from_numpy(text.ids[i]) for i in (0, 3, 6, 9)]))
+    with pytest.raises(StatisticsError, match="hold 15 tokens; raise the memory or shorten the sequences"):
+        sampled(one, text, memory=per_token * 15)
+
+
+def test_a_part_of_a_text_is_thinned_out_by_its_own_length(loaded, sequences) -> None:
+    one, text = loaded("llama"), sequences(*[16] * 10)
+    part = replace(text, ids=text.ids[7:])
+    samples = sampled(one, part, memory=4 * one.geometry.values_per_token * 48)
+    assert samples.lengths == (16,) * 3
+
+
+def test_numbers_that_are_none_are_refused_by_layer_and_slot(loaded, sequences) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    one = loaded(model)
+    rotations = rotations_of(one)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="layer 1 stores NaN or infinite values"):
+        sample_vectors(one, sequences(12), rotations, memory=MEMORY)
+
+
+def test_positions_count_from_the_start_of_every_sequence(loaded, sequences) -> None:
+    samples = sampled(loaded("gpt2"), sequences(4, 2, 3))
+    assert samples.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+
+
+def test_first_tokens_are_taken_from_every_sequence_and_short_ones_vanish(loaded, sequences) -> None:
+    samples = sampled(loaded("gpt2"), sequences(5, 2, 3, 2))
+    rest = samples.without_first(2)
+    assert rest.lengths == (3, 1) and torch.equal(rest.vectors, samples.vectors[[2, 3, 4, 9]])
+    assert torch.equal(rest.ids, samples.ids[[2, 3, 4, 9]])
+    assert samples.without_first(0) is samples
+    with pytest.raises(StatisticsError, match="no sequence is longer than 5 sinks"):
+        samples.without_first(5)
+
+
+def test_a_mean_is_taken_from_every_vector(loaded, sequences) -> None:
+    samples = sampled(loaded("gpt2"), sequences(5, 6))
+    about = samples.less_mean(samples.vectors.mean(0))
+    torch.testing.assert_close(about.vectors.mean(0), torch.zeros(samples.layout.width), rtol=0, atol=1e-5)
+    assert about.lengths == samples.lengths
+
+
+def test_progress_counts_sequences(loaded, sequences) -> None:
+    seen: list[tuple[str, int, int]] = []
+    sampled(loaded("gpt2"), sequences(*[8] * 5), batch_size=2, what="these", on_progress=lambda *a: seen.append(a))
+    assert seen == [("these", 2, 5), ("these", 4, 5), ("these", 5, 5)]
+
+
+def test_a_slot_without_numbers_is_refused_by_layer() -> None:
+    stored = {0: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 2)), 3: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 0))}
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"layers \[3\] cache vectors of 0 numbers, as MLA without a rotary"
+    ):
+        layout_of(stored, {}, mla=True)

@@ -1,0 +1,461 @@
+"""`eigen` end to end on planted caches: integers exact, bytes as counted, any stretch alone, nothing silently wrong."""
+
+import functools
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eigencache.codec.base import EncodedBytes
+from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
+from eigencache.codec.eigen.container import Container, ContainerHeader, Reader, read, write
+from eigencache.codec.eigen.entropy_coder import RansCoder
+from eigencache.codec.eigen.entropy_tables import fit_tables
+from eigencache.codec.eigen.quantizer import DeadZone
+from eigencache.codec.eigen.raw_tokens import raw_nbytes
+from eigencache.codec.eigen.token_digits import token_digits
+from eigencache.codec.eigen.token_features import EmbeddingFeatures, StoredFeatures
+from eigencache.codec.eigen.token_predictor import TokenPredictor
+from eigencache.codec.eigen.transform import Basis, JointTransform
+from eigencache.codec.layout import Layout, Part, by_layer
+from eigencache.errors import CodecError, ContainerError, ForeignContainerError
+from eigencache.spectral.rope import Rotation
+
+LAYERS, HEADS, DIM, VOCABULARY, FEATURES = 2, 2, 8, 40, 6
+ROTATION = Rotation(3.0 ** (-torch.arange(4, dtype=torch.float64)), 1.0, "half")
+LAYOUT = Layout(
+    tuple(Part(i, slot, (0, HEADS), DIM) for slot in (0, 1) for i in range(LAYERS)),
+    {i: (0, ROTATION) for i in range(LAYERS)},
+)
+WIDTH, STEP = LAYOUT.width, 0.3
+CACHED = tuple[Tensor, Tensor]
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+TURN = torch.linalg.qr(draw(WIDTH, WIDTH, seed=100)).Q
+MEAN = 4 * draw(WIDTH, seed=101)
+
+
+@functools.cache
+def predictor() -> TokenPredictor:
+    """The first layer's keys show the token, everything else the last one too."""
+    rows = draw(2 * FEATURES, WIDTH, seed=102)
+    rows[FEATURES:, : HEADS * DIM] = 0
+    features, mix = 2 * draw(VOCABULARY, FEATURES, seed=103), torch.eye(2 * FEATURES)
+    first, finder = torch.tensor([0], dtype=torch.int32), torch.eye(HEADS * DIM)
+    places = rows.half().float()[:FEATURES, : len(finder)]
+    return TokenPredictor(StoredFeatures(features.half()), mix.half(), rows.half(), first, finder, places)
+
+
+def vectors(tokens: int, batch: int = 1, seed: int = 0, text: bool = False) -> Tensor:
+    x = MEAN + (draw(batch, tokens, WIDTH, seed=seed) * torch.logspace(0.5, -1.5, WIDTH)) @ TURN.mT
+    if text:
+        ranks = torch.randint(VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+        x = x + predictor().predict(ranks, max(1, tokens))
+    return x
+
+
+def cache(tokens: int, start: int = 0, batch: int = 1, seed: int = 0, text: bool = False) -> dict[int, CACHED]:
+    return by_layer(LAYOUT.slots(vectors(tokens, batch, seed, text), start), torch.float32)
+
+
+@functools.cache
+def base(text: bool = False) -> EigenCodec:
+    """A codec in a metric, its numbers fitted on 500 tokens."""
+    metrics = tuple(torch.diag_embed(0.5 + draw(HEADS, DIM, seed=104 + i).abs()) for i in range(len(LAYOUT.parts)))
+    root = torch.cat([m.diagonal(dim1=-2, dim2=-1).flatten() for m in metrics]).sqrt()
+    basis = Basis.of(0, TURN.mT / root)
+    transform = JointTransform(MEAN, (basis,), metrics)
+    quantizer = DeadZone(*(torch.full((WIDTH,), x) for x in (0.62, 0.08, 0.05, 0.02)))
+    symbols = quantizer.quantize(transform.encode(vectors(500, seed=7)[0] - MEAN, STEP)).T.numpy()
+    table_of = np.arange(WIDTH) // 8
+    if text:
+        digits = token_digits(VOCABULARY).split(torch.arange(500) % VOCABULARY).T.numpy()
+        symbols = np.concatenate([digits, symbols]).astype(np.int32)
+        table_of = np.append(np.arange(len(digits)), table_of + len(digits))
+    tables = fit_tables(symbols, table_of)
+    return EigenCodec(
+        "planted",
+        LAYOUT,
+        transform,
+        STEP,
+        quantizer,
+        tables,
+        4,
+        SinksAndWindow(4, 6, 8),
+        16,
+        torch.float32,
+        predictor() if text else None,
+    )
+
+
+def codec(text: bool = False, **changes) -> EigenCodec:
+    return replace(base(text), **changes)
+
+
+def header(encoded: EncodedBytes):
+    return Reader(encoded.rows[0]).header
+
+
+def quantized(one: EigenCodec, x: Tensor) -> Tensor:
+    """Integers and back, without a byte: x as the codec should decode it where it keeps nothing."""
+    predicted = one.transform.mean
+    if one.text:
+        predicted = predicted + one.text.predict(one.text.find(x - one.transform.mean), one.block)
+    y = one.transform.encode(x - predicted, one.step)
+    return predicted + one.transform.decode(one.quantizer.dequantize(one.quantizer.quantize(y)), one.step)
+
+
+def assert_same(found: dict[int, CACHED], expected: dict[int, CACHED], atol: float = 1e-4) -> None:
+    assert list(found) == list(expected)
+    for layer_idx, both in expected.items():
+        for x, y in zip(both, found[layer_idx], strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-5, atol=atol)
+
+
+def stretch(cached: dict[int, CACHED], tokens: slice) -> dict[int, CACHED]:
+    return {i: (k[:, :, tokens], v[:, :, tokens]) for i, (k, v) in cached.items()}
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("lanes", [4, 32])
+def test_what_is_decoded_is_what_the_integers_say(text: bool, lanes: int) -> None:
+    one = codec(text, kept=SinksAndWindow(0, 0, 8), lanes=lanes)
+    given_ = cache(50, 9, 2, text=text)
+    decoded = one.decode(one.encode(given_, 9))
+    expected = quantized(one, LAYOUT.vectors(given_, 9))
+    assert_same(decoded, by_layer(LAYOUT.slots(expected, 9), torch.float32))
+    assert float((LAYOUT.vectors(decoded, 9) - vectors(50, 2, text=text)).abs().max()) < 4 * STEP
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    sinks=st.integers(0, 6),
+    window=st.integers(0, 12),
+    block=st.integers(1, 20),
+    start=st.integers(0, 9),
+    text=st.booleans(),
+    bits=st.sampled_from([8, 16]),
+    data=st.data(),
+)
+def test_any_stretch_of_any_cache_comes_back(tokens, sinks, window, block, start, text, bits, data) -> None:
+    one = codec(text, kept=SinksAndWindow(sinks, window, bits), block=block)
+    given_ = cache(tokens, start, text=text)
+    encoded, x = one.encode(given_, start), LAYOUT.vectors(given_, start)
+    assert (encoded.start, encoded.tokens, encoded.nbytes) == (start, tokens, len(encoded.rows[0]))
+    whole = one.decode(encoded)
+    lost = 0.02 if bits == 16 else float(x.abs().max()) / 200
+    first = min(tokens, max(0, sinks - start))
+    last = max(first, tokens - window)
+    assert (header(encoded).sinks, header(encoded).window) == (first, tokens - last)
+    assert_same(stretch(whole, slice(0, first)), stretch(given_, slice(0, first)), atol=lost)
+    assert_same(stretch(whole, slice(last, None)), stretch(given_, slice(last, None)), atol=lost)
+    coded = by_layer(LAYOUT.slots(quantized(one, x[:, first:last]), start + first), torch.float32)
+    assert_same(stretch(whole, slice(first, last)), coded)
+    a = data.draw(st.integers(0, tokens - 1))
+    b = data.draw(st.integers(a + 1, tokens))
+    assert_same(one.decode(encoded, slice(a, b)), stretch(whole, slice(a, b)))
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_every_slice_is_that_of_the_whole(text: bool) -> None:
+    one = codec(text, kept=SinksAndWindow(3, 5, 8), block=7)
+    encoded = one.encode(cache(31, 0, 2, text=text), 0)
+    whole = one.decode(encoded)
+    for a in range(31):
+        for b in range(a + 1, 32):
+            assert_same(one.decode(encoded, slice(a, b)), stretch(whole, slice(a, b)))
+    for tokens in (slice(-4, None), slice(None, -9), slice(5, 5000)):
+        assert_same(one.decode(encoded, tokens), stretch(whole, tokens))
+
+
+def test_a_slice_touches_no_block_but_its_own() -> None:
+    one = codec(kept=SinksAndWindow(3, 5, 8), block=7)
+    whole = one.encode(cache(31), 0)
+    row, damaged = whole.rows[0], bytearray(whole.rows[0])
+    sections = [len(s) for s in read(row).sections]
+    at = len(row) - sum(sections) + sum(sections[:2])  # in the second block: tokens 10 … 16
+    damaged[at] ^= 1
+    hurt = EncodedBytes((bytes(damaged),), 0, 31)
+    for tokens in (slice(0, 10), slice(17, 31)):
+        assert_same(one.decode(hurt, tokens), one.decode(whole, tokens))
+    for tokens in (slice(9, 11), slice(None)):
+        with pytest.raises(ContainerError, match="section 2 has checksum"):
+            one.decode(hurt, tokens)
+
+
+@pytest.mark.parametrize("tokens", [slice(3, 3), slice(50, 60), slice(0, 9, 2), slice(None, None, -1)])
+def test_what_is_no_stretch_of_neighbors_is_refused(tokens: slice) -> None:
+    with pytest.raises(CodecError, match="a stretch of neighbors can be decoded"):
+        codec().decode(codec().encode(cache(20), 0), tokens)
+
+
+def test_rows_are_containers_of_their_own_and_can_be_chosen() -> None:
+    one, given_ = codec(), cache(40, batch=3)
+    encoded = one.encode(given_, 0)
+    for row in range(3):
+        alone = one.encode({i: (k[row : row + 1], v[row : row + 1]) for i, (k, v) in given_.items()}, 0)
+        assert alone.rows == encoded.rows[row : row + 1]
+    chosen = one.decode(encoded.select(torch.tensor([2, 0, 2])))
+    assert_same(chosen, {i: (k[[2, 0, 2]], v[[2, 0, 2]]) for i, (k, v) in one.decode(encoded).items()})
+
+
+def test_rows_of_unlike_stretches_are_refused_together() -> None:
+    one = codec()
+    rows = [one.encode(cache(20, start), start).rows[0] for start in (0, 1)]
+    with pytest.raises(CodecError, match="rows of unlike stretches"):
+        one.decode(EncodedBytes(tuple(rows), 0, 20))
+
+
+@pytest.mark.parametrize(("start", "sinks"), [(0, 4), (1, 3), (3, 1), (4, 0), (900, 0)])
+def test_only_positions_below_the_number_of_sinks_are_sinks(start: int, sinks: int) -> None:
+    encoded = codec().encode(cache(30, start), start)
+    assert (header(encoded).start, header(encoded).sinks, header(encoded).window) == (start, sinks, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_kept_tokens_lose_rounding_alone_in_the_dtype_of_the_model(dtype: torch.dtype, bits: int) -> None:
+    one = codec(kept=SinksAndWindow(4, 6, bits), dtype=dtype)
+    given_ = {i: (k.to(dtype), v.to(dtype)) for i, (k, v) in cache(30).items()}
+    decoded = one.decode(one.encode(given_, 0))
+    for layer_idx, both in given_.items():
+        for x, y in zip(both, decoded[layer_idx], strict=True):
+            assert y.dtype == dtype
+            for kept in (slice(0, 4), slice(24, 30)):
+                if bits == 16:
+                    assert torch.equal(
+                        y[:, :, kept], x[:, :, kept].half().float() if dtype == torch.float32 else x[:, :, kept]
+                    )
+                else:
+                    error = (y[:, :, kept].float() - x[:, :, kept].float()).abs()
+                    step = x[:, :, kept].float().abs().amax(-1, keepdim=True) / 127
+                    assert bool((error <= 0.51 * step + (x[:, :, kept].float().abs() / 250)).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 9, 10, 11, 26, 27])
+def test_bytes_are_those_of_the_arithmetic(tokens: int) -> None:
+    one = codec()
+    encoded = one.encode(cache(tokens), 0)
+    first = min(tokens, 4)
+    last = max(first, tokens - 6)
+    y = one.transform.encode(vectors(tokens)[0, first:last] - MEAN, STEP)
+    bits = one.tables.bits(one.quantizer.quantize(y).T.numpy())
+    predicted = one.nbytes_of(tokens, bits / max(1, last - first))
+    if last == first:
+        assert encoded.nbytes == predicted
+    blocks = -(-(last - first) // 16)
+    assert predicted - 2 * 4 * blocks - 1 <= encoded.nbytes <= predicted + 1  # a state holds up to 2 bytes of what is coded
+
+
+def test_kept_bytes_are_exact_and_a_container_names_what_it_keeps() -> None:
+    for bits in (8, 16):
+        container = read(codec(kept=SinksAndWindow(4, 6, bits)).encode(cache(30), 0).rows[0])
+        heads = [DIM] * (WIDTH // DIM)
+        assert len(container.sections[0]) == raw_nbytes(4, heads, bits)
+        assert len(container.sections[-1]) == raw_nbytes(6, heads, bits)
+        assert (container.kept_bits, container.block, container.block_count) == (bits, 16, 2)
+
+
+def test_layers_that_hold_the_last_tokens_only_come_back_as_they_were() -> None:
+    one, whole = codec(text=True, kept=SinksAndWindow(4, 6, 8), block=8), cache(40, text=True)
+    sliding = whole | {0: (whole[0][0][:, :, 15:], whole[0][1][:, :, 15:])}
+    encoded = one.encode(sliding, 0)
+    assert header(encoded).absent == ((0, 15),)
+    decoded = one.decode(encoded)
+    assert decoded[0][0].shape[2] == decoded[0][1].shape[2] == 25 and decoded[1][0].shape[2] == 40
+    full = one.decode(one.encode(whole, 0))
+    assert_same({0: decoded[0]}, {0: tuple(x[:, :, 15:] for x in full[0])}, atol=3 * STEP)
+    for a, b in [(0, 15), (3, 20), (14, 15), (15, 16), (30, 40)]:
+        part = one.decode(encoded, slice(a, b))
+        assert part[1][0].shape[2] == b - a and part[0][0].shape[2] == max(0, b - max(a, 15))
+        held = (slice(max(a, 15) - 15, max(0, b - 15)), slice(a, b))
+        assert_same(part, {i: tuple(x[:, :, held[i]] for x in decoded[i]) for i in decoded})
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_values_far_out_of_range_survive_through_escapes(text: bool) -> None:
+    one = codec(text, kept=SinksAndWindow(0, 0, 8))
+    x = MEAN + 1e4 * (vectors(20) - MEAN)
+    encoded = one.encode(by_layer(LAYOUT.slots(x, 0), torch.float32), 0)
+    decoded = LAYOUT.vectors(one.decode(encoded), 0)
+    assert float((decoded - x).norm() / x.norm()) < 1e-5
+    expected = one.transform.encode(x - MEAN, STEP)
+    y = one.quantizer.dequantize(one.quantizer.quantize(expected))
+    assert float(((y - expected).abs() - expected.abs() * 1e-6).max()) < 1
+    torch.testing.assert_close(decoded, quantized(one, x), rtol=1e-5, atol=2.0)
+    assert encoded.nbytes > 2 * one.encode(cache(20, text=text), 0).nbytes
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("token", [1, 12, 29])  # a sink, coded, in the window
+@pytest.mark.parametrize("slot", [0, 1])
+def test_what_is_no_number_is_refused(bad: float, token: int, slot: int) -> None:
+    harmed = cache(30)
+    harmed[1][slot][0, 1, token, 3] = bad
+    with pytest.raises(CodecError, match="NaN or infinite"):
+        codec().encode(harmed, 0)
+
+
+def test_what_is_no_number_is_refused_where_nothing_is_coded() -> None:
+    transform = base().transform
+    rows, at = TURN.mT[:32, :32], slice(0, 32)
+    bases = (Basis.of(0, rows), Basis(32, 64, torch.zeros(0, 32).half(), torch.zeros(0)))
+    q = DeadZone(*(x[at] for x in vars(base().quantizer).values()))
+    tables = fit_tables(np.zeros((32, 9), np.int32), np.zeros(32, int))
+    one = codec(transform=JointTransform(MEAN, bases, transform.metrics), quantizer=q, tables=tables)
+    harmed = cache(30)
+    assert one.decode(one.encode(harmed, 0))[1][1].isfinite().all()
+    harmed[1][1][0, 1, 12, 3] = torch.nan
+    with pytest.raises(CodecError, match="NaN"):
+        one.encode(harmed, 0)
+
+
+def test_a_container_of_another_codec_is_refused() -> None:
+    encoded = codec().encode(cache(20), 0)
+    with pytest.raises(ForeignContainerError):
+        codec(step=STEP * 1.0001).decode(encoded)
+    assert_same(codec(name="the same under another name").decode(encoded), codec().decode(encoded))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"block": 8}, "block is 8 in the container, this codec writes 16"),
+        ({"block": 65_535}, "block is 65535 in the container, this codec writes 16"),
+        ({"kept_bits": 16}, "kept_bits is 16 in the container, this codec writes 8"),
+        ({"start": 2}, "sinks is 4 in the container, this codec writes 2"),
+    ],
+)
+def test_a_header_that_this_codec_does_not_write_is_refused_before_anything_is_made(changed: dict, said: str) -> None:
+    one = codec()
+    container = read(one.encode(cache(30), 0).rows[0])
+    header = replace(ContainerHeader(**{f.name: getattr(container, f.name) for f in fields(ContainerHeader)}), **changed)
+    with pytest.raises(CodecError, match=said):
+        one._require_own(header)
+
+
+def test_a_block_of_another_size_in_a_whole_container_is_refused() -> None:
+    one = codec()
+    given = cache(30)
+    foreign = codec(block=8).encode(given, 0).rows[0]
+    forged = write(replace(read(foreign), codec_sha256=one.sha256))
+    with pytest.raises(CodecError, match="block is 8 in the container"):
+        one.decode(EncodedBytes((forged,), 0, 30))
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    whole = cache(20)
+    for other in ({0: whole[0]}, whole | {2: whole[0]}, {i: tuple(x[:, :1] for x in both) for i, both in whole.items()}):
+        with pytest.raises(CodecError, match="fitted on another model"):
+            codec().encode(other, 0)
+
+
+def more(features: EmbeddingFeatures | StoredFeatures) -> Tensor:
+    (table,) = features.tensors()
+    return table + 1
+
+
+def changed_codecs() -> dict[str, EigenCodec]:
+    one = base(text=True)
+    t, q, tables = one.transform, one.quantizer, one.tables
+    (b,) = t.bases
+    changes = {
+        "step": replace(one, step=0.31),
+        "lanes": replace(one, lanes=8),
+        "block": replace(one, block=17),
+        "dtype": replace(one, dtype=torch.float16),
+        "sinks": replace(one, kept=SinksAndWindow(5, 6, 8)),
+        "window": replace(one, kept=SinksAndWindow(4, 7, 8)),
+        "bits": replace(one, kept=SinksAndWindow(4, 6, 16)),
+        "no text": replace(one, text=None),
+        "parts": replace(one, layout=replace(LAYOUT, parts=LAYOUT.parts[::-1])),
+        "mean": replace(one, transform=replace(t, mean=t.mean + 1)),
+        "rows": replace(one, transform=replace(t, bases=(replace(b, rows=-b.rows),))),
+        "scale": replace(one, transform=replace(t, bases=(replace(b, scale=2 * b.scale),))),
+        "columns": replace(one, transform=replace(t, bases=(replace(b, start=1, stop=65),))),
+        "metrics": replace(one, transform=replace(t, metrics=(2 * t.metrics[0], *t.metrics[1:]))),
+    }
+    for field in fields(q):
+        changes[field.name] = replace(one, quantizer=replace(q, **{field.name: getattr(q, field.name) + 0.001}))
+    for field in fields(tables):
+        changes[field.name] = replace(one, tables=replace(tables, **{field.name: getattr(tables, field.name) + 1}))
+    changes["text features"] = replace(one, text=replace(predictor(), features=StoredFeatures(more(predictor().features))))
+    for name in ("mix", "rows", "first", "finder", "places"):
+        changes[f"text {name}"] = replace(one, text=replace(predictor(), **{name: getattr(predictor(), name) + 1}))
+    for name, rotation in {
+        "frequencies": replace(ROTATION, frequencies=ROTATION.frequencies * 1.0000001),
+        "rotation's scale": replace(ROTATION, scale=1.1),
+        "pairing": replace(ROTATION, pairing="interleaved"),
+    }.items():
+        changes[name] = replace(one, layout=replace(LAYOUT, rotations=LAYOUT.rotations | {1: (0, rotation)}))
+    changes["rotated slot"] = replace(one, layout=replace(LAYOUT, rotations=LAYOUT.rotations | {1: (1, ROTATION)}))
+    changes["no rotation"] = replace(one, layout=replace(LAYOUT, rotations={0: (0, ROTATION)}))
+    return changes
+
+
+def test_the_hash_is_of_all_that_decides_what_bytes_mean() -> None:
+    hashes = {name: one.sha256 for name, one in changed_codecs().items()} | {"unchanged": base(text=True).sha256}
+    assert len(set(hashes.values())) == len(hashes)
+    assert replace(base(text=True), name="another").sha256 == hashes["unchanged"]
+    assert replace(base(text=True), tables=replace(base(text=True).tables)).sha256 == hashes["unchanged"]
+
+
+def test_moved_it_is_the_same_codec() -> None:
+    one = codec(text=True)
+    moved = one.to("cpu")
+    assert moved.sha256 == replace(moved).sha256 == one.sha256 and moved.nbytes == one.nbytes
+    assert moved.encode(cache(20, text=True), 0).rows == one.encode(cache(20, text=True), 0).rows
+
+
+def test_what_is_held_once_is_all_tensors_and_tables() -> None:
+    one = base(text=True)
+    t, tables = one.transform, one.tables
+    transform = 4 * WIDTH + 2 * WIDTH**2 + 4 * WIDTH + 4 * WIDTH * DIM
+    coder = 4 * (len(tables.table_of) + 2 * len(tables.shifts) + tables.starts.size)
+    assert sum(x.nbytes for x in t.tensors()) == transform
+    assert one.nbytes == transform + 16 * WIDTH + coder + sum(x.nbytes for x in predictor().tensors())
+    assert base().nbytes < one.nbytes
+
+
+def test_text_saves_bits_and_a_wrong_guess_costs_them_but_never_correctness() -> None:
+    class Wrong(TokenPredictor):
+        def find(self, x: Tensor) -> Tensor:
+            return (super().find(x) + 1 + torch.arange(x.shape[1])) % VOCABULARY
+
+    one, given_, x = codec(text=True, kept=SinksAndWindow(0, 0, 8)), cache(64, text=True), vectors(64, text=True)
+    wrong = replace(one, text=Wrong(*(getattr(predictor(), field.name) for field in fields(TokenPredictor))))
+    right_row, wrong_row = (c.encode(given_, 0) for c in (one, wrong))
+    assert one.sha256 == wrong.sha256  # ranks are said, so that any decoder follows
+    assert right_row.nbytes < 0.8 * wrong_row.nbytes
+    assert right_row.nbytes < 0.8 * codec(kept=SinksAndWindow(0, 0, 8)).encode(given_, 0).nbytes
+    for row in (right_row, wrong_row):
+        assert float((LAYOUT.vectors(one.decode(row), 0) - x).abs().max()) < 4 * STEP
+
+
+def test_a_digit_beyond_the_vocabulary_is_damage() -> None:
+    one = codec(text=True, kept=SinksAndWindow(0, 0, 8))
+    container = read(one.encode(cache(10, text=True), 0).rows[0])
+    for digit in (VOCABULARY, -VOCABULARY, 2**30):
+        symbols = np.zeros((WIDTH + token_digits(VOCABULARY).count, 10), np.int32)
+        symbols[0, 3] = digit
+        harmed = Container(**vars(container) | {"sections": (RansCoder(one.tables, one.lanes).encode(symbols),)})
+        with pytest.raises(CodecError, match="a token that the vocabulary does not have"):
+            one.decode(EncodedBytes((write(harmed),), 0, 10))
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, given_ = codec(), cache(60, batch=3)
+    alone = one.encode(given_, 0)
+    decoded = one.decode(alone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert one.encode(given_, 0).rows == alone.rows
+    assert_same(one.decode(alone), decoded, atol=0)
