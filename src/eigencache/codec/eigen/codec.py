@@ -81,7 +81,8 @@ class EigenCodec:
         """Of all that decides what bytes mean: a container names the codec that wrote it by this."""
         columns = [(basis.start, basis.stop) for basis in self.transform.bases]
         said = (self.layout.parts, columns, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
-        digest = sha256(repr(said if self.positions is None else (*said, self.positions.places.shape)).encode())
+        text = repr(said if self.positions is None else (*said, self.positions.places.shape))
+        digest = sha256(text.replace("SinksAndWindow(", "Kept(").encode())  # its name when the format was frozen
         for layer_idx, (slot, rotation) in sorted(self.layout.rotations.items()):
             digest.update(repr((layer_idx, slot, rotation.scale, rotation.pairing)).encode())
             digest.update(rotation.frequencies.cpu().numpy().astype("<f8").tobytes())
