@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Codec
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
@@ -47,7 +48,7 @@ class Ablations:
 
     def __init__(self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...]) -> None:
         self.loaded, self.other, self.tokens, self.rates = loaded, other, tokens, rates
-        self.source = CalibrationSet(loaded, self.sequences(text, tokens))
+        self.source = CalibrationSet(Session(loaded), self.sequences(text, tokens))
 
     def sequences(self, text: str, tokens: int) -> Sequences:
         """A text in sequences of 512 tokens."""
@@ -90,7 +91,7 @@ class Ablations:
         """Layer l from layer l - 1 against the joint transform; the former's size is ideal."""
         for scope in ("layer", "joint"):
             yield from self._at("prediction", (scope,), replace(PLAIN, scope=scope))
-        joint = fit_eigen(self.loaded, self.source.sequences, PLAIN, source=self.source)
+        joint = fit_eigen(self.source, PLAIN)
         for rate in self.rates:
             step = at_bits(joint, rate).codec.step
             for factor in (0.5, 0.71, 1.0):
@@ -104,14 +105,14 @@ class Ablations:
     def size(self) -> Iterator[Case]:
         """Calibration tokens."""
         for tokens in (8192, 16_384, 32_768, 65_536, 131_072):
-            source = CalibrationSet(self.loaded, self.sequences("stdlib", tokens))
+            source = CalibrationSet(self.session, self.sequences("stdlib", tokens))
             yield from self._at("size", (f"{tokens:,} tokens",), PLAIN, source)
             yield from self._at("size", (f"{tokens:,} tokens, text",), EigenSettings(), source)
 
     def domain(self) -> Iterator[Case]:
         """Fitted on one domain, tested on another."""
         for text in ("stdlib", *([self.other] if self.other else [])):
-            source = CalibrationSet(self.loaded, self.sequences(text, self.tokens))
+            source = CalibrationSet(self.session, self.sequences(text, self.tokens))
             name = Path(text).name
             yield from self._at("domain", (f"fitted on {name}",), PLAIN, source)
             yield from self._at("domain", (f"fitted on {name}, text",), EigenSettings(), source)
@@ -120,7 +121,7 @@ class Ablations:
         self, part: str, words: tuple[str, ...], settings: EigenSettings, source: CalibrationSet | None = None
     ) -> Iterator[Case]:
         source = source or self.source
-        fit = fit_eigen(self.loaded, source.sequences, settings, source=source)
+        fit = fit_eigen(source, settings)
         for rate in self.rates:
             try:
                 yield Case(part, words, rate, at_bits(fit, rate, context=LENGTH - SCORED).codec)
@@ -132,7 +133,7 @@ def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict
     """Every case with its bits per value and its quality."""
     codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
     scores = score_codecs(
-        loaded, text, codecs, ReadingProtocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus
+        Session(loaded), text, codecs, ReadingProtocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus
     )
     rows = []
     for index, case in enumerate(cases):

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from eigencache.calibration.calibration_set import calibration_length
+from eigencache.calibration.calibration_set import CalibrationSet, calibration_length
+from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.eigen.entropy_coder import EntropyCoder, RansCoder
 from eigencache.codec.eigen.entropy_tables import EntropyTables
@@ -185,9 +186,8 @@ def rows_of(table_of: np.ndarray) -> list[np.ndarray]:
 
 def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DEFAULTS) -> EigenFit:
     """A fit on so many tokens of `stdlib`."""
-    return fit_eigen(
-        loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=calibration_length(loaded)), settings
-    )
+    text = pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=calibration_length(loaded))
+    return fit_eigen(CalibrationSet(Session(loaded), text), settings)
 
 
 def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarray]:

@@ -87,7 +87,7 @@ def fit_layer_prediction(source: CalibrationSet, settings: EigenSettings, step: 
             0,
             Coefficients(transform.encode(rest, 1.0), None),
             Coefficients(transform.encode(held_rest, 1.0), None),
-            source.apart,
+            source.held_out,
             torch.float32,
         )
         codec = fit.at_step(step).codec

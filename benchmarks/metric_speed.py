@@ -9,12 +9,14 @@ repeats. Fisher: a forward pass with logits and a backward pass through activati
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
 
 from eigencache.calibration.attention_metric import attention_metrics
 from eigencache.calibration.fisher_metric import fisher_metrics
+from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.models.load import BUNDLED, load
@@ -48,8 +50,8 @@ def main() -> None:
         times = [
             (
                 plain_pass(loaded, sequences, BATCH_SIZE),
-                seconds(lambda: fisher_metrics(loaded, sequences, rotations, batch_size=BATCH_SIZE)),  # noqa: B023
-                seconds(lambda: attention_metrics(loaded, sequences, rotations, batch_size=BATCH_SIZE)),  # noqa: B023
+                seconds(partial(fisher_metrics, Session(loaded, batch_size=BATCH_SIZE), sequences, rotations)),
+                seconds(partial(attention_metrics, Session(loaded, batch_size=BATCH_SIZE), sequences, rotations)),
             )
             for _ in range(args.repeats)
         ]

@@ -14,6 +14,7 @@ import sys
 import torch
 from rich.console import Console
 
+from eigencache.calibration.session import Session
 from eigencache.report.core.table import Table
 
 LAYERS, HEADS, DIM = 32, 8, 128
@@ -28,7 +29,7 @@ def probe_tokens(tokens: int) -> None:
     from eigencache.studies.probe import probe_model
 
     loaded = load("ref-llama")
-    record = probe_model(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=512))
+    record = probe_model(Session(loaded), pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=512))
     print(record.corpus.tokens, record.run.peak_memory_mb)
 
 

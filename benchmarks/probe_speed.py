@@ -13,6 +13,7 @@ import time
 import torch
 from rich.console import Console
 
+from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.models.load import BUNDLED, LoadedModel, load
@@ -32,7 +33,7 @@ def plain_pass(loaded: LoadedModel, sequences: Sequences, batch_size: int) -> fl
 def probe_pass(loaded: LoadedModel, sequences: Sequences) -> float:
     """Seconds of one probe."""
     began = time.perf_counter()
-    probe_model(loaded, sequences)
+    probe_model(Session(loaded), sequences)
     return time.perf_counter() - began
 
 

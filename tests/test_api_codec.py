@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 import eigencache
 from eigencache.api import CacheCodec
+from eigencache.calibration.session import Session
 from eigencache.errors import (
     BudgetError,
     CodecError,
@@ -38,7 +39,7 @@ READ = 20
 @functools.cache
 def tiny_codec(name: str, bits: float = 5.5) -> CacheCodec:
     loaded = tiny_loaded(name)
-    fitted = fit_codec(loaded, random_sequences(*[40] * 64), EigenSettings(sinks=1, block=8), Goal.of(bits=bits))
+    fitted = fit_codec(Session(loaded), random_sequences(*[40] * 64), EigenSettings(sinks=1, block=8), Goal.of(bits=bits))
     return CacheCodec(loaded, fitted.codec, fitted)
 
 
@@ -334,4 +335,4 @@ def test_what_cannot_be_fitted_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(CorpusError):
         eigencache.fit("ref-deepseek", text=["short"])
     with pytest.raises(UnsupportedArchitectureError, match="not keys and values"):
-        fit_codec(tiny_loaded("jamba"), random_sequences(*[20] * 16), EigenSettings(text=False), Goal.of(bits=4))
+        fit_codec(Session(tiny_loaded("jamba")), random_sequences(*[20] * 16), EigenSettings(text=False), Goal.of(bits=4))

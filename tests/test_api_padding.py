@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import eigencache
 from eigencache.api import CacheCodec
+from eigencache.calibration.session import Session
 from eigencache.errors import CodecError
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.fit import Goal, fit_codec
@@ -125,7 +126,7 @@ def test_several_rows_are_refused_with_the_way_to_take_one(codec: CacheCodec, id
 
 def test_learned_positions_that_the_fit_did_not_see_are_refused() -> None:
     loaded = tiny_loaded("gpt2")
-    fitted = fit_codec(loaded, random_sequences(*[16] * 128), EigenSettings(sinks=1, block=8), Goal.of(bits=5.5))
+    fitted = fit_codec(Session(loaded), random_sequences(*[16] * 128), EigenSettings(sinks=1, block=8), Goal.of(bits=5.5))
     codec = CacheCodec(loaded, fitted.codec, fitted)
     with torch.no_grad():
         short, long = (loaded.model(token_ids(1)[:, :n], use_cache=True).past_key_values for n in (16, 20))

@@ -18,22 +18,26 @@ from eigencache.models.load import LoadedModel, check_tokenizer, load, load_toke
 _TEXT_USAGE = "give a name such as 'stdlib', a path, or an iterable of strings"
 
 
-def model_of(model: Any, tokenizer: Any = None) -> LoadedModel:
+def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
     """Return a model that is given as a name, a folder or an object, with its tokenizer.
 
     Args:
         model: a name or a path, or a loaded model of transformers.
+        device: where to load a model that is given by its name; a loaded model stays where it is.
+        dtype: the number format to load it in.
         tokenizer: a name or a path, a tokenizer of transformers, or a `tokenizers.Tokenizer`; needed for a model object.
 
     Raises:
         ModelError: `model` is something else, such as a configuration, comes without a tokenizer, or cannot be loaded.
         TokenizerMismatchError: the tokenizer has ids that the model does not embed.
     """
+    if isinstance(model, LoadedModel):
+        return model
     model, tokenizer = (str(x) if isinstance(x, Path) else x for x in (model, tokenizer))
     if isinstance(model, str):
         if tokenizer is None or isinstance(tokenizer, str):
-            return load(model, tokenizer=tokenizer)
-        model = load(model).model
+            return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+        model = load(model, device=device, dtype=dtype).model
     if not isinstance(model, nn.Module):
         raise ModelError(f"`model` is a {type(model).__name__}: give a loaded model of transformers, a name or a folder")
     if tokenizer is None:
@@ -58,6 +62,8 @@ def text_of(text: Any) -> Text:
     Raises:
         CorpusError: naming the document that is something else, or that cannot be written as UTF-8.
     """
+    if isinstance(text, Text):
+        return text
     if isinstance(text, Path):
         return read_text(str(text))
     if isinstance(text, str) and "\n" not in text:

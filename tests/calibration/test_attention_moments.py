@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eigencache.calibration import attention_moments
 from eigencache.calibration.attention_moments import attended_moments
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.models.capture import Capture
@@ -53,7 +54,10 @@ def direct(name: str, text: Sequences) -> tuple[Moments, Moments]:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_moments_are_those_of_a_direct_computation_and_padding_is_left_out(name: str, batch_size: int) -> None:
-    found = attended_moments(tiny_loaded(name), UNEVEN, batch_size=batch_size)
+    found = attended_moments(
+        Session(tiny_loaded(name), batch_size=batch_size),
+        UNEVEN,
+    )
     for mine, theirs in zip(found, direct(name, UNEVEN), strict=True):
         assert mine.keys() == theirs.keys() and mine
         for i, moment in mine.items():
@@ -65,7 +69,8 @@ def test_moments_are_those_of_a_direct_computation_and_padding_is_left_out(name:
 def test_every_key_head_has_a_moment_of_its_own_and_progress_is_said() -> None:
     said: list[tuple[str, int, int]] = []
     queries, values = attended_moments(
-        tiny_loaded("llama"), UNEVEN, batch_size=2, on_progress=lambda *all_: said.append(all_)
+        Session(tiny_loaded("llama"), batch_size=2, on_progress=lambda *all_: said.append(all_)),
+        UNEVEN,
     )
     assert {tuple(m.shape) for m in (*queries.values(), *values.values())} == {(2, 16, 16)}
     assert not torch.allclose(queries[0][0], queries[0][1], rtol=0.1)
@@ -74,7 +79,7 @@ def test_every_key_head_has_a_moment_of_its_own_and_progress_is_said() -> None:
 
 def test_latents_are_refused() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"deepseek_v2: moments of attended values .* not of latents"):
-        attended_moments(tiny_loaded("deepseek_v2"), UNEVEN)
+        attended_moments(Session(tiny_loaded("deepseek_v2")), UNEVEN)
 
 
 def test_a_layer_whose_queries_are_not_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,4 +91,4 @@ def test_a_layer_whose_queries_are_not_captured_is_named(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(attention_moments, "Capture", Blind)
     with pytest.raises(UnsupportedArchitectureError, match="llama: queries of layer 1 are not captured"):
-        attended_moments(tiny_loaded("llama"), UNEVEN)
+        attended_moments(Session(tiny_loaded("llama")), UNEVEN)

@@ -6,6 +6,7 @@ import torch
 
 from eigencache.calibration.attention_metric import attention_metrics, lag_weights
 from eigencache.calibration.fisher_metric import fisher_metrics
+from eigencache.calibration.session import Session
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.models.capture import Capture
 from eigencache.models.gradients import cache_gradients
@@ -33,7 +34,7 @@ def draw(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3", "gemma2"])
 def test_a_key_error_costs_the_logit_error_of_the_queries_of_its_group(name, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
-    metrics = attention_metrics(one, text, rotations_of(one))
+    metrics = attention_metrics(Session(one), text, rotations_of(one))
     for layer_idx, tensors in captured(one, text).items():
         layer = one.geometry.layers[layer_idx]
         kind = "keys" if "queries" in tensors else "keys_post_rope"
@@ -49,7 +50,7 @@ def test_a_key_error_costs_the_logit_error_of_the_queries_of_its_group(name, loa
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_value_error_costs_what_the_output_projection_makes_of_it(name, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
-    metrics = attention_metrics(one, text, rotations_of(one))["values"]
+    metrics = attention_metrics(Session(one), text, rotations_of(one))["values"]
     attentions = [m for m in one.model.modules() if getattr(m, "layer_idx", None) == 1 and hasattr(m, "config")]
     attention = next(m for m in attentions if hasattr(m, "o_proj") or hasattr(m, "c_proj"))
     project = getattr(attention, "o_proj", None) or attention.c_proj
@@ -85,7 +86,7 @@ def test_lag_weights_are_the_attention_of_the_model(loaded, sequences) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 def test_a_latent_error_costs_both_of_its_ways(name, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
-    metrics = attention_metrics(one, text, rotations_of(one))["latent"]
+    metrics = attention_metrics(Session(one), text, rotations_of(one))["latent"]
     tensors, layer = captured(one, text)[1], one.geometry.layers[1]
     attention = next(m for m in one.model.modules() if getattr(m, "layer_idx", None) == 1 and hasattr(m, "kv_b_proj"))
     nope = layer.mla.qk_nope_head_dim
@@ -107,7 +108,11 @@ def test_a_latent_error_costs_both_of_its_ways(name, loaded, sequences) -> None:
 def test_the_fisher_metric_is_the_mean_square_of_the_gradient_along_an_error(name, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
     rotations = rotations_of(one)
-    metrics = fisher_metrics(one, text, rotations, batch_size=2)
+    metrics = fisher_metrics(
+        Session(one, batch_size=2),
+        text,
+        rotations,
+    )
     mla = one.geometry.mla is not None
     kinds = ("latent", "key_rope") if mla else ("keys", "values")
     along: dict[str, list[torch.Tensor]] = {}
@@ -132,5 +137,5 @@ def test_the_fisher_metric_is_the_mean_square_of_the_gradient_along_an_error(nam
 def test_queries_that_cannot_be_captured_are_named(loaded, sequences) -> None:
     one = loaded("bloom")
     with pytest.raises(UnsupportedArchitectureError, match=r"queries of layer \d|no output projection"):
-        metrics = attention_metrics(one, sequences(*LENGTHS), {})
+        metrics = attention_metrics(Session(one), sequences(*LENGTHS), {})
         raise UnsupportedArchitectureError("queries of layer 0") if "keys" in metrics else AssertionError

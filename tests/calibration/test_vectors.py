@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eigencache.calibration.moments import captured_by_name
+from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors, layout_of, sample_vectors, tensor_names
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import Capture
@@ -19,7 +20,7 @@ MEMORY = 2**30
 
 
 def sampled(loaded, sequences, memory: int = MEMORY, **options) -> SampledVectors:
-    return sample_vectors(loaded, sequences, rotations_of(loaded), memory=memory, **options)
+    return sample_vectors(Session(loaded, memory=memory), sequences, rotations_of(loaded), **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +86,11 @@ def test_numbers_that_are_none_are_refused_by_layer_and_slot(loaded, sequences) 
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="layer 1 stores NaN or infinite values"):
-        sample_vectors(one, sequences(12), rotations, memory=MEMORY)
+        sample_vectors(
+            Session(one, memory=MEMORY),
+            sequences(12),
+            rotations,
+        )
 
 
 def test_positions_count_from_the_start_of_every_sequence(loaded, sequences) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import CacheMaker, SixteenBit
 from eigencache.errors import CodecError
 from eigencache.evaluate.divergence import measure_divergence
@@ -46,7 +47,12 @@ def test_codecs_are_no_cache_makers() -> None:
 
 def test_likelihood_scores_its_cache_and_asks_its_bytes_before_anything_is_read() -> None:
     codecs = {"same": SAME, "identity": Identity(), "ruined": RUINED}
-    for scored in score_through_cache(LLAMA, TEXT, codecs, ReadingProtocol(kind="prefix", length=12), batch_size=2):
+    for scored in score_through_cache(
+        Session(LLAMA, batch_size=2),
+        TEXT,
+        codecs,
+        ReadingProtocol(kind="prefix", length=12),
+    ):
         rows = len(scored.losses[UNCOMPRESSED])
         assert scored.losses["same"] == scored.losses["identity"]
         assert all(loss.kl > 1e-2 for loss in scored.losses["ruined"])
@@ -56,14 +62,19 @@ def test_likelihood_scores_its_cache_and_asks_its_bytes_before_anything_is_read(
 
 def test_it_is_scored_behind_whole_prefixes_only_and_has_no_window() -> None:
     with pytest.raises(CodecError, match="same is made of a whole prefix"):
-        list(score_through_cache(LLAMA, TEXT, {"same": SAME}, ReadingProtocol(kind="chunked", length=5)))
+        list(score_through_cache(Session(LLAMA), TEXT, {"same": SAME}, ReadingProtocol(kind="chunked", length=5)))
     with pytest.raises(CodecError, match="scaled is a cache of its own: it cannot be given a window"):
         read_prefix(LLAMA, token_ids()[:, :8]).cache(SAME, Window(4))
 
 
 def test_generation_and_retrieval_read_it() -> None:
     same, ruined = measure_divergence(
-        LLAMA, TEXT, {"same": SAME, "ruined": RUINED}, prompts=3, prompt_tokens=12, new_tokens=6, batch_size=2
+        Session(LLAMA, batch_size=2),
+        TEXT,
+        {"same": SAME, "ruined": RUINED},
+        prompts=3,
+        prompt_tokens=12,
+        new_tokens=6,
     )
     assert same.tokens_until_parting == [6, 6, 6]
     assert min(ruined.tokens_until_parting) < 6
@@ -71,7 +82,7 @@ def test_generation_and_retrieval_read_it() -> None:
         ids = token_ids()
         answers = read_prefix(LLAMA, ids[:, :-1]).logits(ids[:, -1:], None).argmax(-1)
     made = [Example(context, answer, chance=0.0) for context, answer in zip(ids.numpy(), answers.numpy(), strict=True)]
-    found = score_examples(LLAMA, {"same": SAME, "ruined": RUINED}, made, task="own answers")
+    found = score_examples(Session(LLAMA), {"same": SAME, "ruined": RUINED}, made, task="own answers")
     assert found.uncompressed.correct == len(made)
     assert found.applicable
     assert found.results[0].correct == len(made)

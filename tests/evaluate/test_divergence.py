@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import SixteenBit
 from eigencache.errors import CorpusError, ModelError, NonFiniteError
 from eigencache.evaluate.divergence import cut_prompts, divergence, generate_greedily, measure_divergence
@@ -18,14 +19,12 @@ def test_identity_never_parts_and_zeros_ruin() -> None:
     text = random_sequences(64, 64, vocabulary=4000)
     seen: list[tuple[int, int]] = []
     same, half, zeros = measure_divergence(
-        bundled("ref-llama"),
+        Session(bundled("ref-llama"), batch_size=2, on_progress=lambda done, of: seen.append((done, of))),
         text,
         {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()},
         prompts=3,
         prompt_tokens=32,
         new_tokens=12,
-        batch_size=2,
-        on_progress=lambda done, of: seen.append((done, of)),
     )
     assert same.tokens_until_parting == [12] * 3 and same.agreement == [1.0] * 3 and same.never_parted == 3
     assert half.mean_tokens_until_parting > zeros.mean_tokens_until_parting
@@ -38,7 +37,7 @@ def test_identity_never_parts_and_zeros_ruin() -> None:
 def test_identity_in_the_models_dtype_generates_bit_for_bit_the_same(name: str) -> None:
     loaded = tiny_loaded(name)
     (found,) = measure_divergence(
-        loaded, random_sequences(30, 30), {"identity": Identity()}, prompts=2, prompt_tokens=20, new_tokens=20
+        Session(loaded), random_sequences(30, 30), {"identity": Identity()}, prompts=2, prompt_tokens=20, new_tokens=20
     )
     assert found.never_parted == 2
 
@@ -88,17 +87,17 @@ def test_prompts_are_pieces_of_the_text_that_do_not_overlap() -> None:
 def test_what_cannot_be_generated_is_refused_in_one_line() -> None:
     text = random_sequences(60)
     with pytest.raises(ModelError, match="64 positions"):
-        measure_divergence(tiny_loaded("gpt2"), text, {}, prompts=1, prompt_tokens=50, new_tokens=15)
+        measure_divergence(Session(tiny_loaded("gpt2")), text, {}, prompts=1, prompt_tokens=50, new_tokens=15)
     with pytest.raises(CorpusError, match="at least 1"):
-        measure_divergence(tiny_loaded("gpt2"), text, {}, prompts=0)
+        measure_divergence(Session(tiny_loaded("gpt2")), text, {}, prompts=0)
     with pytest.raises(NonFiniteError, match="NaN"):
-        measure_divergence(tiny_loaded("llama"), text, {"nan": NaNs()}, prompts=1, prompt_tokens=20, new_tokens=3)
+        measure_divergence(Session(tiny_loaded("llama")), text, {"nan": NaNs()}, prompts=1, prompt_tokens=20, new_tokens=3)
 
 
 @torch.no_grad()
 def test_a_window_as_long_as_the_text_hides_the_codec() -> None:
     text = random_sequences(20)
     (found,) = measure_divergence(
-        tiny_loaded("llama"), text, {"zeros": Zeros()}, prompts=1, prompt_tokens=20, new_tokens=8, window=Window(28)
+        Session(tiny_loaded("llama")), text, {"zeros": Zeros()}, prompts=1, prompt_tokens=20, new_tokens=8, window=Window(28)
     )
     assert found.never_parted == 1

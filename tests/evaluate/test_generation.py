@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.errors import CorpusError, ModelError
 from eigencache.evaluate.generation import _Stream, generate_text, parted_at
@@ -54,7 +55,9 @@ def characters(name: str) -> LoadedModel:
 @functools.cache
 def live() -> LiveCodec:
     settings = EigenSettings(metric="frobenius", text=False, sinks=0)
-    fitted = fit_codec(tiny_loaded("llama"), random_sequences(*[160] * 16), settings, Goal.of(bits=6), live=LiveGoal(bits=4))
+    fitted = fit_codec(
+        Session(tiny_loaded("llama")), random_sequences(*[160] * 16), settings, Goal.of(bits=6), live=LiveGoal(bits=4)
+    )
     assert fitted.live is not None
     return fitted.live.codec
 

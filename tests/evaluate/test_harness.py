@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.codec.saved.card import Expected
 from eigencache.codec.saved.folder import load_codec, save_codec
 from eigencache.corpora.resolve import read_text
@@ -127,7 +129,7 @@ def test_a_context_that_is_too_long_loses_its_start() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A codec of ref-llama that keeps half of every head's directions, in a folder."""
     calibration = PCACalibration(
-        bundled("ref-llama"), pack(read_text("stdlib"), bundled("ref-llama").tokenizer, tokens=4096, max_length=128)
+        Session(bundled("ref-llama")), pack(read_text("stdlib"), bundled("ref-llama").tokenizer, tokens=4096, max_length=128)
     )
     codec = calibration.fit(PCASettings("kv")).truncated(16)
     folder = tmp_path_factory.mktemp("saved") / "codec"
@@ -147,7 +149,7 @@ def test_a_saved_codec_is_read_from_its_folder(saved: Path) -> None:
 def test_a_saved_eigen_codec_is_read_from_its_folder(tmp_path: Path) -> None:
     loaded, chosen, watch = bundled("ref-llama"), EigenSettings(metric="frobenius"), Stopwatch()
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=4096, max_length=128)
-    codec, coded_bits = fit_eigen(loaded, text, chosen).at_step(2.0)
+    codec, coded_bits = fit_eigen(CalibrationSet(Session(loaded), text), chosen).at_step(2.0)
     expected = Expected(
         context=128,
         bits_per_value=1,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Encoded, SixteenBit
 from eigencache.errors import CorpusError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import UNCOMPRESSED, compared, pieces, score_through_cache
@@ -40,7 +41,12 @@ class Noise(Identity):
 
 def totals(name: str, codecs: dict, protocol: ReadingProtocol, lengths=(24, 24, 24, 20)) -> dict[str, SequenceLoss]:
     found: dict[str, list[SequenceLoss]] = {}
-    for scored in score_through_cache(tiny_loaded(name), random_sequences(*lengths), codecs, protocol, batch_size=2):
+    for scored in score_through_cache(
+        Session(tiny_loaded(name), batch_size=2),
+        random_sequences(*lengths),
+        codecs,
+        protocol,
+    ):
         for codec, losses in scored.losses.items():
             found.setdefault(codec, []).extend(losses)
     add = lambda rows, field: sum(getattr(row, field) for row in rows)  # noqa: E731
@@ -67,7 +73,7 @@ def test_identity_changes_nothing_and_zeros_ruin(name: str, protocol: ReadingPro
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=ReadingProtocol.describe)
 def test_the_uncompressed_score_is_that_of_a_plain_forward_pass(protocol: ReadingProtocol) -> None:
     loaded, sequences = tiny_loaded("llama"), random_sequences(24, 24)
-    losses = [loss for s in score_through_cache(loaded, sequences, {}, protocol) for loss in s.losses[UNCOMPRESSED]]
+    losses = [loss for s in score_through_cache(Session(loaded), sequences, {}, protocol) for loss in s.losses[UNCOMPRESSED]]
     for ids, loss in zip(sequences.ids, losses, strict=True):
         row = torch.from_numpy(ids)
         with torch.no_grad():
@@ -90,11 +96,11 @@ def test_noise_costs_more_the_more_there_is(name: str) -> None:
 def test_a_step_is_a_prefix_of_every_length_that_is_scored_up_to_the_next(name: str) -> None:
     loaded, sequences, codecs = tiny_loaded(name), random_sequences(24, 24), {"noise": Noise(share=0.3)}
     step = ReadingProtocol(kind="prefix", length=12, step=5)
-    (stepped,) = score_through_cache(loaded, sequences, codecs, step)
+    (stepped,) = score_through_cache(Session(loaded), sequences, codecs, step)
     sums, tokens = np.zeros((2, 2)), 0
     for start, stop in ((12, 17), (17, 22), (22, 23)):
         text = replace(sequences, ids=[ids[: stop + 1] for ids in sequences.ids])
-        (once,) = score_through_cache(loaded, text, codecs, ReadingProtocol(kind="prefix", length=start))
+        (once,) = score_through_cache(Session(loaded), text, codecs, ReadingProtocol(kind="prefix", length=start))
         sums += [[loss.nll, loss.kl] for loss in once.losses["noise"]]
         tokens += once.losses["noise"][0].tokens
     losses = stepped.losses["noise"]
@@ -105,7 +111,10 @@ def test_a_step_is_a_prefix_of_every_length_that_is_scored_up_to_the_next(name: 
 
 def test_what_is_held_is_counted_over_all_rows() -> None:
     (scored,) = score_through_cache(
-        tiny_loaded("llama"), random_sequences(24, 24), {"16": SixteenBit()}, ReadingProtocol(kind="prefix", length=12)
+        Session(tiny_loaded("llama")),
+        random_sequences(24, 24),
+        {"16": SixteenBit()},
+        ReadingProtocol(kind="prefix", length=12),
     )
     per_token = 3 * 2 * 2 * 16 * 2  # layers, slots, KV heads, head_dim, bytes
     assert scored.held["16"] == (2 * 12, 2 * 12 * per_token)
@@ -114,9 +123,11 @@ def test_what_is_held_is_counted_over_all_rows() -> None:
 def test_batches_can_be_left_out() -> None:
     loaded, sequences = tiny_loaded("llama"), random_sequences(24, 24, 24, 20)
     options = {"codecs": {}, "protocol": PROTOCOLS[0], "batch_size": 2}
-    whole = list(score_through_cache(loaded, sequences, **options))
+    whole = list(score_through_cache(Session(loaded), sequences, **options))
     assert len(whole) == 3  # two of 24, one of 24, one of 20
-    assert [s.losses for s in score_through_cache(loaded, sequences, **options, skip=1)] == [s.losses for s in whole[1:]]
+    assert [s.losses for s in score_through_cache(Session(loaded), sequences, **options, skip=1)] == [
+        s.losses for s in whole[1:]
+    ]
 
 
 def test_pieces_cover_the_text_once() -> None:
@@ -185,6 +196,8 @@ def test_few_sequences_have_no_interval() -> None:
 def test_more_tokens_than_the_model_has_positions_are_refused():
     loaded = tiny_loaded("gpt2")
     positions = loaded.model.config.max_position_embeddings
-    scored = score_through_cache(loaded, random_sequences(positions + 8), {}, ReadingProtocol(kind="prefix", length=8))
+    scored = score_through_cache(
+        Session(loaded), random_sequences(positions + 8), {}, ReadingProtocol(kind="prefix", length=8)
+    )
     with pytest.raises(ModelError, match=f"{positions} positions"):
         next(scored)

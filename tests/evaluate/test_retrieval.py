@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import SixteenBit
 from eigencache.errors import CorpusError, ModelError
 from eigencache.evaluate.divergence import generate_greedily
@@ -19,13 +20,12 @@ CODECS = {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()}
 def test_copying_survives_identity_and_is_ruined_by_zeros() -> None:
     seen: list[tuple[int, int]] = []
     (found,) = evaluate_retrieval(
-        bundled("ref-llama"),
+        Session(bundled("ref-llama"), on_progress=lambda done, of: seen.append((done, of))),
         CODECS,
         tasks=["copy"],
         lengths=[96],
         depths=[0.5],
         count=10,
-        on_progress=lambda done, of: seen.append((done, of)),
     )
     identity, half, zeros = found.results
     assert found.applicable and found.uncompressed.accuracy >= 0.5
@@ -37,7 +37,9 @@ def test_copying_survives_identity_and_is_ruined_by_zeros() -> None:
 
 
 def test_a_task_the_model_cannot_do_is_not_applicable_and_no_codec_is_scored() -> None:
-    found = list(evaluate_retrieval(bundled("ref-llama"), CODECS, tasks=["variable tracking"], lengths=[128], count=4))
+    found = list(
+        evaluate_retrieval(Session(bundled("ref-llama")), CODECS, tasks=["variable tracking"], lengths=[128], count=4)
+    )
     assert len(found) == 1 and found[0].depth is None
     assert not found[0].applicable and found[0].results == []
     assert found[0].describe() == f"not applicable: uncompressed accuracy {found[0].uncompressed.accuracy:.2f}"
@@ -52,7 +54,12 @@ def test_the_rule_is_the_lower_end_of_the_interval_above_chance_and_a_tenth() ->
     def scored(correct: int, chance: float) -> Retrieval:
         answers = [np.array([answer if i < correct else (answer + 1) % 128]) for i, answer in enumerate(right)]
         made = [Example(c, a, chance) for c, a in zip(contexts, answers, strict=True)]
-        return score_examples(loaded, {"identity": Identity()}, made, task="made up", batch_size=3)
+        return score_examples(
+            Session(loaded, batch_size=3),
+            {"identity": Identity()},
+            made,
+            task="made up",
+        )
 
     assert scored(3, 0.0).uncompressed.correct == 3
     assert wilson_interval(2, 8)[0] < 0.1 < wilson_interval(3, 8)[0]
@@ -69,13 +76,13 @@ def test_all_ranked_first_is_what_greedy_generation_answers() -> None:
     ids = torch.from_numpy(np.stack([example.context for example in made]))
     answers = generate_greedily(read_prefix(loaded, ids[:, :-1]), ids, None, 8)
     exact = sum(answer.tolist() == example.answer.tolist() for answer, example in zip(answers, made, strict=True))
-    assert score_examples(loaded, {}, made, task="copy").uncompressed.correct == exact > 0
+    assert score_examples(Session(loaded), {}, made, task="copy").uncompressed.correct == exact > 0
 
 
 def test_a_window_over_the_whole_context_hides_the_codec() -> None:
     loaded = bundled("ref-llama")
     made = examples("copy", vocabulary(loaded), 64, 0.5, 6, 0)
-    found = score_examples(loaded, {"zeros": Zeros()}, made, task="copy", window=Window(64))
+    found = score_examples(Session(loaded), {"zeros": Zeros()}, made, task="copy", window=Window(64))
     assert found.applicable and found.results[0].correct == found.uncompressed.correct
 
 
@@ -87,8 +94,8 @@ def test_wilson_intervals_are_the_published_ones() -> None:
 
 def test_what_cannot_be_asked_is_refused_in_one_line() -> None:
     with pytest.raises(ModelError, match="positions"):
-        next(evaluate_retrieval(bundled("ref-gpt2"), {}, tasks=["copy"], lengths=[100_000], count=1))
+        next(evaluate_retrieval(Session(bundled("ref-gpt2")), {}, tasks=["copy"], lengths=[100_000], count=1))
     with pytest.raises(CorpusError, match="sorting: no such task"):
-        next(evaluate_retrieval(bundled("ref-llama"), {}, tasks=["sorting"]))
+        next(evaluate_retrieval(Session(bundled("ref-llama")), {}, tasks=["sorting"]))
     with pytest.raises(CorpusError, match="0 examples"):
-        next(evaluate_retrieval(bundled("ref-llama"), {}, count=0))
+        next(evaluate_retrieval(Session(bundled("ref-llama")), {}, count=0))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.errors import NonFiniteError, StatisticsError
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from tiny_models import tiny
@@ -25,7 +26,7 @@ def test_activations_that_are_not_finite_are_located(name: str, projection: str,
     with torch.no_grad():
         model.get_parameter(projection)[-1] = value
     with pytest.raises(NonFiniteError, match=f"{says} holds NaN or infinite values: try `dtype` float32"):
-        PCACalibration(loaded(model), sequences(*(64,) * 4))
+        PCACalibration(Session(loaded(model)), sequences(*(64,) * 4))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_activations_that_are_not_finite_are_located(name: str, projection: str,
 def test_fewer_vectors_than_dimensions_are_refused_with_n_eff(
     scope, tokens, where, width, metric, loaded, sequences
 ) -> None:
-    scarce = PCACalibration(loaded("llama"), sequences(tokens), scopes=(scope,))
+    scarce = PCACalibration(Session(loaded("llama")), sequences(tokens), scopes=(scope,))
     independent = tokens - 7  # each vector's context of 8 tokens ends somewhere
     with pytest.raises(StatisticsError) as error:
         scarce.fit(PCASettings("v", scope, metric=metric))

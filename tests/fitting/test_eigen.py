@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigencache.calibration import calibration_set
+from eigencache.calibration import metrics
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.metrics import metric_names
+from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.eigen.token_features import StoredFeatures
@@ -255,12 +257,12 @@ def test_what_tokens_say_nothing_of_is_predicted_as_next_to_nothing() -> None:
 @functools.cache
 def fitted(name: str, settings: EigenSettings = DEFAULTS) -> tuple[LoadedModel, EigenFit]:
     loaded = tiny_loaded(name)
-    return loaded, fit_eigen(loaded, random_sequences(*LENGTHS), settings)
+    return loaded, fit_eigen(CalibrationSet(Session(loaded), random_sequences(*LENGTHS)), settings)
 
 
 def divergence(loaded: LoadedModel, codec: EigenCodec) -> float:
     protocol = ReadingProtocol(kind="chunked", length=10, window=3)
-    scored = list(score_through_cache(loaded, random_sequences(40, 40, seed=1), {"codec": codec}, protocol))
+    scored = list(score_through_cache(Session(loaded), random_sequences(40, 40, seed=1), {"codec": codec}, protocol))
     losses = [loss for batch in scored for loss in batch.losses["codec"]]
     return sum(loss.kl for loss in losses) / sum(loss.tokens for loss in losses)
 
@@ -297,12 +299,12 @@ def test_tokens_are_found_in_what_the_first_layer_holds(name: str) -> None:
 def real_bits(loaded: LoadedModel, fit: EigenFit, point: Point, context: int) -> float:
     """Bits per value of containers of the first `context` tokens of the sequences kept apart."""
     total = 0
-    for ids in fit.apart.ids:
+    for ids in fit.held_out.ids:
         cache, stored = tapped_cache(loaded.model)
         with torch.no_grad():
             loaded.model(input_ids=torch.from_numpy(ids[:context])[None], past_key_values=cache, use_cache=True)
         total += point.codec.encode(stored, 0).nbytes
-    return 8 * total / (len(fit.apart.ids) * context * fit.layout.width)
+    return 8 * total / (len(fit.held_out.ids) * context * fit.layout.width)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
@@ -315,7 +317,7 @@ def test_targets_are_met_by_containers_of_a_model(name: str) -> None:
 def test_targets_are_met_by_containers_of_real_text() -> None:
     loaded = bundled("ref-llama")
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=16 * 256, max_length=256)
-    fit = fit_eigen(loaded, text, EigenSettings(metric="frobenius"))
+    fit = fit_eigen(CalibrationSet(Session(loaded), text), EigenSettings(metric="frobenius"))
     point = at_bits(fit, 2.0, context=256)
     assert real_bits(loaded, fit, point, 256) == pytest.approx(2.0, rel=0.03)
 
@@ -324,8 +326,8 @@ def test_nothing_is_fitted_on_sequences_kept_apart() -> None:
     text = random_sequences(*LENGTHS)
     ids = text.ids[:FITTED_ON] + [np.full(40, 9)] * APART
     loaded, fit = fitted("llama")
-    other = fit_eigen(loaded, replace(text, ids=ids))
-    assert [one.tolist() for one in fit.apart.ids] == [one.tolist() for one in text.ids[FITTED_ON:]]
+    other = fit_eigen(CalibrationSet(Session(loaded), replace(text, ids=ids)))
+    assert [one.tolist() for one in fit.held_out.ids] == [one.tolist() for one in text.ids[FITTED_ON:]]
     assert len(fit.fitted.y) == (40 - FIRST_EXACT) * FITTED_ON and len(fit.held.y) == (40 - FIRST_EXACT) * APART
     assert torch.equal(fit.fitted.y, other.fitted.y) and torch.equal(fit.eigenvalues, other.eigenvalues)
     step = float(fit.eigenvalues.median()) ** 0.5
@@ -347,16 +349,19 @@ def test_settings_reach_the_codec() -> None:
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(StatisticsError, match="15 sequences: 16 are needed"):
-        fit_eigen(tiny_loaded("llama"), random_sequences(*[20] * 15))
+        fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 15)))
     with pytest.raises(StatisticsError, match="no sequence is longer than 20 sinks"):
-        fit_eigen(tiny_loaded("llama"), random_sequences(*[20] * 16), EigenSettings(metric="frobenius", sinks=20))
+        fit_eigen(
+            CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 16)),
+            EigenSettings(metric="frobenius", sinks=20),
+        )
 
 
 def test_sequences_no_longer_than_the_sinks_say_nothing() -> None:
     text = random_sequences(*[30, 30, 8] * 11)
-    fit = fit_eigen(tiny_loaded("llama"), text, EigenSettings(metric="frobenius", sinks=8))
-    longer = [len(ids) for ids in fit.apart.ids if len(ids) > 8]
-    assert 0 < len(longer) < len(fit.apart.ids)
+    fit = fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), text), EigenSettings(metric="frobenius", sinks=8))
+    longer = [len(ids) for ids in fit.held_out.ids if len(ids) > 8]
+    assert 0 < len(longer) < len(fit.held_out.ids)
     assert (len(fit.fitted.y), len(fit.held.y)) == (22 * (22 - len(longer)), 22 * len(longer))
 
 
@@ -365,7 +370,7 @@ def test_sequences_no_longer_than_the_sinks_say_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2", "gemma2"])
 def test_frobenius_has_no_blocks_and_attention_has_the_trace_of_fisher(name: str) -> None:
-    source = CalibrationSet(tiny_loaded(name), random_sequences(*[20] * 16))
+    source = CalibrationSet(Session(tiny_loaded(name)), random_sequences(*[20] * 16))
     assert source.metric("frobenius") == []
     fisher, attention = source.metric("fisher"), source.metric("attention")
     for part, f, a in zip(source.samples.layout.parts, fisher, attention, strict=True):
@@ -381,14 +386,15 @@ def test_a_metric_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def counted(name: str, measure: Callable) -> Callable:
         return lambda *args, **options: measured_.append(name) or measure(*args, **options)
 
-    for name in ("fisher_metrics", "attention_metrics"):
-        monkeypatch.setattr(calibration_set, name, counted(name, getattr(calibration_set, name)))
+    metric_names()  # registers all
+    for name, metric in list(metrics._MEASURES.items()):
+        monkeypatch.setitem(metrics._MEASURES, name, replace(metric, measure=counted(name, metric.measure)))
     loaded, text = tiny_loaded("llama"), random_sequences(*[20] * 16)
-    source = CalibrationSet(loaded, text)
+    source = CalibrationSet(Session(loaded), text)
     assert not measured_
     for metric in ("frobenius", "attention", "fisher", "attention"):
-        fit_eigen(loaded, text, EigenSettings(metric=metric, text=False), source=source)  # type: ignore[arg-type]
-    assert sorted(measured_) == ["attention_metrics", "fisher_metrics"]
+        fit_eigen(source, EigenSettings(metric=metric, text=False))
+    assert sorted(measured_) == ["attention", "fisher"]
 
 
 # Loss
@@ -402,42 +408,42 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float]) -> 
         seen.extend(codec.step for codec in codecs.values())
         return {name: SimpleNamespace(delta_nll=loss(codec.step)) for name, codec in codecs.items()}
 
-    monkeypatch.setattr(eigen_search, "scored_apart", score)
+    monkeypatch.setattr(eigen_search, "score_held_out", score)
     return seen
 
 
 @pytest.mark.parametrize("allowed", [0.02, 0.1, 1.5])
 def test_the_coarsest_step_within_a_loss_is_found_to_a_quarter_of_an_octave(monkeypatch, allowed: float) -> None:
     seen = stubbed(monkeypatch, lambda step: step)
-    step = at_loss(planted(), None, allowed).codec.step  # type: ignore[arg-type]
+    step = at_loss(planted(), Session(None), allowed).codec.step  # type: ignore[arg-type]
     assert step <= allowed < step * 2**0.25 * 1.001
     assert len(seen) <= 12
 
 
 def test_a_loss_that_even_the_coarsest_step_keeps_gets_it(monkeypatch) -> None:
     seen = stubbed(monkeypatch, lambda step: 0.0)
-    assert at_loss(planted(), None, 0.1).codec.step == max(seen)  # type: ignore[arg-type]
+    assert at_loss(planted(), Session(None), 0.1).codec.step == max(seen)  # type: ignore[arg-type]
 
 
 def test_a_coarse_step_that_is_within_the_loss_by_luck_is_not_taken(monkeypatch) -> None:
     stubbed(monkeypatch, lambda step: 0.0 if step > 1 else step)
-    assert at_loss(planted(), None, 0.1).codec.step <= 0.1  # type: ignore[arg-type]
+    assert at_loss(planted(), Session(None), 0.1).codec.step <= 0.1  # type: ignore[arg-type]
 
 
 def test_a_loss_that_no_step_keeps_is_refused(monkeypatch) -> None:
     stubbed(monkeypatch, lambda step: 0.25)
     with pytest.raises(BudgetError, match=r"`max_nll` 0.1: even the finest step loses 0.2500 nats: allow more"):
-        at_loss(planted(), None, 0.1)  # type: ignore[arg-type]
+        at_loss(planted(), Session(None), 0.1)  # type: ignore[arg-type]
 
 
 def test_a_loss_is_kept_on_the_sequences_kept_apart_and_a_size_comes_with_its_loss() -> None:
     loaded, fit = fitted("llama", EigenSettings("head", "frobenius", text=False, sinks=0))
-    fine, coarse = (fit_target(fit, loaded, max_nll=allowed, context=40) for allowed in (1e-3, 0.05))
+    fine, coarse = (fit_target(fit, Session(loaded), max_nll=allowed, context=40) for allowed in (1e-3, 0.05))
     assert fine.codec.step < coarse.codec.step and fine.expected.bits_per_value > coarse.expected.bits_per_value
     assert fine.expected.delta_nll <= 1e-3 and coarse.expected.delta_nll <= 0.05
-    scored = sum(len(ids) // 2 - 1 for ids in fit.apart.ids)
+    scored = sum(len(ids) // 2 - 1 for ids in fit.held_out.ids)
     assert fine.expected.tokens == scored and fine.expected.context == 40
-    sized = fit_target(fit, loaded, bits=coarse.expected.bits_per_value, context=40)
+    sized = fit_target(fit, Session(loaded), bits=coarse.expected.bits_per_value, context=40)
     assert sized.expected.bits_per_value == pytest.approx(coarse.expected.bits_per_value, rel=0.01)
     assert sized.expected.delta_nll == pytest.approx(coarse.expected.delta_nll, abs=0.02)
 
@@ -445,4 +451,4 @@ def test_a_loss_is_kept_on_the_sequences_kept_apart_and_a_size_comes_with_its_lo
 @pytest.mark.parametrize("targets", [{}, {"bits": 1.0, "max_nll": 0.1}])
 def test_one_target_is_asked_for(targets: dict[str, float]) -> None:
     with pytest.raises(BudgetError, match="not several and not none"):
-        fit_target(planted(), None, **targets)  # type: ignore[arg-type]
+        fit_target(planted(), Session(None), **targets)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Cached
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.live.codec import LiveCodec
@@ -25,16 +26,16 @@ Codec = PCACodec | EigenCodec | LiveCodec
 
 @functools.cache
 def source() -> CalibrationSet:
-    return CalibrationSet(tiny_loaded("llama"), random_sequences(*(LENGTH,) * 24))
+    return CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*(LENGTH,) * 24))
 
 
 def pca(sinks: int | None) -> PCACodec:
     settings = PCASettings("kv") if sinks is None else PCASettings("kv", sinks=sinks)
-    return PCACalibration(source().loaded, source().sequences).fit(settings).truncated(6)
+    return PCACalibration(Session(source().loaded), source().sequences).fit(settings).truncated(6)
 
 
 def eigen(sinks: int | None) -> EigenCodec:
-    fit = fit_eigen(source().loaded, source().sequences, EigenSettings(sinks=sinks), source=source())
+    fit = fit_eigen(source(), EigenSettings(sinks=sinks))
     return fit.at_step(float(fit.eigenvalues.max()) ** 0.5 / 2).codec
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
@@ -47,7 +48,7 @@ Cached = dict[int, tuple[Tensor, Tensor]]
 
 @functools.cache
 def source(name: str) -> CalibrationSet:
-    return CalibrationSet(tiny_loaded(name), random_sequences(*(40,) * 24))
+    return CalibrationSet(Session(tiny_loaded(name)), random_sequences(*(40,) * 24))
 
 
 @functools.cache
@@ -163,7 +164,7 @@ def test_a_large_bias_of_a_models_keys_is_taken_out_of_the_layer_that_has_it() -
     bias = model.model.layers[1].self_attn.k_proj.bias
     with torch.no_grad():
         bias[16 + 3], bias[16 + 8 + 3] = 60.0, -40.0  # pair 3 of the second head
-    fit = fit_live(CalibrationSet(replace(tiny_loaded("qwen2"), model=model), random_sequences(*(40,) * 24)))
+    fit = fit_live(CalibrationSet(Session(replace(tiny_loaded("qwen2"), model=model)), random_sequences(*(40,) * 24)))
     assert [at for at, slot in fit.slots.items() if slot.turning] == [(1, 0)]
     turning = fit.slots[1, 0].turning
     assert turning is not None and turning.mean.nonzero().tolist() == [[1, 3], [1, 11]]
@@ -389,12 +390,12 @@ AT_BITS = functools.cache(LiveFit.at_bits)  # the same for every loss
 def reached(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], **goal: Any):
     scored = Scored(loss)
     monkeypatch.setattr(LiveFit, "at_bits", AT_BITS)
-    monkeypatch.setattr(live_search, "scored_apart", scored)
+    monkeypatch.setattr(live_search, "score_held_out", scored)
     own = source("llama")
-    apart = replace(own.apart, corpus=own.apart.corpus.model_copy(update={"max_length": 256}))
-    found = fit_live_target(fitted("llama"), own.loaded, apart, context=1000, batch_size=3, **goal)
+    apart = replace(own.held_out, corpus=own.held_out.corpus.model_copy(update={"max_length": 256}))
+    found = fit_live_target(fitted("llama"), Session(own.loaded, batch_size=3), apart, context=1000, **goal)
     assert scored.given[0] is own.loaded and scored.given[2] == 3
-    assert all(np.array_equal(a, b) for a, b in zip(scored.given[1].ids, own.apart.ids, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(scored.given[1].ids, own.held_out.ids, strict=True))
     return found, scored
 
 
@@ -456,13 +457,13 @@ def test_a_loss_that_even_8_bits_exceed_is_refused(monkeypatch: pytest.MonkeyPat
 def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     own = source("llama")
     with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise `max_length` to 136"):
-        fit_live_target(fitted("llama"), own.loaded, own.apart, bits=2.0)
+        fit_live_target(fitted("llama"), Session(own.loaded), own.held_out, bits=2.0)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_above_0_is_refused(loss: float) -> None:
     with pytest.raises(BudgetError, match="must be a number above 0"):
-        fit_live_target(fitted("llama"), source("llama").loaded, source("llama").apart, max_nll=loss)
+        fit_live_target(fitted("llama"), Session(source("llama").loaded), source("llama").held_out, max_nll=loss)
 
 
 def test_more_sinks_than_tokens_are_refused() -> None:

@@ -2,12 +2,13 @@
 
 import pytest
 
-from eigencache.calibration.moments import silent
+from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import at_bits
-from eigencache.fitting.heldout_score import scored_apart
+from eigencache.fitting.heldout_score import score_held_out
 from eigencache.models.load import LoadedModel
 from real_models import smollm2
 from stub_codecs import bundled
@@ -18,9 +19,9 @@ BITS, SEQUENCES = (1.0, 2.0, 4.0), 16
 def divergences(loaded: LoadedModel, settings: EigenSettings, length: int) -> list[float]:
     """KL in nats at each number of bits per value, of sequences that nothing was fitted on."""
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=SEQUENCES * length, max_length=length)
-    fit = fit_eigen(loaded, text, settings, batch_size=4)
+    fit = fit_eigen(CalibrationSet(Session(loaded, batch_size=4), text), settings)
     codecs = {f"{bits:g}": at_bits(fit, bits, context=2048).codec for bits in BITS}
-    return [quality.kl for quality in scored_apart(loaded, fit.apart, codecs, 8, silent).values()]
+    return [quality.kl for quality in score_held_out(Session(loaded), fit.held_out, codecs).values()]
 
 
 @pytest.mark.slow

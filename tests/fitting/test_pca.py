@@ -2,6 +2,7 @@
 
 import pytest
 
+from eigencache.calibration.session import Session
 from eigencache.errors import CodecError, StatisticsError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import score_through_cache
 from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of, width_of
@@ -19,7 +20,7 @@ _SHARED: dict[str, PCACalibration] = {}
 def calibration(loaded, sequences):
     def make(name: str) -> PCACalibration:
         if name not in _SHARED:
-            _SHARED[name] = PCACalibration(loaded(name), sequences(*LENGTHS), scopes=SCOPES)
+            _SHARED[name] = PCACalibration(Session(loaded(name)), sequences(*LENGTHS), scopes=SCOPES)
         return _SHARED[name]
 
     return make
@@ -27,7 +28,7 @@ def calibration(loaded, sequences):
 
 def divergence(calibration: PCACalibration, codec, sequences) -> float:
     text, protocol = sequences(40, 40, seed=1), ReadingProtocol(kind="prefix", length=20)
-    scored = list(score_through_cache(calibration.loaded, text, {"codec": codec}, protocol))
+    scored = list(score_through_cache(Session(calibration.loaded), text, {"codec": codec}, protocol))
     losses = [loss for batch in scored for loss in batch.losses["codec"]]
     return sum(loss.kl for loss in losses) / sum(loss.tokens for loss in losses)
 
@@ -86,7 +87,7 @@ def test_a_target_that_is_not_cached_is_refused(name: str, target: str, words: s
 
 
 def test_too_little_text_is_refused_with_n_eff_and_what_to_do(loaded, sequences) -> None:
-    scarce = PCACalibration(loaded("llama"), sequences(24), scopes=("head", "layer"))
+    scarce = PCACalibration(Session(loaded("llama")), sequences(24), scopes=("head", "layer"))
     with pytest.raises(StatisticsError, match=r"values, layer 0: n_eff of \d+ independent vectors cannot carry .* `tokens`"):
         scarce.fit(PCASettings("v", scope="layer"))
     with pytest.raises(StatisticsError, match="scope all was not captured"):
@@ -95,4 +96,4 @@ def test_too_little_text_is_refused_with_n_eff_and_what_to_do(loaded, sequences)
 
 def test_models_whose_rotation_is_unknown_are_refused(loaded, sequences) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="could not be identified"):
-        PCACalibration(loaded("gptj"), sequences(*LENGTHS))
+        PCACalibration(Session(loaded("gptj")), sequences(*LENGTHS))

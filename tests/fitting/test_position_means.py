@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigencache.calibration.calibration_set import calibration_length
+from eigencache.calibration.calibration_set import CalibrationSet, calibration_length
+from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.layout import Layout, Part
 from eigencache.codec.saved.card import Expected
@@ -74,20 +75,22 @@ def placed(weight: float) -> LoadedModel:
 @pytest.fixture(scope="module")
 def fit() -> tuple[LoadedModel, EigenFit]:
     loaded = placed(20.0)
-    return loaded, fit_eigen(loaded, random_sequences(*(64,) * 24), SETTINGS)
+    return loaded, fit_eigen(CalibrationSet(Session(loaded), random_sequences(*(64,) * 24)), SETTINGS)
 
 
 def test_positions_take_no_bits(fit: tuple[LoadedModel, EigenFit], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, known = fit
     assert known.positions is not None
     monkeypatch.setattr("eigencache.fitting.eigen.fit_positions", lambda *_: None)
-    unknown = fit_eigen(loaded, random_sequences(*(64,) * 24), SETTINGS)
+    unknown = fit_eigen(CalibrationSet(Session(loaded), random_sequences(*(64,) * 24)), SETTINGS)
     step = float(known.eigenvalues.median()) ** 0.5
     assert known.at_step(step).coded_bits < 0.9 * unknown.at_step(step).coded_bits
 
 
 def test_models_with_rotation_have_none() -> None:
-    assert fit_eigen(tiny_loaded("llama"), random_sequences(*(40,) * 16), SETTINGS).positions is None
+    assert (
+        fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*(40,) * 16)), SETTINGS).positions is None
+    )
 
 
 @pytest.mark.parametrize("start", [0, 9])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.saved.card import EigenCard, Expected
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
@@ -30,7 +32,7 @@ PROTOCOL = ReadingProtocol(kind="chunked", length=24)
 
 def fitted(name: str, folder: Path) -> tuple[Point, SavedCodec]:
     loaded, sequences, watch = tiny_loaded(name), random_sequences(*(64,) * 24), Stopwatch()
-    fit = fit_eigen(loaded, sequences, SETTINGS)
+    fit = fit_eigen(CalibrationSet(Session(loaded), sequences), SETTINGS)
     point = fit.at_step(0.2)
     expected = Expected(
         context=CONTEXT,
@@ -89,7 +91,7 @@ def test_the_card_says_how_the_codec_came_about(llama: tuple[Point, SavedCodec])
 
 def evaluated(saved: SavedCodec, codec: EigenCodec, seed: int = 1) -> EvaluationRecord:
     text = random_sequences(*(64,) * 9, seed=seed)
-    return evaluate_codecs(tiny_loaded("llama"), text, saved, {codec.name: codec}, [PROTOCOL], prompts=0, tasks=())
+    return evaluate_codecs(Session(tiny_loaded("llama")), text, saved, {codec.name: codec}, [PROTOCOL], prompts=0, tasks=())
 
 
 def test_it_is_evaluated_as_the_fitted_one_and_its_ledger_is_what_its_card_expects(

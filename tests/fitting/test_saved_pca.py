@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from eigencache.calibration.session import Session
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
@@ -23,7 +24,7 @@ PROTOCOLS = (ReadingProtocol(kind="prefix", length=48),)
 @pytest.fixture(scope="module")
 def calibration() -> PCACalibration:
     loaded = bundled("ref-llama")
-    return PCACalibration(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
+    return PCACalibration(Session(loaded), pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,14 @@ def saved(calibration: PCACalibration, tmp_path_factory: pytest.TempPathFactory)
 
 def evaluated(source: PCACalibration | SavedCodec, codec, text, **options) -> EvaluationRecord:
     return evaluate_codecs(
-        bundled("ref-llama"), text, source, {codec.name: codec}, PROTOCOLS, prompts=0, tasks=(), batch_size=4, **options
+        Session(bundled("ref-llama"), batch_size=4),
+        text,
+        source,
+        {codec.name: codec},
+        PROTOCOLS,
+        prompts=0,
+        tasks=(),
+        **options,
     )
 
 

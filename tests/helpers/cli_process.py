@@ -20,7 +20,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "250"}
 _PRELOADED = [
     "eigencache.cli.app",
     "eigencache.api",
-    "eigencache.cli.measuring",
     "eigencache.studies.bench.run",
     "matplotlib.pyplot",
 ]

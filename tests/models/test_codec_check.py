@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eigencache.calibration.session import Session
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.errors import CodecError
 from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
@@ -30,7 +31,7 @@ ROPES = {
 
 
 def saved(name: str, folder: Path) -> SavedCodec:
-    calibration = PCACalibration(tiny_loaded(name), random_sequences(*(64,) * 16))
+    calibration = PCACalibration(Session(tiny_loaded(name)), random_sequences(*(64,) * 16))
     settings = PCASettings(targets_of(calibration.loaded)[0])
     codec = calibration.fit(settings)
     save_codec(folder, codec, *fitting_of(codec, settings, calibration))

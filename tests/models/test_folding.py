@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.geometry import geometry_from_config
@@ -20,7 +21,7 @@ def calibrated(name: str) -> PCACalibration:
     if name not in _CALIBRATED:
         model = tiny(name)
         loaded = LoadedModel(name, model, None, geometry_from_config(model.config))  # type: ignore[arg-type]
-        _CALIBRATED[name] = PCACalibration(loaded, random_sequences(*(64,) * 24), scopes=("head", "layer"))
+        _CALIBRATED[name] = PCACalibration(Session(loaded), random_sequences(*(64,) * 24), scopes=("head", "layer"))
     return _CALIBRATED[name]
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eigencache import CompressedCache
 from eigencache.calibration.attention_metric import attention_metrics
+from eigencache.calibration.session import Session
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.fitting.token_predictor import vocabulary
@@ -226,8 +227,10 @@ def test_an_expansion_that_adds_a_bias_is_refused_before_the_first_token() -> No
 
 @pytest.mark.parametrize(("name", "place"), [("llama", "o_proj"), ("gpt2", "attn.c_proj"), ("deepseek_v2", "kv_b_proj")])
 def test_the_metric_of_attention_sees_adapters(name: str, place: str) -> None:
-    found, expected = (attention_metrics(one, random_sequences(12, 12), rotations_of(one)) for one in both(name, place))
-    without = attention_metrics(tiny_loaded(name), random_sequences(12, 12), rotations_of(tiny_loaded(name)))
+    found, expected = (
+        attention_metrics(Session(one), random_sequences(12, 12), rotations_of(one)) for one in both(name, place)
+    )
+    without = attention_metrics(Session(tiny_loaded(name)), random_sequences(12, 12), rotations_of(tiny_loaded(name)))
     kind = "latent" if name == "deepseek_v2" else "values"
     for layer_idx, metric in expected[kind].items():
         torch.testing.assert_close(found[kind][layer_idx], metric, rtol=1e-4, atol=1e-6 * float(metric.abs().max()))
@@ -243,7 +246,9 @@ def test_folding_keeps_adapters(name: str, place: str, target: str) -> None:
     shift = {} if name == "deepseek_v2" else {"shift": 0.25}
     loaded = both(name, place, **shift)[0]
     model, ids = loaded.model, token_ids()
-    codec = PCACalibration(loaded, random_sequences(*(64,) * 8), scopes=("head",)).fit(PCASettings(target, frame="post"))  # type: ignore[arg-type]
+    codec = PCACalibration(Session(loaded), random_sequences(*(64,) * 8), scopes=("head",)).fit(
+        PCASettings(target, frame="post")
+    )  # type: ignore[arg-type]
     run = lambda cache: model(input_ids=ids, past_key_values=cache, use_cache=True).logits  # noqa: E731
     expected = run(coefficient_cache(model, codec, decoded=True))
     with folded(model, loaded.geometry, codec) as cache:

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from eigencache.api import CacheCodec
 from eigencache.calibration.calibration_set import CalibrationSet, calibration_length
+from eigencache.calibration.session import Session
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.fit import Goal, fit_codec
@@ -104,7 +105,7 @@ def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_of_a_longer_text_is_not_encoded_unless_forced(kind: str) -> None:
     one = loaded(kind)
-    fitted = fit_codec(one, random_sequences(*[32] * 64), EigenSettings(text=False), Goal.of(bits=6))
+    fitted = fit_codec(Session(one), random_sequences(*[32] * 64), EigenSettings(text=False), Goal.of(bits=6))
     codec = CacheCodec(one, fitted.codec, fitted)
     short, long = (cached_by(one.model, long_ids(1, n)) for n in (SWITCH, SWITCH + 1))
     assert codec.encode(short)
@@ -141,6 +142,8 @@ def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplo
 
 def test_a_fit_says_for_how_many_positions_it_is() -> None:
     sequences = random_sequences(*[32] * 64)
-    assert fit_live(CalibrationSet(tiny_loaded("gpt2"), sequences)).at_bits(8).reach == 32  # learned: those that it saw
+    assert (
+        fit_live(CalibrationSet(Session(tiny_loaded("gpt2")), sequences)).at_bits(8).reach == 32
+    )  # learned: those that it saw
     llama = tiny_loaded("llama")
-    assert fit_live(CalibrationSet(llama, sequences)).at_bits(8).reach == llama.model.config.max_position_embeddings
+    assert fit_live(CalibrationSet(Session(llama), sequences)).at_bits(8).reach == llama.model.config.max_position_embeddings

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CorpusError
@@ -21,7 +22,7 @@ PROTOCOLS = (ReadingProtocol(kind="prefix", length=48), ReadingProtocol(kind="ch
 @pytest.fixture(scope="module")
 def calibration() -> PCACalibration:
     loaded = bundled("ref-llama")
-    return PCACalibration(loaded, pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
+    return PCACalibration(Session(loaded), pack(read_text("stdlib"), loaded.tokenizer, tokens=8192, max_length=256))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def evaluated(calibration: PCACalibration, text, **options) -> EvaluationRecord:
     full = calibration.fit(PCASettings("kv", sinks=0))
     codecs = {"full": full, "rank 4": full.truncated(4)}
     few = {"prompts": 2, "tasks": ("copy",), "lengths": (64,), "examples": 8, "batch_size": 4}
-    return evaluate_codecs(calibration.loaded, text, calibration, codecs, PROTOCOLS, **(few | options))
+    return evaluate_codecs(Session(calibration.loaded), text, calibration, codecs, PROTOCOLS, **(few | options))
 
 
 def test_full_rank_keeps_what_the_model_says_and_rank_4_does_not(calibration, text) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.models.mla_expanded import expanded_codec
 from eigencache.report.mla import latent_table
@@ -26,8 +27,8 @@ def test_logits_are_the_same_and_bytes_are_not(name: str, loaded, sequences) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_rank_costs_nothing_low_rank_does_and_bytes_are_counted(name: str, target: str, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*(40,) * 4, seed=1)
-    fitted = fit_expanded(one, sequences(*(64,) * 8))
-    series = sweep_expanded(one, text, fitted, target, (0.2, 1.0), 20)
+    fitted = fit_expanded(Session(one), sequences(*(64,) * 8))
+    series = sweep_expanded(Session(one), text, fitted, target, (0.2, 1.0), 20)
     low, full = series.points
     width, other = (10, 14) if target == "k" else (14, 10)
     assert (low.rank, full.rank) == (round(0.2 * width), width)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from eigencache.calibration.session import Session
 from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
 from eigencache.records.probe import ProbeRecord
 from eigencache.spectral.rope import angles_from, unrotate
@@ -37,7 +38,7 @@ def svd_eigenvalues(x: np.ndarray, centered: bool) -> np.ndarray:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon"])
 def test_every_scope_agrees_with_a_float64_svd_of_the_cache(name: str, loaded, sequences) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
-    record = probe_model(one, text, SETTINGS)
+    record = probe_model(Session(one), text, SETTINGS)
     keys_name = "keys" if name == "gpt2" else "keys_post_rope"
     for slot, wanted in (("keys", keys_name), ("values", "values")):
         layers = [vectors(one.model, text.ids, i, slot) for i in one.geometry.cached_layers]
@@ -56,7 +57,7 @@ def test_every_scope_agrees_with_a_float64_svd_of_the_cache(name: str, loaded, s
 
 def test_keys_before_rotation_are_those_of_the_cache_unrotated(loaded, sequences) -> None:
     one, text = loaded("llama"), sequences(*[40] * 12)
-    record = probe_model(one, text, SETTINGS)
+    record = probe_model(Session(one), text, SETTINGS)
     positions = torch.arange(40)[None]
     tables = one.model.model.rotary_emb(torch.zeros(1, 40, 1), positions)
     after = torch.from_numpy(vectors(one.model, text.ids, 0, "keys")).unflatten(0, (12, 40)).transpose(1, 2)
@@ -68,7 +69,7 @@ def test_keys_before_rotation_are_those_of_the_cache_unrotated(loaded, sequences
 
 def test_the_result_does_not_depend_on_the_batch_size(loaded, sequences) -> None:
     one, text = loaded("qwen2"), sequences(*LENGTHS)
-    records = [probe_model(one, text, ProbeSettings(demonstration=False, batch_size=size)) for size in (1, 5, 12)]
+    records = [probe_model(Session(one), text, ProbeSettings(demonstration=False, batch_size=size)) for size in (1, 5, 12)]
     for spectra in zip(*(record.spectra for record in records), strict=True):
         for other in spectra[1:]:
             np.testing.assert_allclose(spectra[0].eigenvalues, other.eigenvalues, rtol=1e-4, atol=1e-6)
@@ -83,7 +84,7 @@ def test_a_planted_rank_comes_back_from_the_model(loaded, sequences) -> None:
         weight, rank = projection.weight, 3
         left, right = torch.randn(weight.shape[0], rank), torch.randn(rank, weight.shape[1])
         weight.copy_(left @ right)
-    record = probe_model(loaded(model), sequences(*[200] * 40), SETTINGS)
+    record = probe_model(Session(loaded(model)), sequences(*[200] * 40), SETTINGS)
     (planted,) = record.select("values", "layer", 0)
     (full,) = record.select("keys_pre_rope", "layer", 0)
     assert planted.rank_99 is not None
@@ -98,8 +99,8 @@ def test_a_repetitive_text_is_refused_and_the_classic_figure_is_shown_to_lie(loa
     repeated = four.ids * 16
     corpus = four.corpus.model_copy(update={"tokens": 1024, "sequences": 64})
     text = type(four)(repeated, corpus)
-    record = probe_model(one, text, SETTINGS)
-    honest = probe_model(one, sequences(*[40] * 200), SETTINGS)
+    record = probe_model(Session(one), text, SETTINGS)
+    honest = probe_model(Session(one), sequences(*[40] * 200), SETTINGS)
     (lied,) = [row for row in record.classic if row.kind == "values"]
     (told,) = [row for row in honest.classic if row.kind == "values"]
     assert lied.energy_16 > told.energy_16 + 0.01
@@ -112,7 +113,7 @@ def test_a_repetitive_text_is_refused_and_the_classic_figure_is_shown_to_lie(loa
 
 
 def test_the_share_of_spread_that_rotation_makes_is_the_rotated_mean(loaded, sequences) -> None:
-    record = probe_model(loaded("qwen2"), sequences(*[60] * 20), SETTINGS)
+    record = probe_model(Session(loaded("qwen2")), sequences(*[60] * 20), SETTINGS)
     for frame in record.frames:
         (before,) = record.select("keys_pre_rope", "layer", frame.layer_idx)
         (after,) = record.select("keys_post_rope", "layer", frame.layer_idx)
@@ -122,7 +123,7 @@ def test_the_share_of_spread_that_rotation_makes_is_the_rotated_mean(loaded, seq
 
 
 def test_rotation_adds_no_independent_vectors(loaded, sequences) -> None:
-    record = probe_model(loaded("llama"), sequences(*[60] * 20), SETTINGS)
+    record = probe_model(Session(loaded("llama")), sequences(*[60] * 20), SETTINGS)
     for after in record.select("keys_post_rope"):
         (before,) = record.select("keys_pre_rope", after.scope, after.layer_idx, after.head)
         if (after.layer_idx, after.head, after.scope) == (before.layer_idx, before.head, before.scope):
@@ -131,48 +132,48 @@ def test_rotation_adds_no_independent_vectors(loaded, sequences) -> None:
 
 @pytest.mark.parametrize(("frame", "absent"), [("pre", "keys_post_rope"), ("post", "keys_pre_rope")])
 def test_a_frame_that_was_not_asked_for_is_left_out(frame, absent, loaded, sequences) -> None:
-    record = probe_model(loaded("llama"), sequences(*LENGTHS), ProbeSettings(frame=frame, demonstration=False))
+    record = probe_model(Session(loaded("llama")), sequences(*LENGTHS), ProbeSettings(frame=frame, demonstration=False))
     assert absent not in record.names
     assert "values" in record.names
 
 
 def test_mla_is_probed_as_latent_rotary_key_and_what_they_expand_to(loaded, sequences) -> None:
-    record = probe_model(loaded("deepseek_v2"), sequences(*LENGTHS), SETTINGS)
+    record = probe_model(Session(loaded("deepseek_v2")), sequences(*LENGTHS), SETTINGS)
     assert record.names == ["latent", "key_rope_pre_rope", "key_rope_post_rope", "keys_nope", "values"]
     assert {row.kind for row in record.classic} == {"latent", "key_rope", "keys_nope", "values"}
 
 
 def test_layers_without_a_cache_are_skipped(loaded, sequences) -> None:
     one = loaded("qwen3_next")
-    record = probe_model(one, sequences(*LENGTHS), SETTINGS)
+    record = probe_model(Session(one), sequences(*LENGTHS), SETTINGS)
     assert {s.layer_idx for s in record.spectra} - {None} == set(one.geometry.cached_layers)
     assert one.geometry.skipped
 
 
 def test_a_tight_memory_budget_takes_fewer_folds_and_then_refuses(loaded, sequences) -> None:
     one, text = loaded("llama"), sequences(*[20] * 40)
-    roomy = probe_model(one, text, SETTINGS)
-    tight = probe_model(one, text, ProbeSettings(demonstration=False, memory=1_500_000))
+    roomy = probe_model(Session(one), text, SETTINGS)
+    tight = probe_model(Session(one), text, ProbeSettings(demonstration=False, memory=1_500_000))
     assert roomy.run.settings["folds"] == 16
     assert 2 <= tight.run.settings["folds"] < 16
     np.testing.assert_allclose(tight.spectra[0].eigenvalues, roomy.spectra[0].eigenvalues, rtol=1e-6, atol=1e-9)
     with pytest.raises(StatisticsError, match="GiB"):
-        probe_model(one, text, ProbeSettings(demonstration=False, memory=1000))
+        probe_model(Session(one), text, ProbeSettings(demonstration=False, memory=1000))
 
 
 def test_mistaken_inputs_are_named(loaded, sequences) -> None:
     with pytest.raises(TokenizerMismatchError, match="embeds only 128"):
-        probe_model(loaded("llama"), sequences(40, vocabulary=5000), SETTINGS)
+        probe_model(Session(loaded("llama")), sequences(40, vocabulary=5000), SETTINGS)
     with pytest.raises(ModelError, match="use `max_length` 64"):
-        probe_model(loaded("gpt2"), sequences(100), SETTINGS)
+        probe_model(Session(loaded("gpt2")), sequences(100), SETTINGS)
     broken = copy.deepcopy(loaded("gpt2").model)
     with torch.no_grad():
         broken.transformer.h[1].attn.c_attn.weight[0, -1] = torch.inf
     with pytest.raises(NonFiniteError, match="values: layer 1, head 3"):
-        probe_model(loaded(broken), sequences(*LENGTHS), SETTINGS)
+        probe_model(Session(loaded(broken)), sequences(*LENGTHS), SETTINGS)
 
 
 def test_a_record_survives_the_disk(loaded, sequences, tmp_path) -> None:
-    record = probe_model(loaded("gpt2"), sequences(*LENGTHS), SETTINGS)
+    record = probe_model(Session(loaded("gpt2")), sequences(*LENGTHS), SETTINGS)
     record.save(tmp_path / "record.json")
     assert ProbeRecord.load(tmp_path / "record.json") == record

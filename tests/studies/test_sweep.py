@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError, StatisticsError
 from eigencache.fitting.pca import PCACalibration, PCASettings
@@ -19,7 +20,7 @@ PROTOCOL = ReadingProtocol(kind="prefix", length=20)
 
 @pytest.fixture
 def calibration(loaded, sequences) -> PCACalibration:
-    return PCACalibration(loaded("llama"), sequences(*(64,) * 12))
+    return PCACalibration(Session(loaded("llama")), sequences(*(64,) * 12))
 
 
 NO_SINKS = PCASettings("v", sinks=0)
@@ -32,7 +33,7 @@ def text(sequences) -> Sequences:
 
 def swept(calibration: PCACalibration, text: Sequences, plans=None, **options) -> SweepRecord:
     plans = plans or [Plan(NO_SINKS, ranks=(2, 8, None)), Plan(NO_SINKS.of("kv"), bits=8, ranks=(8, None))]
-    return sweep_model(calibration.loaded, text, calibration, plans, PROTOCOL, batch_size=4, **options)
+    return sweep_model(Session(calibration.loaded, batch_size=4), text, calibration, plans, PROTOCOL, **options)
 
 
 def test_ratios_are_those_of_the_ranks_and_bits(calibration, text) -> None:

@@ -1,4 +1,6 @@
-"""The attention metric: what queries make of an error in a key, and output weights of one in a value (THEORY 4.2, 4.3, 9).
+"""The attention metric: the error in logits that a key error causes, and in outputs that a value error causes.
+
+THEORY 4.2, 4.3 and 9.
 
 Keys: Σ over a group's query heads of E[q qᵀ]/d; before rotation averaged over the lags that attention really uses.
 Values: Σ of W_O,h W_O,hᵀ. A latent reaches both through its expansion. Tokens weigh alike: Σ a² of THEORY 4.3 is left out.
@@ -7,7 +9,8 @@ Values: Σ of W_O,h W_O,hᵀ. A latent reaches both through its expansion. Token
 import torch
 from torch import Tensor, nn
 
-from eigencache.calibration.fisher_metric import Metrics, OnBatch
+from eigencache.calibration.metrics import Metrics, metric
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.geometry import Layer
@@ -19,44 +22,38 @@ from eigencache.spectral.metric import lag_averaged
 from eigencache.spectral.rope import Rotation
 
 
-def attention_metrics(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    rotations: dict[int, Rotation],
-    *,
-    batch_size: int = 4,
-    on_batch: OnBatch = lambda *_: None,
-) -> Metrics:
-    """The metric of every slot in every frame it has, per KV head.
+@metric("attention", common_scale=False)
+def attention_metrics(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> Metrics:
+    """Measure the attention metric per KV head, for every slot in every frame it has.
 
     Raises `UnsupportedArchitectureError` where queries, their keys or the output projection cannot be found.
     """
     queries: Metrics = {}
     lags: dict[int, Tensor] = {}
     done = 0
-    with Capture(loaded.model, loaded.geometry, queries=True) as capture:
-        for input_ids, attention_mask, indices in sequences.batches(batch_size, pad_id=0):
+    with Capture(session.loaded.model, session.loaded.geometry, queries=True) as capture:
+        for input_ids, attention_mask, indices in sequences.batches(session.batch_size, pad_id=0):
             padded = bool((attention_mask == 0).any())
-            mask = attention_mask.to(loaded.device) if padded else None
-            for layer in capture.run(input_ids.to(loaded.device), mask):
-                _add_queries(queries, layer, attention_mask, loaded.name)
+            mask = attention_mask.to(session.loaded.device) if padded else None
+            for layer in capture.run(input_ids.to(session.loaded.device), mask):
+                _add_queries(queries, layer, attention_mask, session.loaded.name)
                 if layer.layer_idx in rotations:
                     lags[layer.layer_idx] = _added(lags.get(layer.layer_idx), lag_weights(layer, attention_mask))
             done += len(indices)
-            on_batch(done, len(sequences.ids))
+            session.on_progress("attention metric", done, len(sequences.ids))
     tokens = sum(map(len, sequences.ids))
     metrics: Metrics = {}
     for name, layers in queries.items():
         for layer_idx, total in layers.items():
-            layer = loaded.geometry.layers[layer_idx]
+            layer = session.loaded.geometry.layers[layer_idx]
             moments = total / tokens / layer.head_dim
             nope = layer.mla.qk_nope_head_dim if layer.mla else 0
             kind = ("key_rope" if layer.mla else "keys") + name.removeprefix("queries")
-            metric = _grouped(moments[:, nope:, nope:], 1 if layer.mla else layer.num_key_value_heads)
+            matrix = _grouped(moments[:, nope:, nope:], 1 if layer.mla else layer.num_key_value_heads)
             if name == "queries_pre_rope":
-                metric = torch.stack([lag_averaged(c, rotations[layer_idx], lags[layer_idx]) for c in metric])
-            metrics.setdefault(kind, {})[layer_idx] = metric
-            attention = _attention(loaded, layer_idx)
+                matrix = torch.stack([lag_averaged(c, rotations[layer_idx], lags[layer_idx]) for c in matrix])
+            metrics.setdefault(kind, {})[layer_idx] = matrix
+            attention = _attention(session.loaded, layer_idx)
             outputs = output_metric(attention, layer)
             if layer.mla:
                 metrics.setdefault("latent", {})[layer_idx] = latent_metric(attention, layer, moments, outputs)

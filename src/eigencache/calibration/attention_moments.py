@@ -10,42 +10,39 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.models.capture import Capture, CapturedLayer
-from eigencache.models.load import LoadedModel
 
 Moments = dict[int, Tensor]  # layer_idx → [kv_heads, d, d] float64
 
 
 @torch.no_grad()
-def attended_moments(
-    loaded: LoadedModel, sequences: Sequences, *, batch_size: int = 8, on_progress: Progress = silent
-) -> tuple[Moments, Moments]:
+def attended_moments(session: Session, sequences: Sequences) -> tuple[Moments, Moments]:
     """Σ q qᵀ / n over the queries of a KV head's group, and Σ w v vᵀ / Σ w, per layer and KV head.
 
     The text is read twice, since the weights need the queries of all of it. Raises `UnsupportedArchitectureError` for MLA,
     and where queries cannot be captured.
     """
-    if loaded.geometry.mla:
+    if session.loaded.geometry.mla:
         raise UnsupportedArchitectureError(
-            f"{loaded.name}: moments of attended values are of keys and values, not of latents"
+            f"{session.loaded.name}: moments of attended values are of keys and values, not of latents"
         )
 
     def summed(add: Callable[[CapturedLayer, Tensor, dict[int, Tensor]], None], what: str) -> dict[int, Tensor]:
         sums: dict[int, Tensor] = {}
-        with Capture(loaded.model, loaded.geometry, queries=True) as capture:
+        with Capture(session.loaded.model, session.loaded.geometry, queries=True) as capture:
             done = 0
-            for input_ids, mask, indices in sequences.batches(batch_size, pad_id=0):
-                for layer in capture.run(input_ids.to(loaded.device), mask.to(loaded.device)):
+            for input_ids, mask, indices in sequences.batches(session.batch_size, pad_id=0):
+                for layer in capture.run(input_ids.to(session.loaded.device), mask.to(session.loaded.device)):
                     if not {"queries", "queries_post_rope"} & layer.tensors.keys():
                         raise UnsupportedArchitectureError(
-                            f"{loaded.name}: queries of layer {layer.layer_idx} are not captured"
+                            f"{session.loaded.name}: queries of layer {layer.layer_idx} are not captured"
                         )
-                    add(layer, mask.bool().to(loaded.device), sums)
+                    add(layer, mask.bool().to(session.loaded.device), sums)
                 done += len(indices)
-                on_progress(what, done, len(sequences.ids))
+                session.on_progress(what, done, len(sequences.ids))
         return sums
 
     queries = {i: total / total[..., -1:, -1:] for i, total in summed(_add_queries, "queries").items()}

@@ -1,29 +1,26 @@
-"""What `eigen` is fitted from, gathered once for any number of fits: vectors, metrics, and sequences that are kept apart."""
+"""What codecs are fitted from: sampled vectors, metrics and held-out sequences of a calibration text."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from torch import Tensor
 
-from eigencache.calibration.attention_metric import attention_metrics
-from eigencache.calibration.fisher_metric import Metrics, fisher_metrics
-from eigencache.calibration.metrics import MetricName, spread_out
-from eigencache.calibration.moments import MEMORY, Progress, silent
+from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, check_metric, metric_named, spread_out
+from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors, sample_vectors, tensor_names
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.load import LoadedModel
-from eigencache.models.rope_detection import require_steady, rotations_of, steady_tokens
+from eigencache.models.rope_detection import rotations_of, steady_tokens
 from eigencache.spectral.rope import Rotation
 
-APART = 8  # the last of so many parts of the text is kept apart
-METRIC_TOKENS = 32_768
+HELD_OUT_SHARE = 8  # one sequence of this many is held out
 
 
 def calibration_length(loaded: LoadedModel) -> int:
-    """Tokens of a sequence to fit on: 512, or every position that a model has learned; it stores them with the rest.
+    """Return the sequence length to fit on: 512, or every position that a model has learned, because a codec stores those.
 
-    Fewer where a longer text is rotated otherwise.
+    It is shorter where the model would rotate the keys of a longer text differently.
     """
     length = loaded.learned_positions or loaded.default_length
     return min(length, steady_tokens(loaded.model.config) or length)
@@ -31,92 +28,87 @@ def calibration_length(loaded: LoadedModel) -> int:
 
 @dataclass(eq=False)
 class CalibrationSet:
-    """One model on one text; every part is measured when it is first asked for.
+    """One model on one calibration text; every part is measured on first use, once for any number of fits.
 
-    Raises `StatisticsError` for fewer than 16 sequences, and for sequences at whose length the model's rotation changes.
+    The last eighth of the text is held out: nothing is fitted on it.
+
+    Args:
+        session: the model and how it is run.
+        sequences: the calibration text.
+
+    Raises:
+        StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
     """
 
-    loaded: LoadedModel
+    session: Session
     sequences: Sequences
-    memory: int = MEMORY
-    batch_size: int = 8
-    on_progress: Progress = silent
 
     def __post_init__(self) -> None:
-        require_steady(self.loaded, max(map(len, self.sequences.ids), default=0))
-        if len(self.sequences.ids) < 2 * APART:
+        self.session.require_steady(self.sequences)
+        if len(self.sequences.ids) < 2 * HELD_OUT_SHARE:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences: {2 * APART} are needed, some of them kept apart: raise `tokens` "
-                "(of a bench `calibration_tokens`), or lower `max_length`"
+                f"{len(self.sequences.ids)} sequences are too few to fit on some and hold out others: {2 * HELD_OUT_SHARE} are "
+                "needed. Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
             )
 
     @property
     def fitted_on(self) -> Sequences:
-        """All but the last eighth of the text. Sequences from between them would flatter: they share documents."""
+        """All but the last eighth of the text: held-out sequences from in between would share documents with these."""
         return replace(self.sequences, ids=self.sequences.ids[: self._edge])
 
     @property
-    def apart(self) -> Sequences:
-        """The last eighth, on which nothing is fitted."""
+    def held_out(self) -> Sequences:
+        """The last eighth of the text, on which nothing is fitted."""
         return replace(self.sequences, ids=self.sequences.ids[self._edge :])
 
     @cached_property
     def rotations(self) -> dict[int, Rotation]:
-        """Layer → how its keys are rotated."""
-        return rotations_of(self.loaded)
+        """The rotation of the keys, by layer."""
+        return rotations_of(self.session.loaded)
 
     @cached_property
     def samples(self) -> SampledVectors:
-        """Vectors that everything is fitted on."""
+        """The vectors that everything is fitted on."""
         return self._sampled(self.fitted_on, "vectors")
 
     @cached_property
-    def held(self) -> SampledVectors:
-        """Vectors of the sequences kept apart."""
-        return self._sampled(self.apart, "vectors kept apart")
+    def held_out_samples(self) -> SampledVectors:
+        """The vectors of the held-out sequences."""
+        return self._sampled(self.held_out, "held-out vectors")
 
-    def metric(self, name: MetricName) -> list[Tensor]:
-        """Blocks [heads, dim, dim] per part of a vector; none for Frobenius. That of attention is scaled by Fisher's trace.
+    def metric(self, name: str) -> list[Tensor]:
+        """Return the matrices [heads, dim, dim] of a metric, one tensor per part of a vector; none for `frobenius`.
 
-        By itself it has no common scale across layers or between keys and values (THEORY 4).
+        A metric without a common scale is scaled to the trace of the Fisher metric (THEORY 4).
         """
-        if name == "frobenius":
+        if check_metric(name) == FROBENIUS:
             return []
         layout = self.samples.layout
-        names = tensor_names(layout, mla=self.loaded.geometry.mla is not None)
-        found = self._attention if name == "attention" else self._fisher
-        blocks = [found[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
-        if name == "attention":
+        names = tensor_names(layout, mla=self.session.loaded.geometry.mla is not None)
+        measured = self._measured(name)
+        blocks = [measured[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
+        if not metric_named(name).common_scale:
             pairs = zip(blocks, self.metric("fisher"), strict=True)
             blocks = [b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in pairs]
         return blocks
 
-    @cached_property
-    def _fisher(self) -> Metrics:
-        return fisher_metrics(*self._measured, on_batch=partial(self.on_progress, "fisher metric"))
+    def _measured(self, name: str) -> Metrics:
+        if name not in self._metrics:
+            text = spread_out(self.fitted_on, METRIC_TOKENS)
+            self._metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+        return self._metrics[name]
 
     @cached_property
-    def _attention(self) -> Metrics:
-        return attention_metrics(*self._measured, on_batch=partial(self.on_progress, "attention metric"))
-
-    @property
-    def _measured(self) -> tuple[LoadedModel, Sequences, dict[int, Rotation]]:
-        return self.loaded, spread_out(self.fitted_on, METRIC_TOKENS), self.rotations
+    def _metrics(self) -> dict[str, Metrics]:
+        return {}
 
     @property
     def _edge(self) -> int:
-        return len(self.sequences.ids) - len(self.sequences.ids) // APART
+        return len(self.sequences.ids) - len(self.sequences.ids) // HELD_OUT_SHARE
 
     def _sampled(self, sequences: Sequences, what: str) -> SampledVectors:
-        return sample_vectors(
-            self.loaded,
-            sequences,
-            self.rotations,
-            memory=self.memory // 2,
-            batch_size=self.batch_size,
-            what=what,
-            on_progress=self.on_progress,
-        )
+        session = replace(self.session, memory=self.session.memory // 2)
+        return sample_vectors(session, sequences, self.rotations, what=what)
 
 
 def _trace(blocks: Tensor) -> Tensor:

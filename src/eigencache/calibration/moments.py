@@ -1,11 +1,12 @@
 """A text is read once: what a model caches of it as moments, from which the probe and every codec are made."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from eigencache.calibration.accumulator import Accumulator, Columns, shapes_of
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import ModelError, NonFiniteError, TokenizerMismatchError
 from eigencache.geometry import KINDS, kind_and_frame
@@ -13,13 +14,6 @@ from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel
 from eigencache.records.base import Scope
 from eigencache.records.provenance import Stopwatch
-
-Progress = Callable[[str, int, int], None]
-MEMORY = 4 * 2**30  # bytes for moments
-
-
-def silent(_what: str, _done: int, _of: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +29,12 @@ class CapturedMoments:
 
 
 def gather(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     scopes: tuple[Scope, ...],
     *,
     layers: tuple[int, ...] | None = None,
     kinds: Collection[str] = KINDS,
-    batch_size: int = 8,
-    memory: int = MEMORY,
-    on_progress: Progress = silent,
 ) -> CapturedMoments:
     """Capture every batch and add it to moments; `on_progress("capturing", done, of)` after each.
 
@@ -51,22 +42,24 @@ def gather(
     than the model has), `StatisticsError` (memory).
     """
     watch = Stopwatch()
-    check_fit(loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     accumulator, columns, done = None, {}, 0
-    with Capture(loaded.model, loaded.geometry, layers=layers) as capture:
-        for input_ids, attention_mask, indices in sequences.batches(batch_size, pad_id=0):
+    with Capture(session.loaded.model, session.loaded.geometry, layers=layers) as capture:
+        for input_ids, attention_mask, indices in sequences.batches(session.batch_size, pad_id=0):
             lengths = attention_mask.sum(-1).tolist()
             padded = min(lengths) < input_ids.shape[1]
             with watch:
-                captured = capture.run(input_ids.to(loaded.device), attention_mask.to(loaded.device) if padded else None)
+                captured = capture.run(
+                    input_ids.to(session.loaded.device), attention_mask.to(session.loaded.device) if padded else None
+                )
             check_finite(captured)
             tensors = {n: t for n, t in captured_by_name(captured).items() if kind_and_frame(n)[0] in kinds}
             if accumulator is None:
                 columns = shapes_of(tensors)
-                accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=memory)
+                accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=session.memory)
             accumulator.add(tensors, indices, lengths)
             done += len(indices)
-            on_progress("capturing", done, len(sequences.ids))
+            session.on_progress("capturing", done, len(sequences.ids))
         assert accumulator is not None  # `pack` never gives an empty text
         return CapturedMoments(sequences, accumulator, columns, capture.style, list(capture.notes), watch)
 

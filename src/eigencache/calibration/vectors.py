@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import Progress, check_fit, silent
+from eigencache.calibration.moments import check_fit
+from eigencache.calibration.session import Session
 from eigencache.codec.eigen.position_means import PositionMeans
 from eigencache.codec.layout import Layout, Part
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import tapped_cache
-from eigencache.models.load import LoadedModel
 from eigencache.spectral.rope import Rotation
 
 
@@ -63,33 +63,26 @@ class SampledVectors:
 
 @torch.no_grad()
 def sample_vectors(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    rotations: dict[int, Rotation],
-    *,
-    memory: int,
-    batch_size: int = 8,
-    what: str = "vectors",
-    on_progress: Progress = silent,
+    session: Session, sequences: Sequences, rotations: dict[int, Rotation], *, what: str = "vectors"
 ) -> SampledVectors:
     """Vectors of all sequences, or of as many from all over the text as `memory` bytes hold.
 
     Raises `NonFiniteError` naming layer and slot, `StatisticsError` where not even one sequence fits.
     """
-    check_fit(loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
-    sequences = _affordable(loaded, sequences, memory)
+    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    sequences = _affordable(session, sequences)
     layout, rows, ids, lengths = None, [], [], []
-    for input_ids, mask, _ in sequences.batches(batch_size, pad_id=0):
-        cache, stored = tapped_cache(loaded.model)
-        loaded.model.base_model(input_ids=input_ids.to(loaded.device), past_key_values=cache, use_cache=True)
+    for input_ids, mask, _ in sequences.batches(session.batch_size, pad_id=0):
+        cache, stored = tapped_cache(session.loaded.model)
+        session.loaded.model.base_model(input_ids=input_ids.to(session.loaded.device), past_key_values=cache, use_cache=True)
         _check_finite(stored)
-        layout = layout or layout_of(stored, rotations, mla=loaded.geometry.mla is not None)
+        layout = layout or layout_of(stored, rotations, mla=session.loaded.geometry.mla is not None)
         vectors = layout.vectors(stored, 0).cpu()
         for row, length in enumerate(mask.sum(-1).tolist()):
             rows.append(vectors[row, :length])
             ids.append(input_ids[row, :length])
             lengths.append(length)
-        on_progress(what, len(lengths), len(sequences.ids))
+        session.on_progress(what, len(lengths), len(sequences.ids))
     assert layout is not None  # `pack` never gives an empty text
     return SampledVectors(layout, torch.cat(rows), torch.cat(ids), tuple(lengths))
 
@@ -121,12 +114,12 @@ def tensor_names(layout: Layout, *, mla: bool) -> list[str]:
     return names
 
 
-def _affordable(loaded: LoadedModel, sequences: Sequences, memory: int) -> Sequences:
-    budget = memory // (4 * loaded.geometry.values_per_token)
+def _affordable(session: Session, sequences: Sequences) -> Sequences:
+    budget = session.memory // (4 * session.loaded.geometry.values_per_token)
     if budget < max(map(len, sequences.ids)):
         raise StatisticsError(
-            f"{loaded.name} caches {loaded.geometry.values_per_token:,} numbers per token: {memory / 2**30:.1f} GiB hold "
-            f"{budget} tokens; raise the memory or shorten the sequences"
+            f"{session.loaded.name} caches {session.loaded.geometry.values_per_token:,} numbers per token, so a `memory` of "
+            f"{session.memory / 2**30:.1f} GiB holds only {budget} tokens. Raise `memory` or lower `max_length`."
         )
     step = -(-sum(map(len, sequences.ids)) // budget)
     return sequences if step == 1 else replace(sequences, ids=sequences.ids[::step])

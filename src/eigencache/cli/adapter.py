@@ -1,7 +1,6 @@
 """`eigencache adapter MODEL`: residual adapters trained, read as operators, truncated, beside direct PCA."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +11,17 @@ from eigencache.cli.options import (
     Device,
     Dtype,
     Force,
+    HeldOutLength,
+    HeldOutTokens,
+    OutputJson,
+    Plot,
+    Prefix,
     Seed,
     Text,
     check_plot,
     check_writable,
     layer_numbers,
+    print_written,
     rank_numbers,
 )
 from eigencache.errors import CorpusError
@@ -67,9 +72,9 @@ def run(
     steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps; 0 leaves M the identity.")] = 60,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, at most 1.")] = 1e-3,
     text: Text = "stdlib:held-out",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 16_384,
-    max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 512,
-    prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
+    tokens: HeldOutTokens = 16_384,
+    max_length: HeldOutLength = 512,
+    prefix: Prefix = None,
     chunk: Annotated[
         int | None, typer.Option("--chunk", min=1, help="Instead: tokens read at a time, all older ones held encoded.")
     ] = None,
@@ -78,8 +83,8 @@ def run(
     ] = "stdlib",
     calibration_tokens: CalibrationTokens = 65_536,
     force: Force = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
+    output: OutputJson = None,
+    plot: Plot = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 4,
@@ -89,36 +94,38 @@ def run(
     check_writable(output)
     check_plot(plot)
     if prefix and chunk:
-        raise CorpusError("--prefix and --chunk: a text is read in one of the two ways: give one of them")
+        raise CorpusError("--prefix and --chunk choose two ways to read the text. Use one of them.")
     layer_choice, rank_choice = layer_numbers(layers), rank_numbers(ranks)
     from rich.console import Console
 
-    from eigencache.cli.measuring import load_with_text, pack_with_progress
+    from eigencache.api import adapter
     from eigencache.cli.progress import progress_bar
-    from eigencache.records.quality import ReadingProtocol
+    from eigencache.corpora.resolve import read_text
     from eigencache.report.adapters.plot import plot_adapter
     from eigencache.report.adapters.tables import operator_table, truncation_table
     from eigencache.report.probe.plots import save_figure
-    from eigencache.studies.adapters.study import study_adapter
     from eigencache.studies.adapters.training import TrainingSettings
 
-    loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    calibration = pack_with_progress(loaded, calibration_text, calibration_tokens, max_length)
     training = TrainingSettings(
         loss.value, loss_rank, tail_weight, inner_rank, scale, steps, learning_rate, batch_size, seed
     )
-    protocol = ReadingProtocol(kind="chunked" if chunk else "prefix", length=chunk or prefix or max_length // 2)
     with progress_bar(model) as on_progress:
-        record = study_adapter(
-            loaded,
-            held_out,
-            calibration,
-            protocol,
+        record = adapter(
+            model,
+            text=read_text(text),
+            calibration_text=read_text(calibration_text),
             target=target.value,
             layers=layer_choice,
             ranks=rank_choice,
             training=training,
+            tokens=tokens,
+            calibration_tokens=calibration_tokens,
+            max_length=max_length,
+            prefix=prefix,
+            chunk=chunk,
             force=force,
+            device=device,
+            dtype=dtype,
             on_progress=on_progress,
         )
     if output:
@@ -128,5 +135,4 @@ def run(
     console = Console()
     console.print(operator_table(record))
     console.print(truncation_table(record))
-    for path in filter(None, (output, plot)):
-        console.print(f"written: {path}", markup=False, highlight=False)
+    print_written(output, plot)

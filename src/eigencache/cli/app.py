@@ -21,6 +21,7 @@ from eigencache.cli import (
     recommend,
     report,
     score,
+    speed,
     sweep,
 )
 from eigencache.cli.flags import flags_of, with_flags
@@ -55,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (report, probe, compare, sweep, recommend, fit, generate, evaluate, bench, fold, mla, adapter, score):
+for command in (report, probe, compare, sweep, recommend, fit, generate, evaluate, bench, speed, fold, mla, adapter, score):
     app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(guarded(command.run))
 
 

@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import check_plot, check_writable
+from eigencache.cli.options import (
+    Plot,
+    check_plot,
+    check_writable,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -17,7 +21,7 @@ EXAMPLES = """
 def run(
     records: Annotated[list[Path], typer.Argument(help="Records written by `eigencache probe --output`.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table as Markdown.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
+    plot: Plot = None,
 ) -> None:
     """Compare models: the historic columns and an assessment with its reasons first, then the honest columns."""
     check_writable(output)

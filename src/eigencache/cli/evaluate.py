@@ -8,20 +8,36 @@ import typer
 
 from eigencache.cli.options import (
     BatchSize,
+    Bits,
     CalibrationText,
     CalibrationTokens,
+    CoefficientBits,
     Device,
     Dtype,
     Force,
+    Frame,
+    HeldOutLength,
+    HeldOutTokens,
+    Metric,
+    Model,
+    OneFrame,
+    OutputJson,
+    Prefix,
+    Scope,
+    ScopeName,
     Seed,
+    TargetName,
     Text,
     check_folder,
     check_writable,
+    finish,
+    length_numbers,
+    partial_of,
+    print_written,
     rank_numbers,
+    task_names,
 )
-from eigencache.cli.probe import ScopeName
-from eigencache.cli.sweep import Bits, MetricName, OneFrame, TargetName
-from eigencache.errors import CodecError, StatisticsError
+from eigencache.errors import CodecError
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -39,19 +55,17 @@ _FITTING = (
 
 def run(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    model: Model,
     target: Annotated[TargetName | None, typer.Option("--target", help="Default: kv, or latent for MLA.")] = None,
     ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 16,24; default: half of the width.")] = None,
-    scope: Annotated[ScopeName, typer.Option("--scope", help="One basis per head, per layer, or for all layers.")] = (
-        ScopeName.head
-    ),
-    frame: Annotated[OneFrame, typer.Option("--frame", help="Keys before or after rotation.")] = OneFrame.pre,
-    metric: Annotated[MetricName, typer.Option("--metric", help="What an error is weighed with.")] = MetricName.fisher,
-    bits: Annotated[Bits, typer.Option("--bits", help="Bits of a stored coefficient.")] = Bits.sixteen,
+    scope: Scope = ScopeName.head,
+    frame: Frame = OneFrame.pre,
+    metric: Metric = "fisher",
+    bits: CoefficientBits = Bits.sixteen,
     text: Text = "stdlib:held-out",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 32_768,
-    max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
-    prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
+    tokens: HeldOutTokens = 32_768,
+    max_length: HeldOutLength = 1024,
+    prefix: Prefix = None,
     chunk: Annotated[
         int | None, typer.Option("--chunk", min=1, help="Tokens read at a time in the second protocol; default an eighth.")
     ] = None,
@@ -71,7 +85,7 @@ def run(
     ] = None,
     codec: Annotated[Path | None, typer.Option("--codec", help="A saved codec of this model: nothing is fitted.")] = None,
     force: Force = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
+    output: OutputJson = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
@@ -84,88 +98,58 @@ def run(
     check_writable(output)
     numbers = rank_numbers(ranks)
     if codec and (unread := _given(context, _FITTING)):
-        raise CodecError(f"{', '.join(unread)}: for fitting a codec, --codec {codec} is fitted: leave out one of the two")
+        raise CodecError(f"{', '.join(unread)} cannot be combined with --codec, because a saved codec is fitted already.")
     if save_to:
         check_folder(save_to.parent)
-        if numbers and len(numbers) > 1:
-            raise StatisticsError(f"--ranks {ranks}: --save-codec {save_to} saves one codec: give one rank")
     from rich.console import Console
 
-    from eigencache.cli.measuring import load_with_text, pack_with_progress
-    from eigencache.cli.options import length_numbers
+    from eigencache.api import evaluate
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.pca import CoefficientBits
-    from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
-    from eigencache.evaluate.prefix import Window
-    from eigencache.evaluate.tasks import task_named
-    from eigencache.fitting.pca import PCACalibration, PCASettings
-    from eigencache.fitting.provenance import fitting_of
-    from eigencache.models.codec_check import codec_for
-    from eigencache.records.quality import ReadingProtocol
+    from eigencache.codec.pca import CoefficientBits as CodecBits
+    from eigencache.corpora.resolve import read_text
+    from eigencache.fitting.pca import PCASettings
     from eigencache.report.quality.evaluation import evaluation_tables
-    from eigencache.studies.evaluation import evaluate_codecs
-    from eigencache.studies.sweep import Plan, check_plans, codecs_of
 
-    context_lengths = length_numbers(lengths)
-    chosen = None if tasks is None else () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))
-    for task in chosen or ():
-        task_named(task)
-    widths: dict[Bits, CoefficientBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
-    saved = load_codec(codec) if codec else None
-    if save_to:
-        check_replaceable(save_to)
-    loaded, held_out = load_with_text(model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    wanted = target.value if target else "latent" if loaded.geometry.mla else "kv"
-    plan = Plan(PCASettings(wanted, scope.value, frame.value, metric.value), widths[bits], numbers, shares=(0.5,))
-    partial = output.with_name(f"{output.name}.partial") if output else None
-    fitting = None
-    if saved:
-        own = codec_for(saved, loaded)
-    else:
-        check_plans(loaded, [plan])
-        fitted_on = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
+    widths: dict[Bits, CodecBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
     with progress_bar(model) as on_progress:
-        if saved:
-            calibration, codecs = saved, {own.name: own}
-        else:
-            calibration = PCACalibration(loaded, fitted_on, scopes=(scope.value,), seed=seed, on_progress=on_progress)
-            codecs = fitted = codecs_of(calibration, plan)
-            if save_to:
-                fitting = fitting_of(next(iter(fitted.values())), plan.settings, calibration)
-        record = evaluate_codecs(
-            loaded,
-            held_out,
-            calibration,
-            codecs,
-            (
-                ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
-                ReadingProtocol(kind="chunked", length=chunk or max_length // 8, window=window),
-            ),
+        record = evaluate(
+            model,
+            text=read_text(text),
+            calibration_text=read_text(calibration_text),
+            codec=codec,
+            settings=PCASettings("v", scope.value, frame.value, metric),
+            target=target.value if target else None,
+            ranks=numbers,
+            bits=widths[bits],
+            tokens=tokens,
+            calibration_tokens=calibration_tokens,
+            max_length=max_length,
+            prefix=prefix,
+            chunk=chunk,
+            window=window,
             prompts=prompts,
-            tasks=chosen,
-            lengths=context_lengths,
-            window=Window(window),
+            tasks=task_names(tasks),
+            lengths=length_numbers(lengths),
+            save_to=save_to,
+            force=force,
+            partial=partial_of(output),
+            device=device,
+            dtype=dtype,
             batch_size=batch_size,
             seed=seed,
-            force=force,
-            partial=partial,
             on_progress=on_progress,
         )
     if output:
         record.save(output)
-    if partial:
-        partial.unlink(missing_ok=True)
-    if save_to and fitting:
-        save_codec(save_to, next(iter(codecs.values())), *fitting)
+    finish(output)
     console = Console()
     for table in evaluation_tables(record):
         console.print(table)
-    for path in filter(None, (output, save_to)):
-        console.print(f"written: {path}", markup=False, highlight=False)
+    print_written(output, save_to)
 
 
 def _given(context: typer.Context, names: Collection[str]) -> list[str]:
-    """Which of these parameters stand on the command line, as they are spelled there."""
+    """Return the flags of those parameters that stand on the command line."""
     spelled = {param.name: param.opts[0] for param in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
     return [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -5,8 +5,19 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, MaxLength, Seed, Text, Tokens, check_folder
-from eigencache.cli.sweep import MetricName
+from eigencache.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxLength,
+    Metric,
+    Model,
+    Seed,
+    Text,
+    Tokens,
+    check_folder,
+    print_written,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -20,7 +31,7 @@ EXAMPLES = """
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the codec.")],
     text: Text = "stdlib",
     tokens: Tokens = 131_072,
@@ -32,7 +43,7 @@ def run(
     ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens at which a size is meant.")] = 2048,
     scope: Annotated[str, typer.Option("--scope", help="head, layer, kind or joint: what shares a basis.")] = "joint",
-    metric: Annotated[MetricName, typer.Option("--metric", help="What an error is weighed with.")] = MetricName.fisher,
+    metric: Metric = "fisher",
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=2, help="Power of the metric.")] = 0.75,
     text_prediction: Annotated[
         bool, typer.Option("--text-prediction/--no-text-prediction", help="Predict the cache from its tokens.")
@@ -47,6 +58,7 @@ def run(
     live: Annotated[
         bool, typer.Option("--live", help="Also fit the codec of a live cache (`eigencache generate`).")
     ] = False,
+    live_only: Annotated[bool, typer.Option("--live-only", help="Fit the live codec alone.")] = False,
     live_bits: Annotated[
         float | None, typer.Option("--live-bits", help="Its bits per packed value; default: the fewest within --max-nll.")
     ] = None,
@@ -63,29 +75,30 @@ def run(
     check_folder(output.parent)
     from rich.console import Console
 
-    from eigencache.calibration.calibration_set import calibration_length
-    from eigencache.cli.measuring import load_with_text
+    from eigencache.api import fit
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.saved.folder import LIVE, check_replaceable, save_codec
+    from eigencache.codec.saved.folder import LIVE, check_replaceable
+    from eigencache.corpora.resolve import read_text
     from eigencache.errors import BudgetError
     from eigencache.fitting.eigen import settings_of
-    from eigencache.fitting.fit import Goal, LiveGoal, fit_codec
+    from eigencache.fitting.fit import Goal, LiveGoal
     from eigencache.fitting.live import LiveSettings
     from eigencache.report.codecs import codec_table, live_table
 
     check_replaceable(output)
     goal = Goal.of(bits, ratio, max_nll)
+    live = live or live_only
     if (live_bits is not None or safe) and not live:
-        raise BudgetError(f"{'--safe' if safe else '--live-bits'}: is for a live cache: add --live")
+        raise BudgetError(f"{'--safe' if safe else '--live-bits'} is an option of the live codec: add --live")
     if live_bits is not None and safe:
-        raise BudgetError("--live-bits and --safe: give one of the two")
+        raise BudgetError("--live-bits and --safe both set the size of the live codec. Use one of them.")
     wanted = None
     if live:
         chosen = LiveSettings() if sinks is None else LiveSettings(sinks=sinks)
         wanted = LiveGoal(live_bits, None if safe or live_bits is not None else goal.max_nll, safe, chosen)
     settings = settings_of(
         scope=scope,
-        metric=metric.value,
+        metric=metric,
         alpha=alpha,
         text=text_prediction,
         sinks=sinks,
@@ -93,36 +106,36 @@ def run(
         kept_bits=kept_bits,
         block=block,
     )
-    loaded, sequences = load_with_text(
-        model,
-        text=text,
-        tokens=tokens,
-        max_length=max_length,
-        length_of=calibration_length,
-        device=device,
-        dtype=dtype,
-    )
     with progress_bar(model) as on_progress:
-        fitted = fit_codec(
-            loaded,
-            sequences,
-            settings,
-            goal,
+        codec = fit(
+            model,
+            text=read_text(text),
+            bits=bits,
+            ratio=ratio,
+            max_nll=max_nll,
+            tokens=tokens,
+            max_length=max_length,
             context=context,
+            settings=settings,
+            stored=not live_only,
+            live=wanted or False,
+            device=device,
+            dtype=dtype,
             batch_size=batch_size,
             seed=seed,
-            live=wanted,
             on_progress=on_progress,
         )
-    dropped = not fitted.live and (output / LIVE).is_dir()
-    beside = (fitted.live.codec, *fitted.live_fitting) if fitted.live and fitted.live_fitting else None
-    save_codec(output, fitted.codec, *fitted.fitting, live=beside)
-    console = Console()
-    warnings = sequences.corpus.warnings
-    console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token, warnings))
+    dropped = not codec.live and (output / LIVE).is_dir()
+    codec.save(output)
+    fitted, loaded, console = codec.fitted, codec.loaded, Console()
+    assert fitted is not None  # it was fitted here
+    values = loaded.geometry.values_per_token
+    if fitted.codec and fitted.expected:
+        warnings = fitted.fitting.origin.calibration.warnings if fitted.fitting else []
+        console.print(codec_table(loaded.name, fitted.codec, fitted.expected, values, warnings))
     if fitted.live:
-        console.print(live_table(loaded.name, *fitted.live, loaded.geometry.values_per_token))
+        console.print(live_table(loaded.name, *fitted.live, values))
     if dropped:
-        said = f"dropped: the live codec that was in {output / LIVE}: add --live to fit one"
+        said = f"dropped: the live codec that was in {output / LIVE}. Add --live to fit one."
         console.print(said, markup=False, highlight=False)
-    console.print(f"written: {output}", markup=False, highlight=False)
+    print_written(output)

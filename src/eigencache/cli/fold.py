@@ -4,7 +4,12 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import Device, Dtype, Text
+from eigencache.cli.options import (
+    Device,
+    Dtype,
+    Model,
+    Text,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -15,7 +20,7 @@ EXAMPLES = """
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    model: Model,
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="Coefficients per head; default half of its width.")
     ] = None,
@@ -30,21 +35,20 @@ def run(
     """Fold the bases of V into W_O and of K into the query: the same logits as decoding first, to rounding."""
     from rich.console import Console
 
-    from eigencache.cli.measuring import load_with_text, pack_with_progress
+    from eigencache.api import fold
     from eigencache.cli.progress import progress_bar
-    from eigencache.fitting.pca import PCACalibration, PCASettings
+    from eigencache.corpora.resolve import read_text
     from eigencache.report.folding import folding_table
-    from eigencache.studies.folding import measure_folding
 
-    loaded, held_out = load_with_text(model, text=text, tokens=tokens, device=device, dtype=dtype)
-    calibration_text = pack_with_progress(loaded, "stdlib", calibration_tokens, held_out.corpus.max_length)
     with progress_bar(model) as on_progress:
-        calibration = PCACalibration(loaded, calibration_text, on_progress=on_progress)
-        targets = ("latent",) if loaded.geometry.mla else ("v", "k", "kv")
-        results = []
-        for done, target in enumerate(targets, 1):
-            full = calibration.fit(PCASettings(target, frame="post"))
-            codec = full.truncated(rank or max(1, full.groups[0].transform.rank // 2))
-            results.append(measure_folding(loaded, held_out, codec))
-            on_progress("comparing logits", done, len(targets))
-    Console().print(folding_table(loaded.name, str(loaded.model.dtype).removeprefix("torch."), results))
+        results = fold(
+            model,
+            text=read_text(text),
+            rank=rank,
+            tokens=tokens,
+            calibration_tokens=calibration_tokens,
+            device=device,
+            dtype=dtype,
+            on_progress=on_progress,
+        )
+    Console().print(folding_table(model, results[0].dtype, results))

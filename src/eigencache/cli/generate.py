@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import Device, Dtype
+from eigencache.cli.options import (
+    Device,
+    Dtype,
+    Model,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -16,7 +20,7 @@ EXAMPLES = """
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A bundled model, a folder, a .gguf file or a hub name.")],
+    model: Model,
     codec: Annotated[Path, typer.Option("--codec", help="A folder that `eigencache fit --live` wrote.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="What to go on from.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file with what to go on from.")] = None,
@@ -38,10 +42,10 @@ def run(
     """Generate from a compressed cache; at the end its bytes, ratio and tokens per second."""
     import sys
 
+    from eigencache.api import generate
     from eigencache.codec.saved.folder import load_live
     from eigencache.errors import CorpusError
-    from eigencache.evaluate.generation import generate_text, parted_at
-    from eigencache.models.codec_check import check_belongs
+    from eigencache.evaluate.generation import parted_at
     from eigencache.models.load import load
     from eigencache.report.generation import comparison_lines, cost_line
 
@@ -53,20 +57,17 @@ def run(
         raise CorpusError(f"{prompt_file}: cannot be read as text ({error}): name another file") from error
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise CorpusError("--prompt: is not UTF-8: give text, or a file with --prompt-file")
-    if 0 < temperature < 0.01:
-        raise CorpusError(f"--temperature {temperature:g}: give 0, or at least 0.01")
-    saved = load_live(codec)
+    load_live(codec)  # before the model: a wrong folder is told at once
     loaded = load(model, device=device, dtype=dtype)
-    check_belongs(saved, loaded)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
 
     def show(words: str) -> None:
         sys.stdout.write(words)
         sys.stdout.flush()
 
-    found = generate_text(loaded, text, saved.codec, on_text=show, backend=backend, **options)  # type: ignore[arg-type]
+    found = generate(loaded, text, codec, on_text=show, backend=backend, **options)  # type: ignore[arg-type]
     print("\n")
     print(cost_line(found, "compressed cache"))
     if compare:
-        plain = generate_text(loaded, text, None, **options)
+        plain = generate(loaded, text, None, **options)  # type: ignore[arg-type]
         print(*comparison_lines(loaded, found, plain, parted_at(found, plain)), sep="\n")

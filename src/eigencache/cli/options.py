@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,60 @@ CalibrationTokens = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+
+
+class FrameName(StrEnum):
+    """Frames of the keys to print and record."""
+
+    pre = "pre"
+    post = "post"
+    both = "both"
+
+
+class ScopeName(StrEnum):
+    """What one spectrum or one basis is taken over."""
+
+    head = "head"
+    layer = "layer"
+    all = "all"
+
+
+class TargetName(StrEnum):
+    """Tensor to compress; the others stay in 16 bits."""
+
+    k = "k"
+    v = "v"
+    kv = "kv"
+    latent = "latent"
+    key_rope = "key_rope"
+
+
+class OneFrame(StrEnum):
+    """Keys before or after rotation."""
+
+    pre = "pre"
+    post = "post"
+
+
+class Bits(StrEnum):
+    """Bits of a stored coefficient."""
+
+    sixteen = "16"
+    eight = "8"
+    four = "4"
+
+
+Model = Annotated[str, typer.Argument(help="Bundled model, folder, .gguf file or hub name.")]
+Models = Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")]
+Scope = Annotated[ScopeName, typer.Option("--scope", help="One basis per head, per layer, or for all layers.")]
+Frame = Annotated[OneFrame, typer.Option("--frame", help="Keys before or after rotation.")]
+Metric = Annotated[str, typer.Option("--metric", help="Error metric: frobenius, attention or fisher.")]
+CoefficientBits = Annotated[Bits, typer.Option("--bits", help="Bits of a stored coefficient.")]
+HeldOutTokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")]
+HeldOutLength = Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")]
+Prefix = Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held compressed; default: half of a sequence.")]
+OutputJson = Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")]
 
 
 def layer_numbers(layers: str | None) -> tuple[int, ...] | None:
@@ -112,3 +167,30 @@ def _writable(folder: Path) -> bool:
 def unique(names: Iterable[str]) -> list[str]:
     """The names in order, each once."""
     return list(dict.fromkeys(names))
+
+
+def partial_of(output: Path | None) -> Path | None:
+    """Return the file beside an output that keeps results while a command runs, so that it can be resumed."""
+    return output.with_name(f"{output.name}.partial") if output else None
+
+
+def finish(output: Path | None) -> None:
+    """Remove what a command kept while it ran."""
+    if partial := partial_of(output):
+        partial.unlink(missing_ok=True)
+
+
+def print_written(*paths: Path | None) -> None:
+    """Print one line for every file that was written."""
+    from rich.console import Console
+
+    console = Console()
+    for path in filter(None, paths):
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def task_names(tasks: str | None) -> tuple[str, ...] | None:
+    """`copy,recall` → ("copy", "recall"); `none` → (); None stays None."""
+    if tasks is None:
+        return None
+    return () if tasks == "none" else tuple(part.strip() for part in tasks.split(","))

@@ -1,7 +1,6 @@
 """`eigencache probe MODEL`: the spectra of one model's cache, as a table, JSON and a plot."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,13 +9,18 @@ from eigencache.cli.options import (
     BatchSize,
     Device,
     Dtype,
+    FrameName,
     MaxLength,
+    OutputJson,
+    Plot,
+    ScopeName,
     Seed,
     Text,
     Tokens,
     check_plot,
     check_writable,
     layer_numbers,
+    print_written,
 )
 
 EXAMPLES = """
@@ -26,22 +30,6 @@ EXAMPLES = """
   eigencache probe ref-gpt2 --layers 0,3,5 --scope head --tokens 20000\n
   eigencache probe ref-llama --view classic
 """
-
-
-class FrameName(StrEnum):
-    """Which frames of the keys to print and record."""
-
-    pre = "pre"
-    post = "post"
-    both = "both"
-
-
-class ScopeName(StrEnum):
-    """What a spectrum is taken over."""
-
-    head = "head"
-    layer = "layer"
-    all = "all"
 
 
 class View(StrEnum):
@@ -64,8 +52,8 @@ def run(
         list[ScopeName] | None, typer.Option("--scope", help="May be given more than once; default: all three.")
     ] = None,
     view: Annotated[View, typer.Option("--view", help="honest, classic (the historic figures) or spread.")] = View.honest,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a plot (.png, .svg, .pdf).")] = None,
+    output: OutputJson = None,
+    plot: Plot = None,
     max_length: MaxLength = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Take the tokenizer from another model.")] = None,
     device: Device = None,
@@ -82,7 +70,9 @@ def run(
     numbers = layer_numbers(layers)
     from rich.console import Console
 
-    from eigencache.cli.measuring import measure_model
+    from eigencache.api import probe
+    from eigencache.cli.progress import progress_bar
+    from eigencache.corpora.resolve import read_text
     from eigencache.records.base import SCOPES, Scope
     from eigencache.report.probe.comparison import classic_table
     from eigencache.report.probe.plots import plot_probe, plot_spread, save_figure
@@ -90,10 +80,21 @@ def run(
     from eigencache.studies.probe import ProbeSettings
 
     scopes: tuple[Scope, ...] = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)
-    settings = ProbeSettings(numbers, frame.value, scopes, batch_size, seed, int(memory * 2**30))
-    record = measure_model(
-        model, settings, text=text, tokens=tokens, max_length=max_length, tokenizer=tokenizer, device=device, dtype=dtype
-    )
+    with progress_bar(model) as on_progress:
+        record = probe(
+            model,
+            tokenizer,
+            read_text(text),
+            tokens=tokens,
+            max_length=max_length,
+            settings=ProbeSettings(numbers, frame.value, scopes),
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            seed=seed,
+            memory=int(memory * 2**30),
+            on_progress=on_progress,
+        ).record
     if output:
         record.save(output)
     if plot:
@@ -102,5 +103,4 @@ def run(
     for line in geometry_lines(record):
         console.print(line, markup=False, highlight=False)
     console.print({View.honest: probe_table, View.classic: classic_table, View.spread: spread_table}[view](record))
-    for path in filter(None, (output, plot)):
-        console.print(f"written: {path}", markup=False, highlight=False)
+    print_written(output, plot)

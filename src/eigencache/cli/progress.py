@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eigencache.calibration.moments import Progress as OnProgress
+from eigencache.progress import Progress as OnProgress
 
 
 @contextmanager

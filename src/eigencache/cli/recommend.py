@@ -1,6 +1,5 @@
 """`eigencache recommend MODEL|REPORT.json`: which way to compress a cache within a budget, measured, with the evidence."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,14 +11,19 @@ from eigencache.cli.options import (
     Device,
     Dtype,
     Force,
+    HeldOutLength,
+    HeldOutTokens,
+    OutputJson,
+    Prefix,
     Seed,
     Text,
     check_writable,
+    partial_of,
+    print_written,
 )
 
 if TYPE_CHECKING:
-    from eigencache.records.advice import Advice, Budget
-    from eigencache.records.probe import ProbeRecord
+    from eigencache.records.advice import Budget
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -59,13 +63,13 @@ def run(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Which model of a report with several.")] = None,
     text: Text = "stdlib:held-out",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")] = 40_960,
-    max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")] = 1024,
-    prefix: Annotated[int | None, typer.Option("--prefix", min=8, help="Tokens held encoded; default half.")] = None,
+    tokens: HeldOutTokens = 40_960,
+    max_length: HeldOutLength = 1024,
+    prefix: Prefix = None,
     calibration_text: CalibrationText = "stdlib",
     calibration_tokens: CalibrationTokens = 131_072,
     force: Force = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the record as JSON.")] = None,
+    output: OutputJson = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
@@ -80,34 +84,38 @@ def run(
     budget = _budget(budget_nll, budget_ppl)
     from rich.console import Console
 
+    from eigencache.api import recommend
+    from eigencache.cli.progress import progress_bar
+    from eigencache.corpora.resolve import read_text
     from eigencache.records.quality import SweepRecord
     from eigencache.report.advice.tables import advice_lines, advice_tables, evidence_lines
-    from eigencache.studies.recommend.recommend import partial_paths, recommend_sweep
+    from eigencache.studies.recommend.recommend import partial_paths
     from eigencache.studies.recommend.subject import read_subject
 
-    partial = output.with_name(f"{output.name}.partial") if output else None
-    found = read_subject(subject, model)
-    if isinstance(found, SweepRecord):
+    partial = partial_of(output)
+    if isinstance(read_subject(subject, model), SweepRecord):
         _refuse_measuring(context, subject)
-        advice = recommend_sweep(found, budget, subject)
+        advice = recommend(subject, budget=budget)
     else:
-        advice = _measured(
-            subject,
-            None if isinstance(found, str) else found,
-            budget,
-            text=text,
-            tokens=tokens,
-            max_length=max_length,
-            prefix=prefix or max_length // 2,
-            calibration_text=calibration_text,
-            calibration_tokens=calibration_tokens,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            seed=seed,
-            force=force,
-            partial=partial,
-        )
+        with progress_bar(subject) as on_progress:
+            advice = recommend(
+                subject,
+                text=read_text(text),
+                calibration_text=read_text(calibration_text),
+                budget=budget,
+                model=model,
+                tokens=tokens,
+                calibration_tokens=calibration_tokens,
+                max_length=max_length,
+                prefix=prefix,
+                force=force,
+                partial=partial,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                seed=seed,
+                on_progress=on_progress,
+            )
     if output:
         advice.save(output)
     for path in filter(None, partial_paths(partial).values()):
@@ -119,56 +127,7 @@ def run(
         console.print(table)
     for line in evidence_lines(advice):
         console.print(line, markup=False, highlight=False)
-    if output:
-        console.print(f"written: {output}", markup=False, highlight=False)
-
-
-def _measured(
-    subject: str,
-    probe: "ProbeRecord | None",
-    budget: "Budget",
-    *,
-    text: str,
-    tokens: int,
-    max_length: int,
-    prefix: int,
-    calibration_text: str,
-    calibration_tokens: int,
-    device: str | None,
-    dtype: str | None,
-    batch_size: int,
-    seed: int,
-    force: bool,
-    partial: Path | None,
-) -> "Advice":
-    """Load what is asked about, check it against its probe, and measure with progress bars."""
-    from eigencache.cli.measuring import load_with_text, pack_with_progress
-    from eigencache.cli.progress import progress_bar
-    from eigencache.records.quality import ReadingProtocol
-    from eigencache.studies.recommend.recommend import recommend_model
-    from eigencache.studies.recommend.subject import check_same_model
-
-    name = probe.model.name if probe else subject
-    dtype = dtype or (probe.model.dtype if probe else None)  # the fingerprint is of weights in that dtype
-    loaded, held_out = load_with_text(name, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype)
-    if probe:
-        check_same_model(loaded, probe, subject)
-    calibration = pack_with_progress(loaded, calibration_text, calibration_tokens, min(512, max_length))
-    with progress_bar(name) as on_progress:
-        return recommend_model(
-            loaded,
-            held_out,
-            calibration,
-            budget,
-            ReadingProtocol(kind="prefix", length=prefix),
-            batch_size=batch_size,
-            seed=seed,
-            force=force,
-            probe=probe,
-            subject=subject,
-            partial=partial,
-            on_progress=on_progress,
-        )
+    print_written(output)
 
 
 def _budget(nll: str | None, ppl: str | None) -> "Budget":
@@ -176,17 +135,17 @@ def _budget(nll: str | None, ppl: str | None) -> "Budget":
     from eigencache.records.advice import DEFAULT_PPL, Budget
 
     if nll is not None and ppl is not None:
-        raise BudgetError("--budget-nll and --budget-ppl: give one of them; both say how much may be lost")
+        raise BudgetError("--budget-nll and --budget-ppl both set the loss budget. Use one of them.")
     if nll is not None:
         return Budget.of_nll(nll)
     return Budget.of_ppl(DEFAULT_PPL if ppl is None else ppl)
 
 
 def _refuse_measuring(context: typer.Context, subject: str) -> None:
-    """Raises `RecordError` for options that say how to measure, where nothing is measured."""
+    """Raise `RecordError` for options that control a measurement, where nothing is measured."""
     from eigencache.errors import RecordError
 
     given = [name for name in _MEASURING if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
         option = f"--{given[0].replace('_', '-')}"
-        raise RecordError(f"{option}: {subject} is a sweep, and nothing is measured anew: leave it out, or name the model")
+        raise RecordError(f"{option}: {subject} is a sweep, so nothing is measured. Leave it out, or name the model.")

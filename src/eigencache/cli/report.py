@@ -1,18 +1,21 @@
 """`eigencache report [MODEL…]`: one self-contained HTML page, its JSON, and the comparison on the terminal."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import BatchSize, Device, Dtype, MaxLength, Seed, Tokens, check_folder, unique
+from eigencache.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxLength,
+    Seed,
+    Tokens,
+    check_folder,
+    unique,
+)
 from eigencache.cli.options import Text as TextOption
-
-if TYPE_CHECKING:
-    from eigencache.calibration.moments import CapturedMoments, Progress
-    from eigencache.corpora.text import Text
-    from eigencache.models.load import LoadedModel
-    from eigencache.records.advice import Budget, Verdict
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -48,67 +51,40 @@ def run(
     check_folder(output)
     from rich.console import Console
 
-    from eigencache.calibration.moments import gather
-    from eigencache.cli.measuring import load_with_text
+    from eigencache.api import report
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
     from eigencache.models.load import BUNDLED
-    from eigencache.records.advice import Budget, ReportRecord
+    from eigencache.records.advice import Budget
     from eigencache.records.base import write_whole
     from eigencache.report.advice.verdict import short_table
     from eigencache.report.core.measured import short_names
     from eigencache.report.html import write_report
     from eigencache.report.probe.comparison import compare_table
-    from eigencache.studies.probe import ProbeSettings, probe_gathered
 
-    console = Console()
-    budget, settings = Budget.of_ppl(budget_ppl), ProbeSettings(batch_size=batch_size, seed=seed)
-    scored = None if held_out == "none" else read_text(held_out)
-    report = ReportRecord(probes=[])
-    for model in unique(models or BUNDLED):
-        loaded, sequences = load_with_text(
-            model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype
+    with progress_bar("report") as on_progress:
+        record = report(
+            unique(models or BUNDLED),
+            read_text(text),
+            None if held_out == "none" else read_text(held_out),
+            tokens=tokens,
+            held_out_tokens=held_out_tokens,
+            max_length=max_length,
+            budget=Budget.of_ppl(budget_ppl),
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
         )
-        with progress_bar(model) as on_progress:
-            gathered = gather(loaded, sequences, settings.scopes, batch_size=batch_size, on_progress=on_progress)
-            report.probes.append(probe_gathered(loaded, gathered, settings, on_progress))
-            said = f"probe {report.probes[-1].run.wall_s:.1f} s"
-            if scored:
-                verdict = _judged(loaded, gathered, scored, held_out_tokens, budget, batch_size, seed, on_progress)
-                report.verdicts.append(verdict)
-                said += f", verdict {verdict.advice.sweeps['given'].run.wall_s:.1f} s" if verdict.advice else ""
-        console.print(f"{model}: {said}", markup=False, highlight=False)
+    console = Console()
     page, data = output / "report.html", output / "report.json"
-    write_report(report, page)
-    write_whole(data, report.model_dump_json(indent=1).encode())
-    console.print(compare_table(report.probes))
-    if in_short := short_table(report, short_names(report.probes)):
+    write_report(record, page)
+    write_whole(data, record.model_dump_json(indent=1).encode())
+    console.print(compare_table(record.probes))
+    if in_short := short_table(record, short_names(record.probes)):
         console.print(in_short)
-    for probe, verdict in zip(report.probes, report.verdicts, strict=False):
+    for probe, verdict in zip(record.probes, record.verdicts, strict=False):
         if verdict.reason:
             console.print(f"{probe.model.name}: compression was not measured: {verdict.reason}", markup=False)
     console.print(f"report: {page}\ndata:   {data}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _judged(
-    loaded: "LoadedModel",
-    gathered: "CapturedMoments",
-    scored: "Text",
-    tokens: int,
-    budget: "Budget",
-    batch_size: int,
-    seed: int,
-    on_progress: "Progress",
-) -> "Verdict":
-    """Advice, or the reason why this model, or this text, allows none: the probe is worth its report all the same."""
-    from eigencache.corpora.sequences import pack
-    from eigencache.errors import EigencacheError
-    from eigencache.records.advice import Verdict
-    from eigencache.studies.recommend.verdict import judge
-
-    try:
-        held_out = pack(scored, loaded.tokenizer, tokens=tokens, max_length=gathered.sequences.corpus.max_length)
-        advice = judge(loaded, gathered, held_out, budget, batch_size=batch_size, seed=seed, on_progress=on_progress)
-    except EigencacheError as error:
-        return Verdict(reason=str(error))
-    return Verdict(advice=advice)

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import Device, Dtype, Seed, Text, Tokens, check_writable, unique
+from eigencache.cli.options import (
+    Device,
+    Dtype,
+    Seed,
+    Text,
+    Tokens,
+    check_writable,
+    unique,
+)
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -29,21 +37,19 @@ def run(
     from pydantic import TypeAdapter
     from rich.console import Console
 
-    from eigencache.cli.measuring import load_with_text
+    from eigencache.api import score
     from eigencache.cli.progress import progress_bar
+    from eigencache.corpora.resolve import read_text
     from eigencache.models.load import BUNDLED
     from eigencache.records.base import write_whole
     from eigencache.records.probe import ScoreRecord
     from eigencache.report.quality.score import score_table
-    from eigencache.studies.model_quality import score_model
 
-    records = []
+    source, records = read_text(text), []
     for model in unique(models or BUNDLED):
-        loaded, sequences = load_with_text(
-            model, text=text, tokens=tokens, max_length=max_length, device=device, dtype=dtype
-        )
         with progress_bar(model) as on_progress:
-            records.append(score_model(loaded, sequences, seed=seed, on_progress=lambda d, n: on_progress("scoring", d, n)))
+            options = {"device": device, "dtype": dtype, "seed": seed, "on_progress": on_progress}
+            records.append(score(model, text=source, tokens=tokens, max_length=max_length, **options))
     if output:
         write_whole(output, TypeAdapter(list[ScoreRecord]).dump_json(records, indent=1))
     Console().print(score_table(records))

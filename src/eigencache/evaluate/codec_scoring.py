@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.summary import summarize
-from eigencache.models.load import LoadedModel
 from eigencache.records.quality import Quality, ReadingProtocol, SequenceLoss
 from eigencache.records.run import Corpus
 
@@ -29,15 +28,13 @@ class CodecScores:
 
 
 def score_codecs(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     codecs: Mapping[str, Compressor],
     protocol: ReadingProtocol,
     *,
     calibration: Corpus,
-    batch_size: int = 8,
     partial: Path | None = None,
-    on_progress: Progress = silent,
 ) -> CodecScores:
     """Score all codecs on `sequences` beside the uncompressed cache; resumed from `partial` where that is of the same run.
 
@@ -45,20 +42,20 @@ def score_codecs(
     too few positions.
     """
     key = {
-        "model": loaded.sha256,
+        "model": session.loaded.sha256,
         "text": sequences.corpus.model_dump(),
         "calibration": calibration.model_dump(),
         "protocol": protocol.model_dump(),
         "codecs": {name: codec.nbytes for name, codec in codecs.items()},
-        "batch": batch_size,
+        "batch": session.batch_size,
     }
     kept = ResumableResults(partial, key)
-    total = len(batches_of(sequences, protocol, batch_size))
-    on_progress("scoring", len(kept.done), total)
-    for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(kept.done)):
+    total = len(batches_of(sequences, protocol, session.batch_size))
+    session.on_progress("scoring", len(kept.done), total)
+    for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(kept.done)):
         kept.add(as_kept(scored))
-        on_progress("scoring", len(kept.done), total)
-    return scores_of(kept.done, codecs, loaded.geometry.values_per_token)
+        session.on_progress("scoring", len(kept.done), total)
+    return scores_of(kept.done, codecs, session.loaded.geometry.values_per_token)
 
 
 def as_kept(scored: Scored) -> dict[str, Any]:

@@ -4,23 +4,23 @@ Every generated token reads its past through the cache, the first one too: all o
 cache before generation begins. Generation goes on past the end of a text, so that all answers have one length.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Prefix, Window, check_positions, read_prefix, require_finite
-from eigencache.models.load import LoadedModel
 from eigencache.records.quality import Divergence
 
 
 @torch.no_grad()
 def measure_divergence(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     codecs: Mapping[str, Compressor],
     *,
@@ -28,28 +28,26 @@ def measure_divergence(
     prompt_tokens: int = 256,
     new_tokens: int = 64,
     window: Window = WHOLE,
-    batch_size: int = 8,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Divergence]:
     """One result per codec, against the uncompressed cache on the same prompts; `on_progress`: prompts so far, of all.
 
     Raises `CorpusError` where the text has too few prompts, `ModelError` where the model has too few positions.
     """
-    if min(prompts, new_tokens, batch_size) < 1:
+    if min(prompts, new_tokens, session.batch_size) < 1:
         raise CorpusError(
-            f"{prompts} prompts of {new_tokens} new tokens, {batch_size} at a time: at least 1 of each is needed"
+            f"{prompts} prompts of {new_tokens} new tokens, {session.batch_size} at a time: at least 1 of each is needed"
         )
-    check_positions(loaded, prompt_tokens + new_tokens)
+    check_positions(session.loaded, prompt_tokens + new_tokens)
     ids = cut_prompts(sequences, prompts, prompt_tokens)
     reference: list[Tensor] = []
     answers: dict[str, list[Tensor]] = {name: [] for name in codecs}
-    for start in range(0, prompts, batch_size):
-        batch = torch.from_numpy(ids[start : start + batch_size]).to(loaded.device)
-        prefix = read_prefix(loaded, batch[:, :-1])
+    for start in range(0, prompts, session.batch_size):
+        batch = torch.from_numpy(ids[start : start + session.batch_size]).to(session.loaded.device)
+        prefix = read_prefix(session.loaded, batch[:, :-1])
         reference.append(generate_greedily(prefix, batch, None, new_tokens))
         for name, codec in codecs.items():
             answers[name].append(generate_greedily(prefix, batch, codec, new_tokens, window))
-        on_progress(min(start + batch_size, prompts), prompts)
+        session.on_progress("generation", min(start + session.batch_size, prompts), prompts)
     return [divergence(name, torch.cat(reference), torch.cat(found), prompt_tokens) for name, found in answers.items()]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
@@ -38,13 +39,7 @@ class Scored:
 
 @torch.no_grad()
 def score_through_cache(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    codecs: Mapping[str, Compressor],
-    protocol: ReadingProtocol,
-    *,
-    batch_size: int = 4,
-    skip: int = 0,
+    session: Session, sequences: Sequences, codecs: Mapping[str, Compressor], protocol: ReadingProtocol, *, skip: int = 0
 ) -> Iterator[Scored]:
     """Score every sequence for every codec and for the uncompressed cache, batch by batch; `skip`: batches left out.
 
@@ -55,9 +50,9 @@ def score_through_cache(
     """
     if protocol.kind != "prefix" and (own := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
         raise CodecError(f"{own[0]} is made of a whole prefix: it can be scored behind one, not chunk by chunk")
-    check_positions(loaded, max(map(len, sequences.ids)))
-    for batch in batches_of(sequences, protocol, batch_size)[skip:]:
-        yield _score_batch(loaded, torch.from_numpy(np.stack(batch)).to(loaded.device), codecs, protocol)
+    check_positions(session.loaded, max(map(len, sequences.ids)))
+    for batch in batches_of(sequences, protocol, session.batch_size)[skip:]:
+        yield _score_batch(session.loaded, torch.from_numpy(np.stack(batch)).to(session.loaded.device), codecs, protocol)
 
 
 def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:

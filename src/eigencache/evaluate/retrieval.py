@@ -5,16 +5,16 @@ that the model cannot do on its uncompressed cache says nothing of a codec: it i
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Window, check_positions, read_prefix
 from eigencache.evaluate.tasks import TASKS, Example, examples, task_named, vocabulary
-from eigencache.models.load import LoadedModel
 from eigencache.records.base import Interval
 from eigencache.records.quality import Accuracy, Retrieval
 
@@ -25,7 +25,7 @@ _Z = 1.959964  # of a two-sided 95 % interval
 
 @torch.no_grad()
 def evaluate_retrieval(
-    loaded: LoadedModel,
+    session: Session,
     codecs: Mapping[str, Compressor],
     *,
     tasks: Sequence[str] | None = None,
@@ -33,18 +33,15 @@ def evaluate_retrieval(
     depths: Sequence[float] = (0.0, 0.5, 1.0),
     count: int = 50,
     window: Window = WHOLE,
-    batch_size: int = 8,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[Retrieval]:
-    """One result per task, length and depth, as they come; `on_progress`: results so far, of all.
+    """One result per task, length and depth, as they come.
 
     `tasks`: names, all by default; one without depth is done once per length. Raises `CorpusError` for an unknown
     task and for lengths that do not fit a task, `ModelError` where the model has too few positions.
     """
-    if min(count, batch_size) < 1:
-        raise CorpusError(f"{count} examples, {batch_size} at a time: at least 1 of each is needed")
-    words = vocabulary(loaded)
+    if min(count, session.batch_size) < 1:
+        raise CorpusError(f"{count} examples, {session.batch_size} at a time: at least 1 of each is needed")
+    words = vocabulary(session.loaded)
     cells = [
         (name, length, depth)
         for name in (TASKS if tasks is None else tasks)
@@ -52,22 +49,28 @@ def evaluate_retrieval(
         for depth in (depths if task_named(name).has_depth else (None,))
     ]
     for done, (name, length, depth) in enumerate(cells, 1):
-        made = examples(name, words, length, depth or 0.0, count, seed)
-        check_positions(loaded, length + len(made[0].answer))
-        yield score_examples(loaded, codecs, made, task=name, depth=depth, window=window, batch_size=batch_size)
-        on_progress(done, len(cells))
+        made = examples(name, words, length, depth or 0.0, count, session.seed)
+        check_positions(session.loaded, length + len(made[0].answer))
+        yield score_examples(
+            session,
+            codecs,
+            made,
+            task=name,
+            depth=depth,
+            window=window,
+        )
+        session.on_progress("retrieval", done, len(cells))
 
 
 @torch.no_grad()
 def score_examples(
-    loaded: LoadedModel,
+    session: Session,
     codecs: Mapping[str, Compressor],
     made: Sequence[Example],
     *,
     task: str,
     depth: float | None = None,
     window: Window = WHOLE,
-    batch_size: int = 8,
 ) -> Retrieval:
     """Accuracy of every codec on examples of one length; none where the uncompressed cache does not do the task.
 
@@ -75,7 +78,7 @@ def score_examples(
     """
     chance = float(np.mean([example.chance for example in made]))
     threshold = max(chance, FLOOR)
-    uncompressed = _accuracies(loaded, {UNCOMPRESSED: None}, made, window, batch_size)[0]
+    uncompressed = _accuracies(session, {UNCOMPRESSED: None}, made, window)[0]
     applicable = uncompressed.interval[0] > threshold
     return Retrieval(
         task=task,
@@ -86,20 +89,21 @@ def score_examples(
         threshold=threshold,
         applicable=applicable,
         uncompressed=uncompressed,
-        results=_accuracies(loaded, codecs, made, window, batch_size) if applicable else [],
+        results=_accuracies(session, codecs, made, window) if applicable else [],
     )
 
 
 def _accuracies(
-    loaded: LoadedModel, codecs: Mapping[str, Compressor | None], made: Sequence[Example], window: Window, batch_size: int
+    session: Session, codecs: Mapping[str, Compressor | None], made: Sequence[Example], window: Window
 ) -> list[Accuracy]:
     correct = dict.fromkeys(codecs, 0)
-    for start in range(0, len(made) if codecs else 0, batch_size):
-        batch = made[start : start + batch_size]
+    for start in range(0, len(made) if codecs else 0, session.batch_size):
+        batch = made[start : start + session.batch_size]
         contexts, answers = (
-            torch.from_numpy(np.stack(x)).to(loaded.device) for x in ([e.context for e in batch], [e.answer for e in batch])
+            torch.from_numpy(np.stack(x)).to(session.loaded.device)
+            for x in ([e.context for e in batch], [e.answer for e in batch])
         )
-        prefix = read_prefix(loaded, contexts[:, :-1])
+        prefix = read_prefix(session.loaded, contexts[:, :-1])
         piece = torch.cat([contexts[:, -1:], answers[:, :-1]], 1)
         for name, codec in codecs.items():
             first = prefix.logits(piece, codec, window).argmax(-1)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from eigencache.calibration.calibration_set import CalibrationSet
-from eigencache.calibration.metrics import MetricName
-from eigencache.calibration.moments import MEMORY, Progress, silent
+from eigencache.calibration.metrics import check_metric
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
 from eigencache.codec.eigen.entropy_tables import fit_tables
@@ -27,7 +26,6 @@ from eigencache.errors import CodecError, StatisticsError
 from eigencache.fitting.eigen_basis import JointScope, basis_of, scaled_metrics, spans_of
 from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
-from eigencache.models.load import LoadedModel
 from eigencache.spectral.metric import block_product
 
 FITTED = 16_384  # vectors that quantizer and tables of a step are fitted on
@@ -42,7 +40,7 @@ class EigenSettings:
     """What of a codec is chosen, not measured. `sinks` None: four first positions, or more where more stand out."""
 
     scope: JointScope = "joint"
-    metric: MetricName = "fisher"
+    metric: str = "fisher"
     alpha: float = 0.75
     text: bool = True  # predict from the tokens
     sinks: int | None = None
@@ -58,7 +56,9 @@ class EigenSettings:
 
 def settings_of(**chosen: Any) -> EigenSettings:
     """Settings from names and numbers that a user gave. Raises `CodecError` for those that do not exist."""
-    for name, allowed in (("scope", get_args(JointScope)), ("metric", get_args(MetricName)), ("kept_bits", (8, 16))):
+    if "metric" in chosen:
+        check_metric(chosen["metric"])
+    for name, allowed in (("scope", get_args(JointScope)), ("kept_bits", (8, 16))):
         if name in chosen and chosen[name] not in allowed:
             raise CodecError(f"{name.replace('_', ' ')} {chosen[name]}: choose one of {', '.join(map(str, allowed))}")
     return EigenSettings(**chosen)
@@ -92,7 +92,7 @@ class EigenFit:
     sinks: int
     fitted: Coefficients
     held: Coefficients
-    apart: Sequences
+    held_out: Sequences
     dtype: torch.dtype
 
     def at_step(self, step: float, name: str | None = None) -> Point:
@@ -145,24 +145,15 @@ class EigenFit:
 
 
 @torch.no_grad()
-def fit_eigen(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    settings: EigenSettings = EigenSettings(),
-    *,
-    memory: int = MEMORY,
-    batch_size: int = 8,
-    source: CalibrationSet | None = None,
-    on_progress: Progress = silent,
-) -> EigenFit:
-    """Capture, weigh and decompose what a model caches of `sequences`. `source`: of these, gathered already for another fit.
+def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettings()) -> EigenFit:
+    """Decompose the vectors of a calibration set in the metric of `settings`.
 
-    Raises `StatisticsError` for too little text, and what capturing raises.
+    Raises `StatisticsError` for too little text, and the errors of capturing.
     """
-    source = source or CalibrationSet(loaded, sequences, memory, batch_size, on_progress)
-    samples, held = source.samples, source.held
-    on_progress("decomposing", 0, 1)
-    full, roots, inverses = scaled_metrics(source.metric(settings.metric), settings.alpha)
+    session = calibration.session
+    samples, held = calibration.samples, calibration.held_out_samples
+    session.on_progress("decomposing", 0, 1)
+    full, roots, inverses = scaled_metrics(calibration.metric(settings.metric), settings.alpha)
     mean, positions = samples.mean, None
     if not samples.layout.rotations:
         positions = fit_positions(samples.less_mean(mean), roots, inverses)
@@ -176,8 +167,8 @@ def fit_eigen(
     samples, held = samples.less_mean(mean), held.less_mean(mean)
     text, ranks = None, (None, None)
     if settings.text:
-        rank_of, features = vocabulary(loaded, samples.ids)
-        whole = [layer.layer_idx for layer in loaded.geometry.layers if layer.attention == "full"]  # of all tokens, always
+        rank_of, features = vocabulary(session.loaded, samples.ids)
+        whole = [layer.layer_idx for layer in session.loaded.geometry.layers if layer.attention == "full"]  # no window
         told_by = whole[0] if whole else None
         text = fit_text(samples, rank_of[samples.ids], features, roots, inverses, told_by=told_by)
         (samples, found), (held, found_apart) = (_unpredicted(part, text, settings.block) for part in (samples, held))
@@ -185,7 +176,7 @@ def fit_eigen(
     spans = spans_of(samples.layout, settings.scope)
     found = [basis_of(samples.vectors, *span, roots, inverses) for span in spans]
     transform = JointTransform(mean, tuple(basis for basis, _ in found), full)
-    on_progress("decomposing", 1, 1)
+    session.on_progress("decomposing", 1, 1)
     return EigenFit(
         settings=settings,
         layout=samples.layout,
@@ -196,8 +187,8 @@ def fit_eigen(
         sinks=sinks,
         fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
         held=Coefficients(transform.encode(held.vectors, 1.0), ranks[1]),
-        apart=source.apart,
-        dtype=loaded.model.dtype,
+        held_out=calibration.held_out,
+        dtype=session.loaded.model.dtype,
     )
 
 

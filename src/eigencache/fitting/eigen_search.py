@@ -3,13 +3,12 @@
 import math
 from typing import NamedTuple
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.saved.card import Expected
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.eigen import EigenFit, Point
-from eigencache.fitting.heldout_score import CONTEXT, expected_of, scored_apart
-from eigencache.models.load import LoadedModel
+from eigencache.fitting.heldout_score import CONTEXT, expected_of, score_held_out
 
 _CLOSE = 0.005  # of the bits that were asked for
 _ROUNDS = 20
@@ -25,14 +24,7 @@ class Fitted(NamedTuple):
 
 
 def fit_target(
-    fit: EigenFit,
-    loaded: LoadedModel,
-    *,
-    bits: float | None = None,
-    max_nll: float | None = None,
-    context: int = CONTEXT,
-    batch_size: int = 8,
-    on_progress: Progress = silent,
+    fit: EigenFit, session: Session, *, bits: float | None = None, max_nll: float | None = None, context: int = CONTEXT
 ) -> Fitted:
     """The codec of `bits` per value of `context` tokens, or else the smallest that loses at most `max_nll` nats.
 
@@ -43,8 +35,9 @@ def fit_target(
     if bits is not None:
         point = at_bits(fit, bits, context=context)
     else:
-        point = at_loss(fit, loaded, max_nll, batch_size=batch_size, on_progress=on_progress)  # type: ignore[arg-type]
-    quality = scored_apart(loaded, fit.apart, {"fitted": point.codec}, batch_size, on_progress)["fitted"]
+        assert max_nll is not None
+        point = at_loss(fit, session, max_nll)
+    quality = score_held_out(session, fit.held_out, {"fitted": point.codec})["fitted"]
     return Fitted(point.codec, expected_of(quality, context, fit.bits_per_value(point, context), point.coded_bits))
 
 
@@ -76,16 +69,14 @@ def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | N
     )
 
 
-def at_loss(
-    fit: EigenFit, loaded: LoadedModel, max_nll: float, *, batch_size: int = 8, on_progress: Progress = silent
-) -> Point:
+def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:
     """The coarsest step whose ΔNLL on the sequences kept apart is at most `max_nll` nats, to a quarter of an octave.
 
     Raises `BudgetError` where even the finest step loses more.
     """
     for first in (1, 1 + _OCTAVES):
         octaves = [_coarsest(fit) / 2**i for i in range(first, first + _OCTAVES)]
-        points = _scored(fit, loaded, octaves, batch_size, on_progress)
+        points = _scored(fit, session, octaves)
         within = [i for i in range(len(points)) if all(loss <= max_nll for _, loss in points[i:])]
         if within:
             break
@@ -93,12 +84,10 @@ def at_loss(
         raise BudgetError(f"`max_nll` {max_nll:g}: even the finest step loses {points[-1][1]:.4f} nats: allow more")
     best = points[within[0]][0]
     finer = [best.codec.step * 2 ** (i / (_BETWEEN + 1)) for i in range(_BETWEEN, 0, -1)]
-    return next((p for p, loss in _scored(fit, loaded, finer, batch_size, on_progress) if loss <= max_nll), best)
+    return next((p for p, loss in _scored(fit, session, finer) if loss <= max_nll), best)
 
 
-def _scored(
-    fit: EigenFit, loaded: LoadedModel, steps: list[float], batch_size: int, on_progress: Progress
-) -> list[tuple[Point, float]]:
+def _scored(fit: EigenFit, session: Session, steps: list[float]) -> list[tuple[Point, float]]:
     """Codecs of these steps, those left out that code nothing, with their ΔNLL."""
     points: dict[str, Point] = {}
     for step in steps:
@@ -107,7 +96,7 @@ def _scored(
         except StatisticsError:
             continue
     codecs = {name: point.codec for name, point in points.items()}
-    quality = scored_apart(loaded, fit.apart, codecs, batch_size, on_progress)
+    quality = score_held_out(session, fit.held_out, codecs)
     return [(point, quality[name].delta_nll) for name, point in points.items()]
 
 

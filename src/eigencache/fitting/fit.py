@@ -7,7 +7,7 @@ from math import isfinite
 from numbers import Real
 
 from eigencache.calibration.calibration_set import CalibrationSet
-from eigencache.calibration.moments import MEMORY, Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.saved.card import Expected, LiveCardSettings
 from eigencache.corpora.sequences import Sequences
@@ -15,11 +15,11 @@ from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import fit_target
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
-from eigencache.fitting.live import LiveSettings, check_bits, fit_live
+from eigencache.fitting.live import LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
-from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of
-from eigencache.models.load import LoadedModel
+from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of, live_fitting_of
 from eigencache.records.provenance import Stopwatch
+from eigencache.records.run import Run
 
 
 @dataclass(frozen=True)
@@ -66,50 +66,70 @@ class LiveGoal:
 class FitResult:
     """A codec, and what is saved beside it."""
 
-    codec: EigenCodec
-    expected: Expected
-    fitting: FitProvenance
+    codec: EigenCodec | None
+    expected: Expected | None
+    fitting: FitProvenance | None
     live: FittedLive | None = None
     live_fitting: FitProvenance | None = None
 
 
 def fit_codec(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     settings: EigenSettings,
     goal: Goal,
     *,
     context: int = CONTEXT,
-    batch_size: int = 8,
-    memory: int = MEMORY,
-    seed: int = 0,
     live: LiveGoal | None = None,
-    on_progress: Progress = silent,
 ) -> FitResult:
-    """Fit, find the step, and measure size and loss on the sequences kept apart. Raises what the parts raise.
+    """Fit `eigen`, find its step, and measure its size and its loss on the held-out sequences.
 
-    With `live` also a codec of the live cache, from the same vectors and metric.
+    Args:
+        session: the model and how it is run.
+        sequences: the calibration text, of which the last eighth is held out.
+        settings: settings of `eigen`.
+        goal: the size or the loss to reach.
+        context: context length, in tokens, at which a size is evaluated.
+        live: the goal of a live codec to fit from the same vectors and metric as well.
+
+    Raises:
+        BudgetError: the goal cannot be reached.
+        StatisticsError: too little text.
     """
     watch = Stopwatch()
-    source = CalibrationSet(loaded, sequences, memory, batch_size, on_progress)
-    fit = fit_eigen(loaded, sequences, settings, source=source, on_progress=on_progress)
-    codec, expected = fit_target(
-        fit, loaded, bits=goal.bits, max_nll=goal.max_nll, context=context, batch_size=batch_size, on_progress=on_progress
-    )
-    run = watch.run(seed, {"batch_size": batch_size})
-    fitting = eigen_fitting_of(settings, expected, loaded, sequences, run)
+    calibration = CalibrationSet(session, sequences)
+    fit = fit_eigen(calibration, settings)
+    codec, expected = fit_target(fit, session, bits=goal.bits, max_nll=goal.max_nll, context=context)
+    fitting = eigen_fitting_of(settings, expected, session.loaded, sequences, _run(watch, session))
     if live is None:
         return FitResult(codec, expected, fitting)
-    goal_of = {"bits": live.bits, "max_nll": live.max_nll, "safe": live.safe}
-    own = fit_live(source, live.settings)
-    found = fit_live_target(
-        own,
-        loaded,
-        source.apart,
-        context=context,
-        batch_size=batch_size,
-        on_progress=on_progress,
-        **goal_of,  # type: ignore[arg-type]
-    )
-    about = LiveCardSettings(**asdict(own.settings))
-    return FitResult(codec, expected, fitting, found, fitting._replace(settings=about, expected=found.expected))
+    fitted, live_fitting = _live(calibration, live, context, fitting)
+    return FitResult(codec, expected, fitting, fitted, live_fitting)
+
+
+def fit_live_codec(session: Session, sequences: Sequences, live: LiveGoal, *, context: int = CONTEXT) -> FitResult:
+    """Fit the live codec alone. Arguments and errors are those of `fit_codec`."""
+    watch = Stopwatch()
+    calibration = CalibrationSet(session, sequences)
+    fit = fit_live(calibration, live.settings)
+    fitted = _at_goal(fit, calibration, live, context)
+    about = LiveCardSettings(**asdict(fit.settings))
+    fitting = live_fitting_of(about, fitted.expected, session.loaded, sequences, _run(watch, session))
+    return FitResult(None, None, None, fitted, fitting)
+
+
+def _live(
+    calibration: CalibrationSet, live: LiveGoal, context: int, fitting: FitProvenance
+) -> tuple[FittedLive, FitProvenance]:
+    fit = fit_live(calibration, live.settings)
+    fitted = _at_goal(fit, calibration, live, context)
+    return fitted, fitting._replace(settings=LiveCardSettings(**asdict(fit.settings)), expected=fitted.expected)
+
+
+def _at_goal(fit: LiveFit, calibration: CalibrationSet, live: LiveGoal, context: int) -> FittedLive:
+    goal = {"bits": live.bits, "max_nll": live.max_nll, "safe": live.safe}
+    return fit_live_target(fit, calibration.session, calibration.held_out, context=context, **goal)  # type: ignore[arg-type]
+
+
+def _run(watch: Stopwatch, session: Session) -> Run:
+    return watch.run(session.seed, {"batch_size": session.batch_size})

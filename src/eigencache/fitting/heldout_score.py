@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eigencache.calibration.moments import Progress
+from eigencache.calibration.session import Session
 from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
-from eigencache.models.load import LoadedModel
 from eigencache.records.quality import Quality, ReadingProtocol
 
 CONTEXT = 2048  # tokens at which a size is meant
@@ -30,18 +29,14 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
     )
 
 
-def scored_apart(
-    loaded: LoadedModel, apart: Sequences, codecs: Mapping[str, Any], batch_size: int, on_progress: Progress
-) -> dict[str, Quality]:
+def score_held_out(session: Session, apart: Sequences, codecs: Mapping[str, Any]) -> dict[str, Quality]:
     """Codecs scored on sequences kept apart, behind prefixes of half their length."""
     protocol = ReadingProtocol(kind="prefix", length=max(8, apart.corpus.max_length // 2))
     scores = score_codecs(
-        loaded,
+        session.reporting(lambda _, done, of: session.on_progress(f"scoring {len(codecs)} codecs", done, of)),
         apart,
-        {name: codec.to(loaded.device) for name, codec in codecs.items()},
+        {name: codec.to(session.loaded.device) for name, codec in codecs.items()},
         protocol,
         calibration=apart.corpus,
-        batch_size=batch_size,
-        on_progress=lambda _, done, of: on_progress(f"scoring {len(codecs)} codecs", done, of),
     )
     return scores.quality

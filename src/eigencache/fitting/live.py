@@ -163,7 +163,7 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
     alpha = settings.alpha
     assert alpha is not None
     longest = max(source.samples.lengths)
-    reach = settings.reach or getattr(source.loaded.model.config, "max_position_embeddings", None) or REACH
+    reach = settings.reach or getattr(source.session.loaded.model.config, "max_position_embeddings", None) or REACH
     reach = reach if source.samples.layout.rotations else longest
     metrics = _stored_metric(source, reach)
     sinks = settings.sinks
@@ -178,7 +178,7 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
         rotation = source.samples.layout.rotations.get(layer_idx)
         own = rotation[1] if rotation and rotation[0] == slot else None
         slots[at] = _fit_slot(vectors[at], positions, own, root, inverse, settings.shared)
-    return LiveFit(settings, slots, sinks, source.loaded.model.dtype, reach)
+    return LiveFit(settings, slots, sinks, source.session.loaded.model.dtype, reach)
 
 
 def _stored_metric(source: CalibrationSet, reach: int) -> dict[tuple[int, int], Tensor]:

@@ -3,15 +3,14 @@
 import math
 from typing import NamedTuple
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
-from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, scored_apart
+from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, score_held_out
 from eigencache.fitting.live import LiveFit
 from eigencache.kernels.packed.format import BLOCK
-from eigencache.models.load import LoadedModel
 
 TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # bits per value, for a loss
 
@@ -25,15 +24,13 @@ class FittedLive(NamedTuple):
 
 def fit_live_target(
     fit: LiveFit,
-    loaded: LoadedModel,
+    session: Session,
     apart: Sequences,
     *,
     bits: float | None = None,
     max_nll: float | None = None,
     safe: bool = False,
     context: int = CONTEXT,
-    batch_size: int = 8,
-    on_progress: Progress = silent,
 ) -> FittedLive:
     """The codec of `bits` per packed value, the safe one, or the smallest that loses at most `max_nll` nats (0.01).
 
@@ -53,7 +50,7 @@ def fit_live_target(
     one = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
     tried = [one] if one else [fit.at_bits(b) for b in TRIED]
     names = {f"{codec.bits_per_value:.4f}": codec for codec in tried}
-    quality = scored_apart(loaded, apart, names, batch_size, on_progress)
+    quality = score_held_out(session, apart, names)
     if one:
         name = next(iter(names))
     else:
@@ -63,7 +60,7 @@ def fit_live_target(
             raise BudgetError(f"`max_nll` {limit:g}: even 8 bits lose {quality[ordered[-1]].delta_nll:.4f} nats: allow more")
         name = ordered[within[0]]
     codec = names[name]
-    values = loaded.geometry.values_per_token
+    values = session.loaded.geometry.values_per_token
     return FittedLive(
         codec,
         expected_of(

@@ -4,25 +4,24 @@ A codec is fitted for a target (`k`, `v`, `kv`, `latent`), a scope, a frame of t
 For MLA `latent` is what is cached beside the rotary key; `k` and `v` are what it expands to and are not in its cache.
 """
 
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eigencache.calibration.accumulator import Columns
-from eigencache.calibration.attention_metric import attention_metrics
-from eigencache.calibration.fisher_metric import Metrics, fisher_metrics
-from eigencache.calibration.metrics import METRIC_TOKENS, MetricName, spread_out
-from eigencache.calibration.moments import MEMORY, CapturedMoments, Progress, gather, silent
+from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, metric_named, spread_out
+from eigencache.calibration.moments import CapturedMoments, gather
+from eigencache.calibration.session import Session
 from eigencache.codec.pca import Part, PCACodec, PCAGroup
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.geometry import KVGeometry, Layer, kind_and_frame
 from eigencache.models.load import LoadedModel
-from eigencache.models.rope_detection import require_steady, rotations_of
+from eigencache.models.rope_detection import rotations_of
 from eigencache.records.base import Scope
 from eigencache.spectral.measure import Place, effective_vectors
 from eigencache.spectral.metric import block_diagonal, regularized
@@ -51,7 +50,7 @@ class PCASettings:
     target: Target = "v"
     scope: Scope = "head"
     frame: Literal["pre", "post"] = "pre"
-    metric: MetricName = "frobenius"
+    metric: str = "frobenius"
     centered: bool = True
     alpha: float = 1.0
     basis: Basis = "fitted"  # `pooled`: one for all heads of a layer; `random`: a control
@@ -71,58 +70,78 @@ class PCASettings:
         return " · ".join(parts + ([] if self.basis == "fitted" else [f"{self.basis} basis"]))
 
 
-@dataclass
+@dataclass(eq=False)
 class PCACalibration:
-    """What a model's cache looks like on a text; metrics are measured when they are first asked for."""
+    """The moments and metrics of a model on a text, from which any PCA codec is fitted; each is measured on first use.
 
-    loaded: LoadedModel
+    Args:
+        session: the model and how it is run; `seed` draws random bases.
+        sequences: the calibration text.
+        scopes: the scopes of the moments to collect.
+        metric_tokens: tokens a metric is measured on.
+        gathered: moments of `sequences` in `scopes`, where they have been captured before.
+
+    Raises:
+        StatisticsError: sequences so long that the model rotates their keys differently.
+    """
+
+    session: Session
     sequences: Sequences
     scopes: tuple[Scope, ...] = ("head",)
-    batch_size: int = 8
-    memory: int = MEMORY
-    seed: int = 0
-    on_progress: Progress = silent
     metric_tokens: int = METRIC_TOKENS
-    gathered: CapturedMoments | None = None  # moments of `sequences` in `scopes`, where somebody has them already
-    rotations: dict[int, Rotation] = field(default_factory=dict)
-    _moments: dict[Place, Moments] = field(default_factory=dict)
-    _columns: dict[str, list[Columns]] = field(default_factory=dict)
-    _metrics: dict[str, Metrics] = field(default_factory=dict)
+    gathered: CapturedMoments | None = None
 
     def __post_init__(self) -> None:
-        require_steady(self.loaded, max(map(len, self.sequences.ids), default=0))
-        kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
-        self.gathered = self.gathered or gather(
-            self.loaded,
-            self.sequences,
-            self.scopes,
-            kinds=kinds,
-            batch_size=self.batch_size,
-            memory=self.memory,
-            on_progress=self.on_progress,
-        )
-        self.rotations = rotations_of(self.loaded)
-        self._columns = {n: c for n, c in self.gathered.columns.items() if kind_and_frame(n)[0] in kinds}
-        self._moments = dict(self.gathered.accumulator.places())
+        self.session.require_steady(self.sequences)
+
+    @cached_property
+    def rotations(self) -> dict[int, Rotation]:
+        """The rotation of the keys, by layer."""
+        return rotations_of(self.session.loaded)
 
     def metric(self, name: str) -> Metrics:
-        """`attention` or `fisher`, measured on first use."""
+        """Return a metric's matrices, measured on first use. Raises `StatisticsError` for an unknown name."""
         if name not in self._metrics:
-            measure = {"attention": attention_metrics, "fisher": fisher_metrics}[name]
-            self._metrics[name] = measure(
-                self.loaded,
-                spread_out(self.sequences, self.metric_tokens),
-                self.rotations,
-                on_batch=partial(self.on_progress, f"{name} metric"),
-            )
+            text = spread_out(self.sequences, self.metric_tokens)
+            self._metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
         return self._metrics[name]
 
     def fit(self, settings: PCASettings) -> PCACodec:
-        """The codec of full rank; `truncated` gives the others.
+        """Return the codec of full rank, fitted once per settings; its `truncated` gives lower ranks.
 
         Raises `CodecError` for a target the model does not cache, `StatisticsError` for too little text.
         """
-        check_target(self.loaded, settings.target)
+        if settings not in self._fitted:
+            self._fitted[settings] = self._fit(settings)
+        return self._fitted[settings]
+
+    @cached_property
+    def captured(self) -> CapturedMoments:
+        """The moments of the text."""
+        return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds)
+
+    @cached_property
+    def _kinds(self) -> tuple[str, str]:
+        return ("latent", "key_rope") if self.session.loaded.geometry.mla else ("keys", "values")
+
+    @cached_property
+    def _columns(self) -> dict[str, list[Columns]]:
+        return {n: c for n, c in self.captured.columns.items() if kind_and_frame(n)[0] in self._kinds}
+
+    @cached_property
+    def _moments(self) -> dict[Place, Moments]:
+        return dict(self.captured.accumulator.places())
+
+    @cached_property
+    def _metrics(self) -> dict[str, Metrics]:
+        return {}
+
+    @cached_property
+    def _fitted(self) -> dict[PCASettings, PCACodec]:
+        return {}
+
+    def _fit(self, settings: PCASettings) -> PCACodec:
+        check_target(self.session.loaded, settings.target)
         groups: list[PCAGroup] = []
         rotations: dict[int, tuple[int, Rotation]] = {}
         for kind in _KINDS[settings.target]:
@@ -130,8 +149,10 @@ class PCACalibration:
             groups += self._groups(name, settings)
             if name.endswith("_pre_rope"):
                 rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
-        codec = PCACodec(settings.describe(), tuple(groups), rotations, self.loaded.model.dtype, sinks=settings.sinks)
-        return codec.to(self.loaded.device)
+        codec = PCACodec(
+            settings.describe(), tuple(groups), rotations, self.session.loaded.model.dtype, sinks=settings.sinks
+        )
+        return codec.to(self.session.loaded.device)
 
     def _name(self, kind: str, frame: str) -> str:
         """The tensor name of a kind in the wanted frame, or in the only one it has."""
@@ -169,9 +190,9 @@ class PCACalibration:
         total = moments.total() if pool is None else _pooled([self._moments[at].total() for at in pool])
         self._check_support(moments, total, name, place)
         if settings.basis == "random":
-            return random_transform(total, self.seed).to(torch.float32)
+            return random_transform(total, self.session.seed).to(torch.float32)
         metric = None
-        if settings.metric != "frobenius":
+        if settings.metric != FROBENIUS:
             layers = self.metric(settings.metric)[name]
             blocks = [layers[p.layer_idx][head] for p in parts for head in range(*p.heads)]
             metric = regularized(sum(blocks) / len(blocks) if pool else block_diagonal(blocks))  # type: ignore[arg-type]

@@ -29,10 +29,9 @@ class FitProvenance(NamedTuple):
 
 def fitting_of(codec: PCACodec, settings: PCASettings, calibration: PCACalibration) -> FitProvenance:
     """Of a codec that `calibration` has just fitted with `settings`: the run that is recorded ends now."""
-    gathered = calibration.gathered
-    assert gathered is not None  # every calibration has read its text
-    run = gathered.watch.run(calibration.seed, {"batch_size": calibration.batch_size})
-    origin = _origin(calibration.loaded, calibration.rotations, calibration.sequences, run)
+    session = calibration.session
+    run = calibration.captured.watch.run(session.seed, {"batch_size": session.batch_size})
+    origin = _origin(session.loaded, calibration.rotations, calibration.sequences, run)
     about = PCACardSettings(**asdict(settings), bits=codec.bits, rank=codec.rank)
     return FitProvenance(about, origin, sketch(calibration.sequences.ids))
 
@@ -46,6 +45,13 @@ def eigen_fitting_of(
     """
     about = EigenCardSettings(**asdict(settings))
     return FitProvenance(about, _origin(loaded, rotations_of(loaded), sequences, run), sketch(sequences.ids), expected)
+
+
+def live_fitting_of(
+    settings: LiveCardSettings, expected: Expected, loaded: LoadedModel, sequences: Sequences, run: Run
+) -> FitProvenance:
+    """Return the provenance of a live codec that was fitted alone. Arguments are those of `eigen_fitting_of`."""
+    return FitProvenance(settings, _origin(loaded, rotations_of(loaded), sequences, run), sketch(sequences.ids), expected)
 
 
 def _origin(loaded: LoadedModel, rotations: Mapping[int, Rotation], sequences: Sequences, run: Run) -> CodecOrigin:

@@ -14,3 +14,4 @@ class FoldingResult:
     scale: float  # largest absolute logit
     coefficients_nbytes: int  # held by the folded cache after the last sequence
     vectors_nbytes: int  # what an ordinary cache held
+    dtype: str  # of the model

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eigencache.calibration.moments import Progress
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Codec
 from eigencache.codec.byte_ledger import ledger
 from eigencache.codec.saved.folder import AnyCodec, SavedCodec
@@ -12,18 +12,17 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import as_kept, scores_of
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.likelihood import batches_of, score_through_cache
-from eigencache.evaluate.prefix import Window
+from eigencache.evaluate.prefix import WHOLE, Window
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.retrieval import evaluate_retrieval
 from eigencache.fitting.pca import PCACalibration
-from eigencache.models.load import LoadedModel
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import Divergence, EvaluationRecord, Likelihood, ReadingProtocol, Retrieval
 from eigencache.records.run import Corpus
 
 
 def evaluate_codecs(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     calibration: PCACalibration | SavedCodec,
     codecs: Mapping[str, AnyCodec],
@@ -33,12 +32,9 @@ def evaluate_codecs(
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] = (256,),
     examples: int = 32,
-    window: Window = Window(),  # noqa: B008 - frozen
-    batch_size: int = 8,
-    seed: int = 0,
+    window: Window = WHOLE,
     force: bool = False,
     partial: Path | None = None,
-    on_progress: Progress = lambda *_: None,
 ) -> EvaluationRecord:
     """Measure everything; `partial`: where results are kept while it runs. `prompts` 0 and `tasks` () leave parts out.
 
@@ -48,53 +44,57 @@ def evaluate_codecs(
     watch = Stopwatch()
     fitted_on, overlap = _calibration_text(calibration, sequences, force)
     saved = calibration.card.tensors_sha256 if isinstance(calibration, SavedCodec) else None
-    values_per_token = loaded.geometry.values_per_token
+    values_per_token = session.loaded.geometry.values_per_token
     coded_bits = calibration.coded_bits if isinstance(calibration, SavedCodec) else None
     ledgers = {name: ledger(codec, values_per_token, coded_bits=coded_bits) for name, codec in codecs.items()}
-    model = loaded.record("the cache itself")
+    model = session.loaded.record("the cache itself")
     key = {
         "model": model.sha256,
         "texts": [text.model_dump() for text in (sequences.corpus, fitted_on)],
         "codecs": [*codecs, saved],
-        "settings": [[p.model_dump() for p in protocols], prompts, tasks, lengths, examples, str(window), batch_size, seed],
+        "settings": [
+            [p.model_dump() for p in protocols],
+            prompts,
+            tasks,
+            lengths,
+            examples,
+            str(window),
+            session.batch_size,
+            session.seed,
+        ],
     }
     kept = ResumableResults(partial, key)
-    batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, batch_size)))]
+    batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, session.batch_size)))]
     for protocol in protocols:
         before = [one for one in kept.done if one.get("protocol") == protocol.model_dump()]
-        for scored in score_through_cache(loaded, sequences, codecs, protocol, batch_size=batch_size, skip=len(before)):
+        for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(before)):
             kept.add({"protocol": protocol.model_dump()} | as_kept(scored))
-            on_progress("likelihood", sum("losses" in one for one in kept.done), len(batches))
+            session.on_progress("likelihood", sum("losses" in one for one in kept.done), len(batches))
     if prompts and not any("divergence" in one for one in kept.done):
         found = measure_divergence(
-            loaded,
+            session,
             sequences,
             codecs,
             prompts=prompts,
             prompt_tokens=min(256, sequences.corpus.max_length),
             window=Window(window.tokens, max(16, window.block)),
-            batch_size=batch_size,
-            on_progress=lambda done, of: on_progress("generation", done, of),
         )
         kept.add({"divergence": [one.model_dump() for one in found]})
     if (tasks is None or tasks) and not any("retrieval" in one for one in kept.done):
         cells = evaluate_retrieval(
-            loaded,
+            session,
             codecs,
             tasks=tasks,
             lengths=lengths,
             count=examples,
             window=window,
-            batch_size=batch_size,
-            seed=seed,
-            on_progress=lambda done, of: on_progress("retrieval", done, of),
         )
         kept.add({"retrieval": [one.model_dump() for one in cells]})
     return EvaluationRecord(
         model=model,
         corpus=sequences.corpus,
         calibration=fitted_on,
-        run=watch.run(seed, {"batch_size": batch_size, "forced": force, "codec_sha256": saved}),
+        run=watch.run(session.seed, {"batch_size": session.batch_size, "forced": force, "codec_sha256": saved}),
         likelihood=[_likelihood(kept.done, protocol, codecs, values_per_token) for protocol in protocols],
         divergence=[Divergence(**one) for part in kept.done for one in part.get("divergence", ())],
         retrieval=[Retrieval(**one) for part in kept.done for one in part.get("retrieval", ())],

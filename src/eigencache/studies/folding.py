@@ -28,7 +28,16 @@ def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) 
         effect = max(effect, float((decoded - plain.logits).abs().max()))
         scale = max(scale, float(plain.logits.abs().max()))
         held, plain_held = _nbytes(cache), _nbytes(plain.past_key_values)
-    return FoldingResult(codec.name, sequences.corpus.tokens, rounding, effect, scale, held, plain_held)
+    return FoldingResult(
+        codec.name,
+        sequences.corpus.tokens,
+        rounding,
+        effect,
+        scale,
+        held,
+        plain_held,
+        str(model.dtype).removeprefix("torch."),
+    )
 
 
 def _nbytes(cache: object) -> int:

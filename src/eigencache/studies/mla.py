@@ -4,12 +4,13 @@ All ratios are against the 16-bit latent and rotary key, which is what such a mo
 that a cache without the latent would hold stand beside as bytes (THEORY 9, 11).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from eigencache.calibration.moments import gather
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import batches_of, compared
@@ -21,7 +22,6 @@ from eigencache.records.mla import LatentComparison
 from eigencache.records.quality import ReadingProtocol, SequenceLoss, SweepPoint, SweepSeries
 from eigencache.spectral.transform import Transform, fit_transform
 
-OnBatch = Callable[[int, int], None]
 KINDS = {"k": "keys_nope", "v": "values"}
 
 
@@ -53,31 +53,26 @@ def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> La
     )
 
 
-def fit_expanded(loaded: LoadedModel, sequences: Sequences, *, on_batch: OnBatch = lambda *_: None) -> Expanded:
+def fit_expanded(session: Session, sequences: Sequences) -> Expanded:
     """PCA of every head's expanded keys (without rotary part) and values, full rank."""
-    check_latent(loaded)
+    check_latent(session.loaded)
     gathered = gather(
-        loaded, sequences, ("head",), kinds=tuple(KINDS.values()), on_progress=lambda _, done, of: on_batch(done, of)
+        session,
+        sequences,
+        ("head",),
+        kinds=tuple(KINDS.values()),
     )
     found: dict[tuple[int, str], list[Transform]] = {}
     for place, moments in gathered.accumulator.places():
         assert place.layer_idx is not None
-        transform = fit_transform(moments.total()).to(loaded.model.dtype, loaded.device)
+        transform = fit_transform(moments.total()).to(session.loaded.model.dtype, session.loaded.device)
         found.setdefault((place.layer_idx, place.kind), []).append(transform)
     return found
 
 
 @torch.no_grad()
 def sweep_expanded(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    fitted: Expanded,
-    target: str,
-    shares: Sequence[float],
-    prefix: int,
-    *,
-    batch_size: int = 8,
-    on_batch: OnBatch = lambda *_: None,
+    session: Session, sequences: Sequences, fitted: Expanded, target: str, shares: Sequence[float], prefix: int
 ) -> SweepSeries:
     """Low rank of the expanded keys (`k`) or values (`v`) alone, as a cache without the latent would hold them.
 
@@ -91,20 +86,20 @@ def sweep_expanded(
     losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
     held = dict.fromkeys(ranks, 0)
     positions = 0
-    batches = batches_of(sequences, protocol, batch_size)
+    batches = batches_of(sequences, protocol, session.batch_size)
     for done, batch in enumerate(batches, 1):
-        ids = torch.from_numpy(np.stack(batch)).to(loaded.device)
-        start, targets = read_prefix(loaded, ids[:, :prefix]), ids[:, prefix + 1 :]
+        ids = torch.from_numpy(np.stack(batch)).to(session.loaded.device)
+        start, targets = read_prefix(session.loaded, ids[:, :prefix]), ids[:, prefix + 1 :]
         reference = start.logits(ids[:, prefix:], None)
         losses[None] += _losses(compared(reference, reference, targets), targets.shape[1])
         for rank, codec in codecs.items():
-            with expanded_codec(loaded, codec, prefix) as bytes_held:
+            with expanded_codec(session.loaded, codec, prefix) as bytes_held:
                 logits = start.logits(ids[:, prefix:], None)
             losses[rank] += _losses(compared(reference, logits, targets), targets.shape[1])
             held[rank] += bytes_held.nbytes
         positions += prefix * len(ids)
-        on_batch(done, len(batches))
-    geometry = loaded.geometry
+        session.on_progress(f"{target} expanded", done, len(batches))
+    geometry = session.loaded.geometry
     rope = 2 * sum(layer.mla.qk_rope_head_dim for layer in geometry.layers if layer.mla) * positions
     points = []
     for rank, codec in codecs.items():

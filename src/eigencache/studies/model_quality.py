@@ -3,14 +3,12 @@
 A model that predicts nothing caches nothing worth measuring, so the bundled models carry these figures.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 
 from eigencache.calibration.moments import check_fit
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
-from eigencache.models.load import LoadedModel
 from eigencache.records.probe import ScoreRecord
 from eigencache.records.provenance import Stopwatch
 
@@ -19,44 +17,44 @@ BUCKETS = (256, 512, 1024, 2048)
 
 
 @torch.no_grad()
-def score_model(
-    loaded: LoadedModel, sequences: Sequences, *, seed: int = 0, on_progress: Callable[[int, int], None] = lambda *_: None
-) -> ScoreRecord:
+def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
     """Held-out loss in nats per token, over all positions and up to each of 256 … 2,048, and copy accuracy.
 
     Copy accuracy: 64 random tokens are followed by themselves; the share of the second run's tokens 2 … 64 that the
     model ranks first, over 64 rows.
     """
     watch = Stopwatch()
-    model = loaded.model
-    check_fit(loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    model = session.loaded.model
+    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     longest = max(map(len, sequences.ids)) - 1
     total, count = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.float64)
     for done, ids in enumerate(sequences.ids, 1):
-        row = torch.from_numpy(ids)[None].to(loaded.device)
+        row = torch.from_numpy(ids)[None].to(session.loaded.device)
         with watch:
             logits = model(input_ids=row, use_cache=False).logits
         loss = F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="none").double().cpu()
         total[: len(loss)] += loss
         count[: len(loss)] += 1
-        on_progress(done, len(sequences.ids))
+        session.on_progress("scoring", done, len(sequences.ids))
     edges = [bucket for bucket in BUCKETS if bucket <= longest + 1]
     by_position = {bucket: _mean(total, count, low, bucket) for low, bucket in zip([0, *edges], edges, strict=False)}
     return ScoreRecord(
-        model=loaded.name,
+        model=session.loaded.name,
         corpus=sequences.corpus,
         loss_nats=float(total.sum() / count.sum()),
         loss_by_position=by_position,
-        copy_accuracy=copy_accuracy(loaded, seed),
-        run=watch.run(seed, {}),
+        copy_accuracy=copy_accuracy(session),
+        run=watch.run(session.seed, {}),
     )
 
 
-def copy_accuracy(loaded: LoadedModel, seed: int = 0) -> float:
+def copy_accuracy(session: Session) -> float:
     """The share of tokens that in-context copying gets right when 64 random tokens are repeated."""
-    generator = torch.Generator().manual_seed(seed)
-    span = torch.randint(1, len(loaded.tokenizer), (COPY_ROWS, COPY_SPAN), generator=generator).to(loaded.device)
-    logits = loaded.model(input_ids=torch.cat([span, span], 1), use_cache=False).logits
+    generator = torch.Generator().manual_seed(session.seed)
+    span = torch.randint(1, len(session.loaded.tokenizer), (COPY_ROWS, COPY_SPAN), generator=generator).to(
+        session.loaded.device
+    )
+    logits = session.loaded.model(input_ids=torch.cat([span, span], 1), use_cache=False).logits
     return float((logits[:, COPY_SPAN:-1].argmax(-1) == span[:, 1:]).double().mean())
 
 

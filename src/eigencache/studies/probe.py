@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 
 from eigencache.calibration.accumulator import Accumulator, shapes_of
-from eigencache.calibration.moments import MEMORY, CapturedMoments, Progress, captured_by_name, gather, silent
+from eigencache.calibration.moments import CapturedMoments, captured_by_name, gather
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.capture import Capture
-from eigencache.models.load import LoadedModel
+from eigencache.progress import Progress, silent
 from eigencache.records.base import SCOPES, Scope
 from eigencache.records.probe import FrameComparison, ProbeRecord, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
@@ -30,56 +31,44 @@ class ProbeSettings:
     layers: tuple[int, ...] | None = None
     frame: FrameChoice = "both"
     scopes: tuple[Scope, ...] = SCOPES
-    batch_size: int = 8
-    seed: int = 0
-    memory: int = MEMORY
     demonstration: bool = True  # also the historic probe of four repeated sentences
 
 
-def probe_model(
-    loaded: LoadedModel, sequences: Sequences, settings: ProbeSettings | None = None, on_progress: Progress = silent
-) -> ProbeRecord:
+def probe_model(session: Session, sequences: Sequences, settings: ProbeSettings | None = None) -> ProbeRecord:
     """Run the probe; `on_progress(what, done, of)` is called after every batch and every spectrum.
 
     Raises what `gather` raises, and `StatisticsError` where the wanted frame was not captured.
     """
     settings = settings or ProbeSettings()
-    gathered = gather(
-        loaded,
-        sequences,
-        settings.scopes,
-        layers=settings.layers,
-        batch_size=settings.batch_size,
-        memory=settings.memory,
-        on_progress=on_progress,
-    )
-    return probe_gathered(loaded, gathered, settings, on_progress)
+    gathered = gather(session, sequences, settings.scopes, layers=settings.layers)
+    return probe_gathered(session, gathered, settings)
 
 
-def probe_gathered(
-    loaded: LoadedModel, gathered: CapturedMoments, settings: ProbeSettings, on_progress: Progress = silent
-) -> ProbeRecord:
+def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeSettings) -> ProbeRecord:
     """The same of a text that was gathered with these settings."""
     corpus, notes = gathered.sequences.corpus, gathered.notes
-    spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, settings.seed, on_progress)
+    spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, session.seed, session.on_progress)
     classic = classic_rows(spectra, "this text")
     if settings.demonstration:
-        classic += _demonstration(loaded, settings)
+        classic += _demonstration(session, settings)
     frames = _frame_comparisons(spectra)
     unwanted = {"pre": "post_rope", "post": "pre_rope", "both": ""}[settings.frame]
     spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
     if not spectra:
         raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
-    said = [*corpus.warnings, *loaded.geometry.notes, *notes, *gathered.accumulator.notes]
+    said = [*corpus.warnings, *session.loaded.geometry.notes, *notes, *gathered.accumulator.notes]
     options: dict[str, Any] = asdict(settings) | {
+        "batch_size": session.batch_size,
+        "seed": session.seed,
+        "memory": session.memory,
         "layers": ",".join(map(str, settings.layers)) if settings.layers else "all",
         "scopes": ",".join(settings.scopes),
         "folds": gathered.accumulator.folds,
     }
     return ProbeRecord(
-        model=loaded.record(gathered.style),
+        model=session.loaded.record(gathered.style),
         corpus=corpus,
-        run=gathered.watch.run(settings.seed, options),
+        run=gathered.watch.run(session.seed, options),
         spectra=spectra,
         frames=frames,
         classic=classic,
@@ -102,8 +91,9 @@ def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Pr
     return spectra
 
 
-def _demonstration(loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
-    """The historic probe on four sentences repeated to fill 64 samples."""
+def _demonstration(session: Session, settings: ProbeSettings) -> list[Any]:
+    """Run the original probe on four sentences repeated to fill 64 samples."""
+    loaded = session.loaded
     ids = [loaded.tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in SENTENCES]
     accumulator = None
     with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
@@ -111,11 +101,11 @@ def _demonstration(loaded: LoadedModel, settings: ProbeSettings) -> list[Any]:
             repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
             tensors = captured_by_name(capture.run(repeated))
             if accumulator is None:
-                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=settings.memory)
+                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=session.memory)
             accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
     assert accumulator is not None
     distinct = len({tuple(row[: i + 1]) for row in ids for i in range(len(row))})
-    return classic_rows(_spectra(accumulator, distinct, settings.seed, silent), "four repeated sentences")
+    return classic_rows(_spectra(accumulator, distinct, session.seed, silent), "four repeated sentences")
 
 
 def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
@@ -80,16 +80,14 @@ class _Series:
 
 
 def sweep_model(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     calibration: PCACalibration,
     plans: Sequence[Plan],
     protocol: ReadingProtocol,
     *,
-    batch_size: int = 8,
     force: bool = False,
     partial: Path | None = None,
-    on_progress: Progress = silent,
 ) -> SweepRecord:
     """Score every plan at every rank on held-out `sequences`; `partial`: where results are kept while it runs.
 
@@ -100,23 +98,21 @@ def sweep_model(
     overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
     series = [_fit(calibration, plan) for plan in plans]
     scores = score_codecs(
-        loaded,
+        session,
         sequences,
         {codec.name: codec for s in series for codec in s.codecs.values()},
         protocol,
         calibration=calibration.sequences.corpus,
-        batch_size=batch_size,
         partial=partial,
-        on_progress=on_progress,
     )
     return SweepRecord(
-        model=loaded.record("the cache itself"),
+        model=session.loaded.record("the cache itself"),
         corpus=sequences.corpus,
         calibration=calibration.sequences.corpus,
         protocol=protocol,
-        run=watch.run(calibration.seed, {"batch_size": batch_size, "forced": force}),
+        run=watch.run(calibration.session.seed, {"batch_size": session.batch_size, "forced": force}),
         uncompressed_nll=scores.uncompressed_nll,
-        series=[_series_record(loaded, s, scores) for s in series],
+        series=[_series_record(session.loaded, s, scores) for s in series],
         warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
     )
 

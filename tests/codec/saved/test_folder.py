@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from codec_folders import ORIGIN, WINDOWS, assert_refused, card, rehash, tensors
+from eigencache.calibration.session import Session
 from eigencache.codec.pca import Part, PCACodec, PCAGroup
 from eigencache.codec.saved.card import PCACard, PCACardSettings
 from eigencache.codec.saved.folder import CARD, TENSORS, load_codec, save_codec
@@ -76,7 +77,7 @@ def assert_alike(codec: PCACodec, other: PCACodec, cached: dict[int, tuple[Tenso
 
 @functools.cache
 def calibration(name: str) -> PCACalibration:
-    return PCACalibration(tiny_loaded(name), random_sequences(*(64,) * 32), scopes=("head", "layer", "all"))
+    return PCACalibration(Session(tiny_loaded(name)), random_sequences(*(64,) * 32), scopes=("head", "layer", "all"))
 
 
 @functools.cache

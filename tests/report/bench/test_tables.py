@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eigencache.calibration.session import Session
 from eigencache.codec.byte_ledger import ledger, paid_back_at
 from eigencache.errors import OutputError
 from eigencache.fitting.eigen import EigenSettings
@@ -409,7 +410,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_codec_is_shown_with_size_loss_and_what_the_text_lacks() -> None:
     settings = EigenSettings(metric="frobenius", text=False)
-    fitted = fit_codec(tiny_loaded("llama"), random_sequences(*[40] * 64), settings, Goal.of(bits=4))
+    fitted = fit_codec(Session(tiny_loaded("llama")), random_sequences(*[40] * 64), settings, Goal.of(bits=4))
     expected = fitted.expected
     table = codec_table("tiny", fitted.codec, expected, 192, ["REPETITIVE"])
     assert table.warnings == ("REPETITIVE",) and table.columns[0] == "Context"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eigencache.calibration.session import Session
 from eigencache.errors import (
     CorpusError,
     LayerError,
@@ -36,7 +37,9 @@ def study(loaded, sequences):
     def run(model="llama", held_out=None, calibration=None, training=QUICK, **options) -> AdapterRecord:
         one = loaded(model) if isinstance(model, str) else model
         held_out = held_out or sequences(*(48,) * 8, seed=1)
-        return study_adapter(one, held_out, calibration or sequences(*(48,) * 24), HALF, training=training, **options)
+        return study_adapter(
+            Session(one), held_out, calibration or sequences(*(48,) * 24), HALF, training=training, **options
+        )
 
     return run
 
@@ -61,7 +64,7 @@ def test_direct_pca_is_the_point_of_a_sweep_at_the_same_rank(study, loaded, sequ
 
     held_out, text = sequences(*(48,) * 8, seed=1), sequences(*(48,) * 24)
     calibration = Calibration(loaded("llama"), text, scopes=("layer",))
-    swept = sweep_model(loaded("llama"), held_out, calibration, [Plan(PCASettings("v", "layer"), ranks=(8,))], HALF)
+    swept = sweep_model(Session(loaded("llama")), held_out, calibration, [Plan(PCASettings("v", "layer"), ranks=(8,))], HALF)
     (found,) = study(held_out=held_out, calibration=text, ranks=(8,)).of("direct-pca")
     expected = swept.series[0].points[0].quality
     assert found.quality.delta_nll == pytest.approx(expected.delta_nll, abs=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import CacheMaker, Codec
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.placement import placed, tensors_in
@@ -32,7 +33,7 @@ Cached = dict[int, tuple[Tensor, Tensor]]
 
 @functools.cache
 def bench(name: str) -> BenchContext:
-    return BenchContext(tiny_loaded(name), random_sequences(*[TOKENS] * 24), RATES)
+    return BenchContext(Session(tiny_loaded(name)), random_sequences(*[TOKENS] * 24), RATES)
 
 
 @functools.cache
@@ -117,13 +118,13 @@ def test_what_is_kept_apart_swallows_a_cache_no_longer_than_it(method: str) -> N
 
 
 def test_rates_that_tokens_alone_exceed_are_left_out() -> None:
-    low = BenchContext(tiny_loaded("gpt2"), random_sequences(*[TOKENS] * 24), (0.001, 2.0))
+    low = BenchContext(Session(tiny_loaded("gpt2")), random_sequences(*[TOKENS] * 24), (0.001, 2.0))
     assert list(METHODS["eigen"].codecs(low)) == ["2"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_calibration_does_not_decide_comes_out_alike_on_other_text(name: str) -> None:
-    other = BenchContext(tiny_loaded(name), random_sequences(*[TOKENS] * 24, seed=9), RATES)
+    other = BenchContext(Session(tiny_loaded(name)), random_sequences(*[TOKENS] * 24, seed=9), RATES)
     held = cached(tiny_loaded(name))
     for method in (m for m in CODECS if not METHODS[m].fitted):
         for point, codec in METHODS[method].codecs(other).items():
@@ -178,7 +179,7 @@ def test_xquant_is_exact_but_for_the_rounding_of_the_input(name: str) -> None:
 
 def test_xquant_is_not_to_be_had_where_keys_are_normed() -> None:
     with pytest.raises(UnsupportedArchitectureError, match="are not what a projection of it gives"):
-        METHODS["xquant"].codecs(BenchContext(tiny_loaded("qwen3"), random_sequences(*[20] * 16), RATES))
+        METHODS["xquant"].codecs(BenchContext(Session(tiny_loaded("qwen3")), random_sequences(*[20] * 16), RATES))
 
 
 # Names

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Encoded
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
@@ -96,7 +97,7 @@ def bench(methods: tuple[str, ...] = ("identity", "zeros", "ladder"), **options)
     settings = BenchSettings(methods=methods, scored=SCORED, **({"seeds": (0, 1), "batch_size": 4} | chosen_settings))
     options = {"calibration": CALIBRATION, "tokens": 16 * 32, "held_out": held_out()} | options
     loaded = tiny_loaded(options.pop("model", "llama"))
-    return bench_model(loaded, options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
+    return bench_model(Session(loaded), options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
 
 
 def test_bytes_and_losses_are_those_that_were_planted(made: Made) -> None:
@@ -307,7 +308,13 @@ def test_generation_and_retrieval_look_at_the_cheapest_point_that_diverges_littl
         methods=("identity", "zeros", "ladder"), scored=SCORED, seeds=(0,), tasks=("copy",), prompts=2, examples=6
     )
     said: list[str] = []
-    record = bench_model(loaded, calibration, 2048, {96: text}, settings, on_progress=lambda name, *_: said.append(name))
+    record = bench_model(
+        Session(loaded, on_progress=lambda name, *_: said.append(name)),
+        calibration,
+        2048,
+        {96: text},
+        settings,
+    )
     generated = {one.codec: one for one in record.divergence}
     assert "identity whole" in generated and not any(name.startswith("zeros") for name in generated)
     assert generated["identity whole"].never_parted == 2 == len(generated["identity whole"].agreement)

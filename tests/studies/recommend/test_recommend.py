@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import planted_sweeps as planted
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, CorpusError, ModelError, RecordError, StatisticsError
 from eigencache.fitting.pca import PCACalibration
@@ -206,13 +207,15 @@ def test_every_scope_that_is_different_and_affordable_is_tried(loaded) -> None:
 
 def test_what_the_calibration_text_cannot_carry_is_left_out_and_said(loaded, sequences) -> None:
     model = loaded("llama")
-    little = PCACalibration(model, sequences(40, 40), scopes=("head", "layer", "all"))
+    little = PCACalibration(Session(model), sequences(40, 40), scopes=("head", "layer", "all"))
     plans, left_out = coarse_plans(model.geometry, little, Search(coarse_shares=(0.5,)))
     assert {plan.settings.scope for plan in plans} == {"head", "layer"}
     assert len(plans) + len(left_out) == 19
     assert all("n_eff" in line and "cannot carry a basis" in line for line in left_out)
     with pytest.raises(StatisticsError, match="cannot carry a basis"):
-        coarse_plans(model.geometry, PCACalibration(model, sequences(20), scopes=("head", "layer", "all")), Search())
+        coarse_plans(
+            model.geometry, PCACalibration(Session(model), sequences(20), scopes=("head", "layer", "all")), Search()
+        )
 
 
 # Halves
@@ -243,7 +246,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     options = {"search": SEARCH, "batch_size": 3, "partial": tmp_path / "p", "on_progress": lambda *a: calls.append(a)}
-    advice = recommend_model(loaded("llama"), text, calibration_text, LOOSE, PROTOCOL, **options)
+    advice = recommend_model(Session(loaded("llama")), text, calibration_text, LOOSE, PROTOCOL, **options)
     assert advice.chosen
     assert advice.chosen.stating
     assert advice.stating
@@ -259,7 +262,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert Advice.load(tmp_path / "advice.json") == advice
     assert all(path and path.exists() for path in partial_paths(tmp_path / "p").values())
     calls.clear()
-    again = recommend_model(loaded("llama"), text, calibration_text, LOOSE, PROTOCOL, **options)
+    again = recommend_model(Session(loaded("llama")), text, calibration_text, LOOSE, PROTOCOL, **options)
     assert all(done == of for what, done, of in calls if "scoring" in what)
     assert again.model_copy(update={"run": advice.run}).chosen == advice.chosen
     assert again.evidence == advice.evidence
@@ -267,7 +270,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
 
 def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text, calibration_text) -> None:
     impossible = Budget(nats=-1.0, given="impossible")
-    advice = recommend_model(loaded("llama"), text, calibration_text, impossible, PROTOCOL, search=SEARCH)
+    advice = recommend_model(Session(loaded("llama")), text, calibration_text, impossible, PROTOCOL, search=SEARCH)
     assert advice.chosen is None
     assert advice.nearest
     assert "stated" not in advice.sweeps
@@ -276,7 +279,7 @@ def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text,
 
 
 def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibration_text) -> None:
-    advice = recommend_model(loaded("deepseek_v2"), text, calibration_text, LOOSE, PROTOCOL, search=SEARCH)
+    advice = recommend_model(Session(loaded("deepseek_v2")), text, calibration_text, LOOSE, PROTOCOL, search=SEARCH)
     assert advice.chosen
     assert {advice.chosen.target, *(other.target for other in advice.others)} == {"latent", "key_rope"}
     assert advice.keys is None
@@ -314,8 +317,8 @@ def test_a_huge_bias_is_seen_and_taking_the_mean_out_undoes_what_it_does_to_roun
         for layer in model.model.layers:  # type: ignore[union-attr]
             layer.self_attn.k_proj.bias[::8] += 100.0  # type: ignore[operator]
     huge = loaded(model)
-    calibration = PCACalibration(huge, sequences(*(64,) * 8))
-    keys = measure_keys(huge, text, calibration.sequences, calibration.rotations, PROTOCOL)
+    calibration = PCACalibration(Session(huge), sequences(*(64,) * 8))
+    keys = measure_keys(Session(huge), text, calibration.sequences, calibration.rotations, PROTOCOL)
     assert keys
     assert all(bias.share > 0.9 and bias.largest_to_median > 20 for bias in keys.biases)
     kl = {(rounding.kind, rounding.mean_out): rounding.quality.kl for rounding in keys.roundings}
@@ -345,7 +348,7 @@ def test_a_file_is_read_by_its_schema_and_another_is_refused(tmp_path: Path) -> 
 
 def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(loaded, sequences, tmp_path: Path) -> None:
     model = loaded("llama")
-    probe = probe_model(model, sequences(*(64,) * 8), ProbeSettings(demonstration=False, scopes=("layer",)))
+    probe = probe_model(Session(model), sequences(*(64,) * 8), ProbeSettings(demonstration=False, scopes=("layer",)))
     other = probe.model_copy(update={"model": probe.model.model_copy(update={"name": "other", "sha256": "f" * 64})})
     path = tmp_path / "report.json"
     ReportRecord(probes=[probe, other]).save(path)
@@ -360,7 +363,7 @@ def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(l
         check_same_model(model, other, str(path))
     short = sequences(*(40,) * 18, seed=1)
     advice = recommend_model(
-        model, short, sequences(*(64,) * 40), LOOSE, PROTOCOL, search=SEARCH, probe=probe, subject=str(path)
+        Session(model), short, sequences(*(64,) * 40), LOOSE, PROTOCOL, search=SEARCH, probe=probe, subject=str(path)
     )
     assert advice.subject == str(path)
     assert any(line.claim.startswith("probe: values") for line in advice.evidence)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eigencache.calibration.moments import gather
+from eigencache.calibration.session import Session
 from eigencache.errors import CorpusError
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.models.capture import Capture
@@ -20,8 +21,8 @@ BUDGET = Budget.of_ppl("5%")
 @pytest.mark.parametrize("name", ["gpt2", "llama", "deepseek_v2"])
 def test_moments_that_are_given_fit_the_same_codecs(name: str, loaded, sequences) -> None:
     model, text = loaded(name), sequences(*(64,) * 16)
-    given = PCACalibration(model, text, gathered=gather(model, text, SCOPES))
-    own = PCACalibration(model, text, scopes=SCOPES)
+    given = PCACalibration(Session(model), text, gathered=gather(Session(model), text, SCOPES))
+    own = PCACalibration(Session(model), text, scopes=SCOPES)
     target = "latent" if name == "deepseek_v2" else "kv"
     for scope in SCOPES:
         settings = PCASettings(target, scope)
@@ -33,11 +34,16 @@ def test_moments_that_are_given_fit_the_same_codecs(name: str, loaded, sequences
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "deepseek_v2"])
 def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded, sequences, monkeypatch) -> None:
     model, text, held_out = loaded(name), sequences(*(64,) * 32), sequences(*(48,) * 9, seed=1)
-    gathered = gather(model, text, SCOPES)
+    gathered = gather(Session(model), text, SCOPES)
     read = []
     run = Capture.run
     monkeypatch.setattr(Capture, "run", lambda self, ids, *rest: read.append(ids.numel()) or run(self, ids, *rest))
-    advice = judge(model, gathered, held_out, BUDGET, batch_size=4)
+    advice = judge(
+        Session(model, batch_size=4),
+        gathered,
+        held_out,
+        BUDGET,
+    )
     assert sum(read) <= 64 * 10  # the rotation, and means of keys from a few sequences
     record = advice.sweeps["given"]
     assert [(s.target, s.bits) for s in record.series] == [(p.settings.target, p.bits) for p in verdict_plans(model)]
@@ -48,4 +54,4 @@ def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded
 def test_a_text_that_was_probed_is_not_scored(loaded, sequences) -> None:
     model, text = loaded("llama"), sequences(*(64,) * 32)
     with pytest.raises(CorpusError, match="`force`"):
-        judge(model, gather(model, text, SCOPES), text, BUDGET)
+        judge(Session(model), gather(Session(model), text, SCOPES), text, BUDGET)

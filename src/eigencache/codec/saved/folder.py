@@ -152,12 +152,18 @@ def load_live(folder: str | Path) -> SavedCodec:
     """The codec of the live cache that `eigencache fit --live` put beside the stored one. Raises as `load_codec` does."""
     folder = Path(folder)
     if not (folder / LIVE).is_dir():
+        if _is_live(folder / CARD):
+            return load_codec(folder)
         what = "has no codec for a live cache: fit it again" if (folder / CARD).exists() else "holds no codec: fit one"
         raise CodecError(f"{folder}: {what} with `eigencache fit --live`")
     saved = load_codec(folder / LIVE)
     if not isinstance(saved.codec, LiveCodec):
         raise CodecError(f"{folder / LIVE}: holds a codec of another kind: fit it again with `eigencache fit --live`")
     return saved
+
+
+def _is_live(card: Path) -> bool:
+    return _is_card(card) and json.loads(card.read_bytes()).get("kind") == "live"
 
 
 def check_replaceable(folder: Path) -> None:

@@ -11,15 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import Progress, check_fit, silent
+from eigencache.calibration.moments import check_fit
+from eigencache.calibration.session import Session
 from eigencache.codec.pca import PCACodec, PCAGroup
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
 from eigencache.evaluate.likelihood import batches_of
 from eigencache.fitting.pca import PCACalibration, PCASettings
-from eigencache.models.load import LoadedModel
 from eigencache.models.residual import AdapterTarget, Site, find_sites, inserted
+from eigencache.progress import Progress
 from eigencache.records.adapter import AdapterRecord, Method, Truncation
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import ReadingProtocol
@@ -31,7 +32,7 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
 def study_adapter(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     calibration: Sequences,
     protocol: ReadingProtocol,
@@ -41,7 +42,6 @@ def study_adapter(
     ranks: Ranks = None,
     training: TrainingSettings | None = None,
     force: bool = False,
-    on_progress: Progress = silent,
 ) -> AdapterRecord:
     """Train on `calibration`, analyze, truncate and score on `sequences`; the model is as before, also after an error.
 
@@ -52,21 +52,23 @@ def study_adapter(
     training, watch = training or TrainingSettings(), Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.ids, force=force)
     for text in (calibration, sequences):
-        check_fit(loaded, text.corpus.max_length, max(int(ids.max()) for ids in text.ids))
+        check_fit(session.loaded, text.corpus.max_length, max(int(ids.max()) for ids in text.ids))
     batches_of(sequences, protocol, training.batch_size)  # refuses a prefix that leaves nothing to score
-    first = torch.from_numpy(calibration.ids[0])[None].to(loaded.device)
-    sites = find_sites(loaded.model, loaded.geometry, target, layers, first)
+    first = torch.from_numpy(calibration.ids[0])[None].to(session.loaded.device)
+    sites = find_sites(session.loaded.model, session.loaded.geometry, target, layers, first)
     settings = PCASettings(target, "layer")
     kept_ranks = Plan(settings, ranks=ranks, shares=QUARTERS).ranks_for(max(site.width for site in sites))
     residuals = new_residuals(sites, training)
 
     def progress(which: str) -> Progress:
-        return lambda what, done, of: on_progress(f"{what}, {which}", done, of)
+        return lambda what, done, of: session.on_progress(f"{what}, {which}", done, of)
 
     def calibrated(which: str) -> PCACalibration:
         size, seed = training.batch_size, training.seed
         return PCACalibration(
-            loaded, calibration, scopes=("layer",), batch_size=size, seed=seed, on_progress=progress(which)
+            replace(session, batch_size=size, seed=seed, on_progress=progress(which)),
+            calibration,
+            scopes=("layer",),
         )
 
     def scored(which: str, whole: dict[Method, PCACodec]) -> tuple[float, list[Truncation]]:
@@ -76,13 +78,11 @@ def study_adapter(
             for rank in kept_ranks
         }
         scores = score_codecs(
-            loaded,
+            replace(session, batch_size=training.batch_size, on_progress=progress(which)),
             sequences,
             {codec.name: codec for codec in codecs.values()},
             protocol,
             calibration=calibration.corpus,
-            batch_size=training.batch_size,
-            on_progress=progress(which),
         )
         return scores.uncompressed_nll, [
             Truncation(method=method, rank=rank, quality=scores.quality[codec.name])
@@ -90,7 +90,9 @@ def study_adapter(
         ]
 
     direct = _of_sites(calibrated("frozen").fit(settings), sites)
-    trained = train(loaded, sites, residuals, calibration, training, lambda n, of: on_progress("training", n, of))
+    trained = train(
+        session.loaded, sites, residuals, calibration, training, lambda n, of: session.on_progress("training", n, of)
+    )
     operators = {layer_idx: residual.operator for layer_idx, residual in residuals.items()}
     frozen_nll, without = scored("frozen", {"direct-pca": direct})
     with inserted(sites, residuals):
@@ -104,7 +106,7 @@ def study_adapter(
         }
         adapted_nll, results = scored("adapted", codecs)
     return AdapterRecord(
-        model=loaded.record("forward hooks on the projection"),
+        model=session.loaded.record("forward hooks on the projection"),
         corpus=sequences.corpus,
         calibration=calibration.corpus,
         protocol=protocol,

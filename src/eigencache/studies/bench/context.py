@@ -12,13 +12,12 @@ from torch import Tensor
 from eigencache.calibration.attention_moments import Moments, attended_moments
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.metrics import spread_out
-from eigencache.calibration.moments import MEMORY, Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.layout import Layout
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.pca import cached_size
-from eigencache.models.load import LoadedModel
 
 RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
 MOMENT_TOKENS = 16_384
@@ -29,18 +28,15 @@ _T = TypeVar("_T")
 class BenchContext:
     """One model on one calibration text; what is fitted for one method serves the others."""
 
-    loaded: LoadedModel
+    session: Session
     sequences: Sequences
     rates: tuple[float, ...] = RATES  # bits per value of methods that take any
-    batch_size: int = 8
-    memory: int = MEMORY
-    on_progress: Progress = silent
     _fitted: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> CalibrationSet:
         """Vectors, metrics and rotations."""
-        return CalibrationSet(self.loaded, self.sequences, self.memory, self.batch_size, self.on_progress)
+        return CalibrationSet(self.session, self.sequences)
 
     def once(self, name: str, fit: Callable[[], _T]) -> _T:
         """What `fit` gives, made when it is first asked for under this name."""
@@ -52,14 +48,14 @@ class BenchContext:
         """`eigen` fitted with these settings."""
         return self.once(
             repr(settings),
-            lambda: fit_eigen(self.loaded, self.sequences, settings, source=self.source, on_progress=self.on_progress),
+            lambda: fit_eigen(self.source, settings),
         )
 
     @cached_property
     def by_slot(self) -> list[tuple[Layout, Tensor]]:
         """Vectors of keys (before rotation) and of values, or of latents and rotary keys, apart: layout, [n, width]."""
         samples = self.source.samples
-        vectors = torch.cat([samples.vectors, self.source.held.vectors])  # they keep nothing apart
+        vectors = torch.cat([samples.vectors, self.source.held_out_samples.vectors])  # they keep nothing apart
         found = []
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
@@ -73,23 +69,21 @@ class BenchContext:
     @cached_property
     def widths(self) -> dict[int, tuple[int, int]]:
         """Layer → width of a head in both slots."""
-        kinds = ("latent", "key_rope") if self.loaded.geometry.mla else ("keys", "values")
-        layers = [layer for layer in self.loaded.geometry.layers if layer.cached]
+        kinds = ("latent", "key_rope") if self.session.loaded.geometry.mla else ("keys", "values")
+        layers = [layer for layer in self.session.loaded.geometry.layers if layer.cached]
         return {layer.layer_idx: tuple(cached_size(layer, kind)[1] for kind in kinds) for layer in layers}  # type: ignore[misc]
 
     @cached_property
     def moments(self) -> tuple[Moments, Moments]:
         """Second moments of queries and of attended values, per layer and KV head."""
         return attended_moments(
-            self.loaded,
+            self.session,
             spread_out(self.sequences, MOMENT_TOKENS),
-            batch_size=self.batch_size,
-            on_progress=self.on_progress,
         )
 
     @cached_property
     def cached(self) -> dict[int, tuple[Tensor, Tensor]]:
         """A cache of a few sequences as the model holds it, for methods that try settings on one."""
-        ids = torch.from_numpy(np.stack(self.sequences.ids[: self.batch_size])).to(self.loaded.device)
+        ids = torch.from_numpy(np.stack(self.sequences.ids[: self.session.batch_size])).to(self.session.loaded.device)
         with torch.no_grad():
-            return read_prefix(self.loaded, ids).stored
+            return read_prefix(self.session.loaded, ids).stored

@@ -45,7 +45,7 @@ class Method:
 
 
 def _dtype(bench: BenchContext) -> torch.dtype:
-    return bench.loaded.model.dtype
+    return bench.session.loaded.model.dtype
 
 
 def _eigen(settings: EigenSettings) -> Callable[[BenchContext], Codecs]:
@@ -61,9 +61,9 @@ def _eigen(settings: EigenSettings) -> Callable[[BenchContext], Codecs]:
 
 def _pca_head(frame: str) -> Callable[[BenchContext], Codecs]:
     def codecs(bench: BenchContext) -> Codecs:
-        target = "latent" if bench.loaded.geometry.mla else "kv"
+        target = "latent" if bench.session.loaded.geometry.mla else "kv"
         settings = PCASettings(target, "head", frame)  # type: ignore[arg-type]
-        full = PCACalibration(bench.loaded, bench.sequences, batch_size=bench.batch_size).fit(settings)
+        full = PCACalibration(bench.session, bench.sequences).fit(settings)
         return {f"rank {r}": full.truncated(r) for r in sorted({full.rank * i // 8 for i in (2, 4, 5, 6, 7)})}
 
     return codecs
@@ -103,7 +103,7 @@ def _oscar(sinks: int, window: int) -> Callable[[BenchContext], Codecs]:
 
 
 def _xquant(bench: BenchContext) -> Codecs:
-    loaded = bench.loaded
+    loaded = bench.session.loaded
     ids = torch.from_numpy(bench.sequences.ids[0][None, :64]).to(loaded.device)
     weights = {}
     keys, values = (find_sites(loaded.model, loaded.geometry, kind, None, ids) for kind in ("k", "v"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.codec.placement import placed
 from eigencache.corpora.overlap import check_overlap
@@ -22,7 +22,6 @@ from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.prefix import check_positions
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.retrieval import evaluate_retrieval
-from eigencache.models.load import LoadedModel
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
 from eigencache.records.frontier import Curve, crossing, missing
 from eigencache.records.provenance import Stopwatch
@@ -47,11 +46,10 @@ class BenchSettings:
     tasks: tuple[str, ...] = ()
     prompts: int = 0
     examples: int = 16
-    batch_size: int = 8
 
 
 def bench_model(
-    loaded: LoadedModel,
+    session: Session,
     calibration: Sequences,
     tokens: int,
     held_out: Mapping[int, Sequences],
@@ -59,7 +57,6 @@ def bench_model(
     *,
     force: bool = False,
     partial: Path | None = None,
-    on_progress: Progress = silent,
 ) -> BenchRecord:
     """Fit on `tokens` of `calibration` for every seed, score on `held_out` (context → sequences of context + scored).
 
@@ -67,12 +64,14 @@ def bench_model(
     `CorpusError` for texts that overlap, and `ModelError` where the model has too few positions for one.
     """
     watch = Stopwatch()
-    check_positions(loaded, max(text.corpus.max_length for text in held_out.values()))
+    check_positions(session.loaded, max(text.corpus.max_length for text in held_out.values()))
     overlaps = [check_overlap(text.ids, calibration.ids, force=force) for text in held_out.values()]
-    refused = {m: why for m in settings.methods if (why := METHODS[m].refuses(loaded))}
+    refused = {m: why for m in settings.methods if (why := METHODS[m].refuses(session.loaded))}
     methods = [m for m in settings.methods if m not in refused]
     texts = [text.corpus.model_dump() for text in (calibration, *held_out.values())]
-    kept = ResumableResults(partial, {"model": loaded.sha256, "texts": texts, "tokens": tokens, "settings": repr(settings)})
+    kept = ResumableResults(
+        partial, {"model": session.loaded.sha256, "texts": texts, "tokens": tokens, "settings": repr(settings)}
+    )
     first, (shortest, *longer) = settings.seeds[0], sorted(held_out)
     generated = [_GENERATED] if settings.prompts or settings.tasks else []
     for seed in settings.seeds:
@@ -81,22 +80,22 @@ def bench_model(
         if not (open_ := [context for context in wanted if context not in done]):
             continue
         fitted_on = chosen(calibration, tokens, seed)
-        say = _prefixed(on_progress, f"seed {seed}")
-        bench = BenchContext(loaded, fitted_on, settings.rates, settings.batch_size, on_progress=say)
+        seeded = replace(session, seed=seed)
+        bench = BenchContext(seeded.named(f"seed {seed}"), fitted_on, settings.rates)
         codecs, unfit = _fitted(bench, [m for m in methods if METHODS[m].fitted or seed == first])
         for context in open_:
             if context == _GENERATED:
                 text, scored = held_out[shortest], done[shortest]
-                done[context] = _generated(loaded, text, codecs, scored, settings, seed, on_progress)
+                done[context] = _generated(seeded, text, codecs, scored, settings)
             else:
-                say = _prefixed(on_progress, f"seed {seed}, {context:,} tokens")
-                done[context] = _scored(loaded, held_out[context], codecs, context, seed, settings, fitted_on, say)
+                named = seeded.named(f"seed {seed}, {context:,} tokens")
+                done[context] = _scored(named, held_out[context], codecs, context, settings, fitted_on)
             kept.add(done[context] | {"refused": unfit})
     points = [BenchPoint(**point) for one in kept.done for point in one.get("points", ())]
     found, unfit = {p.method for p in points}, {m: why for one in kept.done for m, why in one.get("refused", {}).items()}
     refused |= {m: unfit.get(m, "it has no point at the bits asked for") for m in methods if m not in found}
     return BenchRecord(
-        model=loaded.record("the cache itself"),
+        model=session.loaded.record("the cache itself"),
         corpora={context: text.corpus for context, text in held_out.items()},
         calibration=calibration.corpus,
         scored=settings.scored,
@@ -107,7 +106,7 @@ def bench_model(
         equal_loss=_equal_losses(points, held_out, [m for m in methods if m in found]),
         divergence=[Divergence(**d) for one in kept.done for d in one.get("divergence", ())],
         retrieval=[Retrieval(**r) for one in kept.done for r in one.get("retrieval", ())],
-        run=watch.run(settings.seeds[0], {"batch_size": settings.batch_size, "calibration_tokens": tokens, "forced": force}),
+        run=watch.run(settings.seeds[0], {"batch_size": session.batch_size, "calibration_tokens": tokens, "forced": force}),
         warnings=[w for w in (*calibration.corpus.warnings, *overlaps) if w],
     )
 
@@ -124,59 +123,53 @@ def _fitted(bench: BenchContext, methods: Sequence[str]) -> tuple[dict[str, Mapp
     codecs: dict[str, Mapping[str, Compressor]] = {}
     refused: dict[str, str] = {}
     for index, method in enumerate(methods):
-        bench.on_progress(f"fitting {method}", index, len(methods))
+        bench.session.on_progress(f"fitting {method}", index, len(methods))
         try:
             made = METHODS[method].codecs(bench)  # fitted on the CPU
-            codecs[method] = {point: placed(codec, bench.loaded.device) for point, codec in made.items()}
+            codecs[method] = {point: placed(codec, bench.session.loaded.device) for point, codec in made.items()}
         except (UnsupportedArchitectureError, CodecError) as error:
             refused[method] = str(error)
     return codecs, refused
 
 
 def _scored(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     codecs: Mapping[str, Mapping[str, Compressor]],
     context: int,
-    seed: int,
     settings: BenchSettings,
     fitted_on: Sequences,
-    on_progress: Progress,
 ) -> dict[str, Any]:
     """The line of one seed and context."""
     flat = _flat(codecs)
     protocol = ReadingProtocol(kind="prefix", length=context, step=settings.step)
     scores = score_codecs(
-        loaded,
+        session,
         sequences,
         {f"{m} {p}": codec for (m, p), codec in flat.items()},
         protocol,
         calibration=fitted_on.corpus,
-        batch_size=settings.batch_size,
-        on_progress=on_progress,
     )
     points = [
         BenchPoint(
             method=m,
             point=p,
-            seed=seed,
+            seed=session.seed,
             context=context,
             quality=scores.quality[f"{m} {p}"],
             excess=scores.excess[f"{m} {p}"],
         ).model_dump()
         for m, p in flat
     ]
-    return {"seed": seed, "context": context, "nll": scores.uncompressed_nll, "points": points}
+    return {"seed": session.seed, "context": context, "nll": scores.uncompressed_nll, "points": points}
 
 
 def _generated(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     codecs: Mapping[str, Mapping[str, Compressor]],
     scored: dict[str, Any],
     settings: BenchSettings,
-    seed: int,
-    on_progress: Progress,
 ) -> dict[str, Any]:
     """The line of generation and retrieval, of each method's cheapest point that diverges little."""
     context = scored["context"]
@@ -187,32 +180,27 @@ def _generated(
         if within:
             best = min(within, key=lambda p: p.bits_per_value)
             cheapest[f"{method} {best.point}"] = codecs[method][best.point]
-    found: dict[str, Any] = {"seed": seed, "context": _GENERATED}
+    found: dict[str, Any] = {"seed": session.seed, "context": _GENERATED}
     if settings.prompts:
         found["divergence"] = [
             one.model_dump()
             for one in measure_divergence(
-                loaded,
+                session,
                 sequences,
                 cheapest,
                 prompts=settings.prompts,
                 prompt_tokens=context + 1,  # the last one reads
-                batch_size=settings.batch_size,
-                on_progress=lambda done, of: on_progress("generation", done, of),
             )
         ]
     if settings.tasks:
         found["retrieval"] = [
             one.model_dump()
             for one in evaluate_retrieval(
-                loaded,
+                session,
                 cheapest,
                 tasks=settings.tasks,
                 lengths=(context + 1,),
                 count=settings.examples,
-                batch_size=settings.batch_size,
-                seed=seed,
-                on_progress=lambda done, of: on_progress("retrieval", done, of),
             )
         ]
     return found
@@ -252,7 +240,3 @@ def _curve(points: Sequence[BenchPoint]) -> Curve:
 
 def _flat(codecs: Mapping[str, Mapping[str, Compressor]]) -> dict[tuple[str, str], Compressor]:
     return {(method, point): codec for method, points in codecs.items() for point, codec in points.items()}
-
-
-def _prefixed(on_progress: Progress, what: str) -> Progress:
-    return lambda name, done, of: on_progress(f"{what}: {name}", done, of)

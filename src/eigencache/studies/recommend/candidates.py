@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from eigencache.calibration.accumulator import MAX_WIDTH
-from eigencache.calibration.metrics import MetricName
+from eigencache.calibration.metrics import FROBENIUS
 from eigencache.codec.pca import CoefficientBits
 from eigencache.errors import StatisticsError
 from eigencache.fitting.pca import PCACalibration, PCASettings, Target
@@ -19,7 +19,7 @@ from eigencache.records.base import Scope
 from eigencache.records.quality import SweepRecord, SweepSeries
 from eigencache.studies.sweep import Plan
 
-METRICS: tuple[MetricName, ...] = ("fisher", "frobenius")
+METRICS = ("fisher", FROBENIUS)
 _MARGIN = 0.5  # of the budget: what the KL of the finer pass aims at, so that intervals have room
 
 

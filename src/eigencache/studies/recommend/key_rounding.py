@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import Progress, silent
+from eigencache.calibration.session import Session
 from eigencache.codec.baselines.rounded_keys import KINDS, RoundedKeys, Rounding
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
@@ -21,27 +21,25 @@ _SEQUENCES = 8  # of the calibration text: means need far fewer vectors than bas
 
 
 def measure_keys(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     calibration: Sequences,
     rotations: Mapping[int, Rotation],
     protocol: ReadingProtocol,
     *,
-    batch_size: int = 8,
     partial: Path | None = None,
-    on_progress: Progress = silent,
 ) -> Keys | None:
     """Biases per layer, and the loss of rounded keys on `sequences`; means from `calibration`. None without biases."""
-    biases = key_biases(loaded)
+    biases = key_biases(session.loaded)
     if not biases:
         return None
-    means, norms = _means_and_norms(loaded, calibration)
+    means, norms = _means_and_norms(session.loaded, calibration)
     sizes = [_size(layer_idx, bias, norms[layer_idx]) for layer_idx, bias in biases.items()]
     codecs: dict[tuple[Rounding, bool], RoundedKeys] = {
         (kind, mean_out): RoundedKeys(
             f"K {kind}{', mean taken out' if mean_out else ''}",
             kind,
-            loaded.model.dtype,
+            session.loaded.model.dtype,
             means if mean_out else {},
             rotations,
         )
@@ -50,14 +48,12 @@ def measure_keys(
     }
     named = {codec.name: codec for codec in codecs.values()}
     found = score_codecs(
-        loaded,
+        session,
         sequences,
         named,
         protocol,
         calibration=calibration.corpus,
-        batch_size=batch_size,
         partial=partial,
-        on_progress=on_progress,
     ).quality
     roundings = [
         KeyRounding(kind=kind, mean_out=mean_out, quality=found[codec.name]) for (kind, mean_out), codec in codecs.items()

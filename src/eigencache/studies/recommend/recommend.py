@@ -5,14 +5,13 @@ the choice. From the record of a sweep, advice is given on what was measured the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from eigencache.calibration.moments import Progress
-from eigencache.codec.pca import CoefficientBits, PCACodec
+from eigencache.calibration.session import Session
+from eigencache.codec.pca import CoefficientBits
 from eigencache.corpora.sequences import Sequences
-from eigencache.fitting.pca import PCACalibration, PCASettings
-from eigencache.models.load import LoadedModel
+from eigencache.fitting.pca import PCACalibration
 from eigencache.records.advice import Advice, Budget, Candidate, Keys
 from eigencache.records.base import SCOPES
 from eigencache.records.probe import ProbeRecord
@@ -29,34 +28,18 @@ from eigencache.studies.sweep import Plan, sweep_model
 PASSES = ("coarse", "fine", "stated", "keys")
 
 
-@dataclass
-class _FittedOnce(PCACalibration):
-    """A calibration that keeps what it has fitted: every pass uses the same bases."""
-
-    _fitted: dict[PCASettings, PCACodec] = field(default_factory=dict)
-
-    def fit(self, settings: PCASettings) -> PCACodec:
-        """As `Calibration.fit`, once for every settings."""
-        if settings not in self._fitted:
-            self._fitted[settings] = super().fit(settings)
-        return self._fitted[settings]
-
-
 def recommend_model(
-    loaded: LoadedModel,
+    session: Session,
     sequences: Sequences,
     calibration_sequences: Sequences,
     budget: Budget,
     protocol: ReadingProtocol,
     *,
     search: Search | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
     force: bool = False,
     probe: ProbeRecord | None = None,
     subject: str | None = None,
     partial: Path | None = None,
-    on_progress: Progress = lambda *_: None,
 ) -> Advice:
     """Measure and choose; `probe`: what was found about the model before, for the evidence.
 
@@ -66,23 +49,25 @@ def recommend_model(
     """
     watch, search = Stopwatch(), search or Search()
     choosing, stating = halves_of(sequences, protocol)
-    calibration = _FittedOnce(loaded, calibration_sequences, scopes=SCOPES, seed=seed, on_progress=on_progress)
+    calibration = PCACalibration(
+        session,
+        calibration_sequences,
+        scopes=SCOPES,
+    )
     paths = partial_paths(partial)
 
     def swept(which: str, text: Sequences, plans: Sequence[Plan]) -> SweepRecord:
         return sweep_model(
-            loaded,
+            session.named(f"{which} pass"),
             text,
             calibration,
             plans,
             protocol,
-            batch_size=batch_size,
             force=force,
             partial=paths[which],
-            on_progress=lambda what, done, of: on_progress(f"{which} pass, {what}", done, of),
         )
 
-    plans, left_out = coarse_plans(loaded.geometry, calibration, search)
+    plans, left_out = coarse_plans(session.loaded.geometry, calibration, search)
     sweeps = {"coarse": swept("coarse", some_of(choosing, search.coarse_sequences), plans)}
     sweeps["fine"] = swept("fine", choosing, fine_plans(sweeps["coarse"], budget.nats, search))
     candidates = candidates_of(sweeps["fine"])
@@ -92,18 +77,16 @@ def recommend_model(
         stated = _qualities(sweeps["stated"])
         best = [candidate.model_copy(update={"stating": stated[candidate.name]}) for candidate in best]
     keys = measure_keys(
-        loaded,
+        session.named("rounded keys"),
         stating,
         calibration_sequences,
         calibration.rotations,
         protocol,
-        batch_size=batch_size,
         partial=paths["keys"],
-        on_progress=lambda what, done, of: on_progress(f"rounded keys, {what}", done, of),
     )
     fine, again = sweeps["fine"], repeats(choosing, stating)
     advice = Advice(
-        subject=subject or loaded.name,
+        subject=subject or session.loaded.name,
         model=fine.model,
         budget=budget,
         protocol=protocol,
@@ -118,7 +101,7 @@ def recommend_model(
         evidence=[],
         unknown=[],
         sweeps=sweeps,
-        run=watch.run(seed, {"batch_size": batch_size, "forced": force}),
+        run=watch.run(session.seed, {"batch_size": session.batch_size, "forced": force}),
         warnings=list(dict.fromkeys([*fine.warnings, *([again] if again else [])])),
     )
     return _argued(advice, left_out, probe)

@@ -4,7 +4,8 @@ The bases come from the moments of the probe, so the text is not read again; met
 than those of `sweep` and `recommend`, and the advice says how few.
 """
 
-from eigencache.calibration.moments import CapturedMoments, Progress, silent
+from eigencache.calibration.moments import CapturedMoments
+from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits
 from eigencache.corpora.sequences import Sequences
 from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
@@ -21,44 +22,34 @@ SHARES = (0.25, 0.5, 0.75)
 QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 0.25, 0.5)), (4, (0.25, 0.5)))
 
 
-def judge(
-    loaded: LoadedModel,
-    gathered: CapturedMoments,
-    held_out: Sequences,
-    budget: Budget,
-    *,
-    batch_size: int = 8,
-    seed: int = 0,
-    on_progress: Progress = silent,
-) -> Advice:
+def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budget: Budget) -> Advice:
     """Sweep a few ranks of every target on `held_out`, three quarters of every sequence held encoded, and advise.
 
     `gathered`: moments per head and, where layers together are narrow enough, over all layers. Raises what
     `sweep_model` raises, `CorpusError` for a text that overlaps the one that was probed among it.
     """
     calibration = PCACalibration(
-        loaded,
+        session,
         gathered.sequences,
-        batch_size=batch_size,
-        seed=seed,
-        on_progress=on_progress,
         gathered=gathered,
         metric_tokens=METRIC_TOKENS,
     )
     protocol = ReadingProtocol(kind="prefix", length=held_out.corpus.max_length * 3 // 4)
     record = sweep_model(
-        loaded, held_out, calibration, verdict_plans(loaded), protocol, batch_size=batch_size, on_progress=on_progress
+        session,
+        held_out,
+        calibration,
+        verdict_plans(session.loaded),
+        protocol,
     )
     keys = measure_keys(
-        loaded,
+        session.named("rounded keys"),
         held_out,
         gathered.sequences,
         calibration.rotations,
         protocol,
-        batch_size=batch_size,
-        on_progress=lambda what, done, of: on_progress(f"rounded keys, {what}", done, of),
     )
-    return recommend_sweep(record, budget, loaded.name, keys)
+    return recommend_sweep(record, budget, session.loaded.name, keys)
 
 
 def verdict_plans(loaded: LoadedModel) -> list[Plan]:

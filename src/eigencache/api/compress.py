@@ -1,0 +1,313 @@
+"""What compression costs: `sweep`, `evaluate`, `recommend` and `bench`, all scored through the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
+from eigencache.calibration.calibration_set import calibration_length
+from eigencache.codec.pca import CoefficientBits
+from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
+from eigencache.corpora.text import Text
+from eigencache.errors import CodecError, CorpusError, RecordError, StatisticsError
+from eigencache.evaluate.prefix import Window
+from eigencache.evaluate.tasks import task_named
+from eigencache.fitting.pca import PCACalibration, PCASettings, Target
+from eigencache.fitting.provenance import fitting_of
+from eigencache.inputs import text_of
+from eigencache.models.codec_check import codec_for
+from eigencache.progress import Progress, silent
+from eigencache.records.advice import DEFAULT_PPL, Advice, Budget
+from eigencache.records.bench import BenchRecord
+from eigencache.records.quality import EvaluationRecord, ReadingProtocol, SweepRecord
+from eigencache.studies.bench.run import BenchSettings, bench_model
+from eigencache.studies.evaluation import evaluate_codecs
+from eigencache.studies.recommend.recommend import recommend_model, recommend_sweep
+from eigencache.studies.recommend.subject import check_same_model, read_subject
+from eigencache.studies.sweep import (
+    Plan,
+    check_plans,
+    codecs_of,
+    control_plans,
+    default_plans,
+    needed_scopes,
+    sweep_model,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = str | PreTrainedModel
+    Tokenizer = str | PreTrainedTokenizerBase | None
+    TextLike = str | Iterable[str] | Text
+
+SEQUENCES = 64  # scored by a bench: fewer leave a loss of 0.01 nats to chance
+
+
+def sweep(
+    model: Model,
+    tokenizer: Tokenizer = None,
+    text: TextLike = HELD_OUT_TEXT,
+    calibration_text: TextLike = TEXT,
+    *,
+    targets: Sequence[Target] | None = None,
+    ranks: tuple[int | None, ...] | None = None,
+    settings: PCASettings | None = None,
+    bits: CoefficientBits = 16,
+    controls: bool = False,
+    tokens: int = 100_352,
+    calibration_tokens: int = TOKENS,
+    max_length: int = 1024,
+    prefix: int | None = None,
+    force: bool = False,
+    partial: Path | None = None,
+    **options: Any,
+) -> SweepRecord:
+    """Score low-rank compression through the cache at many ranks.
+
+    Args:
+        model: a name or folder, or a loaded model, which needs its `tokenizer`.
+        tokenizer: a tokenizer, or the name of one.
+        text: the held-out text that is scored.
+        calibration_text: the text that bases are fitted on.
+        targets: tensors to compress, one after the other. Default: all that the model caches.
+        ranks: ranks to score; None in it is the full rank. Default: ten steps to the full rank.
+        settings: scope, frame, metric and centering of the bases; `targets` replace its target. Default: per
+            head, before rotation, Fisher.
+        bits: bits of a stored coefficient, 16, 8 or 4.
+        controls: score a basis pooled over heads and a random basis as well.
+        tokens: tokens of `text` at most.
+        calibration_tokens: tokens of `calibration_text` at most.
+        max_length: tokens per scored sequence.
+        prefix: tokens held compressed; the rest is scored. Default: half of a sequence.
+        force: score a text that overlaps the calibration text as well.
+        partial: file that results are kept in while the sweep runs, so that it can be resumed.
+        **options: device, dtype, batch_size, seed, memory and on_progress, as for `probe`.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`.
+    """
+    settings = settings or PCASettings(metric="fisher")
+    source, calibration_source = text_of(text), text_of(calibration_text)
+    with opened(model, tokenizer, **options) as session:
+        held_out = packed(session, source, tokens, max_length)
+        if targets is None:
+            plans = default_plans(session.loaded, settings, bits=bits, ranks=ranks)
+        else:
+            plans = [Plan(settings.of(one), bits, ranks) for one in dict.fromkeys(targets)]
+        if controls:
+            plans = list(dict.fromkeys(plans + control_plans(session.loaded, bits=bits, ranks=ranks)))
+        check_plans(session.loaded, plans)
+        fitted_on = packed(session, calibration_source, calibration_tokens, min(CALIBRATION_LENGTH, max_length))
+        calibration = PCACalibration(session, fitted_on, scopes=needed_scopes(plans))
+        protocol = ReadingProtocol(kind="prefix", length=prefix or max_length // 2)
+        return sweep_model(session, held_out, calibration, plans, protocol, force=force, partial=partial)
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer = None,
+    text: TextLike = HELD_OUT_TEXT,
+    calibration_text: TextLike = TEXT,
+    *,
+    codec: str | Path | None = None,
+    settings: PCASettings | None = None,
+    target: Target | None = None,
+    ranks: tuple[int | None, ...] | None = None,
+    bits: CoefficientBits = 16,
+    tokens: int = 32_768,
+    calibration_tokens: int = TOKENS,
+    max_length: int = 1024,
+    prefix: int | None = None,
+    chunk: int | None = None,
+    window: int = 0,
+    prompts: int = 8,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] = (256,),
+    save_to: Path | None = None,
+    force: bool = False,
+    partial: Path | None = None,
+    **options: Any,
+) -> EvaluationRecord:
+    """Evaluate one way to compress a cache: likelihood, generation, retrieval and bytes.
+
+    Args:
+        model: a name or folder, or a loaded model, which needs its `tokenizer`.
+        tokenizer: a tokenizer, or the name of one.
+        text: the held-out text that is scored.
+        calibration_text: the text that bases are fitted on.
+        codec: folder of a saved codec to evaluate; None to fit a low-rank codec.
+        settings: scope, frame and metric of the basis to fit. Default: per head, before rotation, Fisher.
+        target: tensor to compress. Default: keys and values, or the latent of MLA.
+        ranks: ranks to evaluate. Default: half of the width.
+        bits: bits of a stored coefficient, 16, 8 or 4.
+        tokens: tokens of `text` at most.
+        calibration_tokens: tokens of `calibration_text` at most.
+        max_length: tokens per sequence.
+        prefix: tokens held compressed in the prefix protocol. Default: half of a sequence.
+        chunk: tokens read at a time in the chunked protocol. Default: an eighth of a sequence.
+        window: uncompressed recent tokens in the chunked protocol.
+        prompts: prompts to generate from; 0 for none.
+        tasks: retrieval tasks; None for all, () for none.
+        lengths: context lengths of the tasks, in tokens.
+        save_to: folder to save the fitted codec in; needs a single rank.
+        force: score a text that overlaps the calibration text as well.
+        partial: file that results are kept in while the evaluation runs, so that it can be resumed.
+        **options: device, dtype, batch_size, seed, memory and on_progress, as for `probe`.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`.
+    """
+    for task in tasks or ():
+        task_named(task)
+    if save_to and ranks and len(ranks) > 1:
+        raise StatisticsError(f"`save_to` {save_to} saves one codec, and `ranks` has {len(ranks)}: give one rank")
+    if codec and save_to:
+        raise CodecError(f"`save_to` {save_to}: the codec of {codec} is saved already: leave out one of the two")
+    source, saved = text_of(text), load_codec(codec) if codec else None
+    if save_to:
+        check_replaceable(save_to)
+    with opened(model, tokenizer, **options) as session:
+        held_out = packed(session, source, tokens, max_length)
+        codecs: Mapping[str, Any]
+        if saved:
+            own = codec_for(saved, session.loaded)
+            calibration, codecs, fitting = saved, {own.name: own}, None
+        else:
+            wanted: Target = target or ("latent" if session.loaded.geometry.mla else "kv")
+            chosen = (settings or PCASettings(metric="fisher")).of(wanted)
+            plan = Plan(chosen, bits, ranks, shares=(0.5,))
+            check_plans(session.loaded, [plan])
+            length = min(CALIBRATION_LENGTH, max_length)
+            fitted_on = packed(session, text_of(calibration_text), calibration_tokens, length)
+            calibration = PCACalibration(session, fitted_on, scopes=(chosen.scope,))
+            codecs = fitted = codecs_of(calibration, plan)
+            fitting = fitting_of(next(iter(fitted.values())), chosen, calibration) if save_to else None
+        record = evaluate_codecs(
+            session,
+            held_out,
+            calibration,
+            codecs,
+            (
+                ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
+                ReadingProtocol(kind="chunked", length=chunk or max_length // 8, window=window),
+            ),
+            prompts=prompts,
+            tasks=tasks,
+            lengths=lengths,
+            window=Window(window),
+            force=force,
+            partial=partial,
+        )
+        if save_to and fitting:
+            save_codec(save_to, next(iter(codecs.values())), *fitting)
+        return record
+
+
+def recommend(
+    subject: str | Path,
+    text: TextLike = HELD_OUT_TEXT,
+    calibration_text: TextLike = TEXT,
+    *,
+    budget: Budget | None = None,
+    model: str | None = None,
+    tokens: int = 40_960,
+    calibration_tokens: int = TOKENS,
+    max_length: int = 1024,
+    prefix: int | None = None,
+    force: bool = False,
+    partial: Path | None = None,
+    dtype: str | None = None,
+    on_progress: Progress = silent,
+    **options: Any,
+) -> Advice:
+    """Recommend a compression setting that stays within a loss budget.
+
+    Args:
+        subject: the name of a model, or the JSON file that `probe`, `report` or `sweep` wrote. A sweep is advised from
+            without measuring anything.
+        text: the held-out text; settings are chosen on one half of it, their loss is stated on the other.
+        calibration_text: the text that bases are fitted on.
+        budget: the loss that is allowed. Default: 1 % of perplexity.
+        model: the model to use where the JSON of a report holds several.
+        tokens: tokens of `text` at most.
+        calibration_tokens: tokens of `calibration_text` at most.
+        max_length: tokens per sequence.
+        prefix: tokens held compressed. Default: half of a sequence.
+        force: score a text that overlaps the calibration text as well.
+        partial: name of the files that results are kept in while the search runs, so that it can be resumed.
+        dtype: number format to load the model in. Default: that of the probe, where there is one.
+        on_progress: called with the name of the work, the units done and the units in all.
+        **options: device, batch_size, seed and memory, as for `probe`.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`, such as `RecordError` for a file of another kind.
+    """
+    budget, name = budget or Budget.of_ppl(DEFAULT_PPL), str(subject)
+    found = read_subject(name, model)
+    if isinstance(found, SweepRecord):
+        if options or dtype:
+            raise RecordError(f"{subject} is a sweep, so nothing is measured: leave out {', '.join(options) or 'dtype'}")
+        return recommend_sweep(found, budget, name)
+    probed = None if isinstance(found, str) else found
+    dtype = dtype or (probed.model.dtype if probed else None)  # the hash of the model depends on it
+    source, calibration_source = text_of(text), text_of(calibration_text)
+    with opened(probed.model.name if probed else name, dtype=dtype, on_progress=on_progress, **options) as session:
+        held_out = packed(session, source, tokens, max_length)
+        if probed:
+            check_same_model(session.loaded, probed, name)
+        fitted_on = packed(session, calibration_source, calibration_tokens, min(CALIBRATION_LENGTH, max_length))
+        protocol = ReadingProtocol(kind="prefix", length=prefix or max_length // 2)
+        return recommend_model(
+            session, held_out, fitted_on, budget, protocol, force=force, probe=probed, subject=name, partial=partial
+        )
+
+
+def bench(
+    model: Model,
+    tokenizer: Tokenizer = None,
+    text: TextLike = HELD_OUT_TEXT,
+    calibration_text: TextLike = TEXT,
+    *,
+    settings: BenchSettings,
+    lengths: Sequence[int] = (512, 2048),
+    tokens: int | None = None,
+    calibration_tokens: int = 65_536,
+    force: bool = False,
+    partial: Path | None = None,
+    **options: Any,
+) -> BenchRecord:
+    """Compare compression methods by the bytes they hold at equal loss.
+
+    Args:
+        model: a name or folder, or a loaded model, which needs its `tokenizer`.
+        tokenizer: a tokenizer, or the name of one.
+        text: the held-out text that is scored.
+        calibration_text: the text that methods are fitted on.
+        settings: methods, rates, seeds and tasks.
+        lengths: tokens per sequence; the last `settings.scored` of them are scored.
+        tokens: tokens of `text`. Default: 64 sequences of every length.
+        calibration_tokens: tokens of `calibration_text` for each seed.
+        force: score a text that overlaps the calibration text as well.
+        partial: file that results are kept in while the bench runs, so that it can be resumed.
+        **options: device, dtype, batch_size, memory and on_progress, as for `probe`.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`.
+    """
+    for task in settings.tasks:
+        task_named(task)
+    if short := [length for length in lengths if length < settings.scored + 8]:
+        raise CorpusError(
+            f"`lengths` {short[0]}: the last {settings.scored} tokens are scored, at least 8 more have to be held"
+        )
+    source, calibration_source = text_of(text), text_of(calibration_text)
+    with opened(model, tokenizer, **options) as session:
+        wanted = calibration_tokens * min(len(settings.seeds), 3)
+        calibration = packed(session, calibration_source, wanted, calibration_length(session.loaded))
+        held_out = {
+            length - settings.scored: packed(session, source, tokens or SEQUENCES * length, length) for length in lengths
+        }
+        return bench_model(session, calibration, calibration_tokens, held_out, settings, force=force, partial=partial)

@@ -1,0 +1,68 @@
+"""What every public function does first: take a model and a text as callers have them, and leave the model as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from eigencache.calibration.session import MEMORY, Session
+from eigencache.corpora.sequences import Sequences, pack
+from eigencache.corpora.text import Text
+from eigencache.inputs import model_of
+from eigencache.modes import own_modes
+from eigencache.progress import Progress, silent
+
+TEXT = "stdlib"
+HELD_OUT_TEXT = "stdlib:held-out"
+TOKENS = 131_072
+CALIBRATION_LENGTH = 512  # tokens of a sequence that bases are fitted on, at most
+
+
+@contextmanager
+def opened(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    memory: int = MEMORY,
+    on_progress: Progress = silent,
+) -> Iterator[Session]:
+    """Yield a session with the model in eval mode; afterwards its modules are in training mode again where they were.
+
+    Args:
+        model: a name or a folder, or a loaded model, which needs its `tokenizer`.
+        tokenizer: a tokenizer or the name of one.
+        device: device to load a model to. `dtype`: number format to load it in.
+        dtype: `float32`, `bfloat16`, `float16` or None for the default.
+        batch_size: sequences per forward pass.
+        seed: seed of everything random.
+        memory: bytes for moments and sampled vectors.
+        on_progress: called with the name of the work, the units done and the units in all.
+    """
+    with own_modes(), evaluating(model):
+        loaded = model_of(model, tokenizer, device=device, dtype=dtype)
+        yield Session(loaded, batch_size, seed, on_progress, memory)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put every module that was in training mode back into it afterwards."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def packed(session: Session, text: Text, tokens: int | None, max_length: int) -> Sequences:
+    """Return the sequences of a text in the model's tokens, reporting progress."""
+
+    def tokenized(done: int, of: int | None) -> None:
+        session.on_progress(f"tokenizing {text.name}", done, of or done)
+
+    return pack(text, session.loaded.tokenizer, tokens=tokens, max_length=max_length, on_progress=tokenized)

@@ -1,0 +1,97 @@
+"""A finished probe, as Python users read it: statistics as attributes, a plot, a table of pandas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eigencache.errors import LayerError
+from eigencache.records.probe import ProbeRecord, Spectrum
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """The spectra of one layer by tensor name: `.values`, `.keys_pre_rope`, `.keys_post_rope`, `.latent`, …
+
+    `.keys` is the frame before rotation where both exist. Centered, heads of the layer concatenated; `head(i)` and
+    `uncentered` choose otherwise.
+    """
+
+    record: ProbeRecord
+    layer_idx: int | None
+    head_idx: int | None = None
+    centered: bool = True
+
+    def head(self, head: int) -> LayerView:
+        """The same of one KV head."""
+        return LayerView(self.record, self.layer_idx, head, self.centered)
+
+    @property
+    def uncentered(self) -> LayerView:
+        """The same about zero instead of about the mean."""
+        return LayerView(self.record, self.layer_idx, self.head_idx, False)
+
+    def __getattr__(self, name: str) -> Spectrum:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        scope = "all" if self.layer_idx is None else "layer" if self.head_idx is None else "head"
+        for wanted in (name, f"{name}_pre_rope", f"{name}_post_rope"):
+            if found := self.record.select(wanted, scope, self.layer_idx, self.head_idx, self.centered):
+                return found[0]
+        raise AttributeError(f"no {name} at scope {scope}; captured: {', '.join(self.record.names)}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A finished probe: statistics by layer, plots, tables, JSON. `record` holds everything that was measured."""
+
+    record: ProbeRecord
+
+    def layer(self, layer_idx: int) -> LayerView:
+        """One layer's spectra. Raises `LayerError` for a layer that was not probed."""
+        probed = sorted({s.layer_idx for s in self.record.spectra if s.layer_idx is not None})
+        if layer_idx not in probed:
+            raise LayerError(f"layer {layer_idx} was not probed; probed layers: {', '.join(map(str, probed))}")
+        return LayerView(self.record, layer_idx)
+
+    @property
+    def all_layers(self) -> LayerView:
+        """The spectra over all layers concatenated."""
+        return LayerView(self.record, None)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the data could not support."""
+        return self.record.warnings
+
+    def plot(self) -> Figure:
+        """Spectra and energy curves as a matplotlib figure."""
+        from eigencache.report.probe.plots import plot_probe
+
+        return plot_probe(self.record)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per spectrum; eigenvalues and energy curves are left in `record`."""
+        import pandas as pd
+
+        left_out = {"eigenvalues", "null_eigenvalues", "energy", "held_out_energy", "intervals", "refusals", "warnings"}
+        return pd.DataFrame([spectrum.model_dump(exclude=left_out) for spectrum in self.record.spectra])
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, whole or not at all."""
+        self.record.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probe:
+        """Read what `save` or `eigencache probe --output` wrote."""
+        return cls(ProbeRecord.load(path))
+
+    def _repr_html_(self) -> str:
+        from eigencache.report.probe.tables import probe_table
+
+        return probe_table(self.record).html()
