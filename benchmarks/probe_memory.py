@@ -36,16 +36,16 @@ def probe_tokens(tokens: int) -> None:
 def seven_billion() -> None:
     """Feed the statistics of a 7B geometry and print the peak in MB."""
     from eigencache.calibration.accumulator import Accumulator, shapes_of
+    from eigencache.calibration.session import MEMORY
     from eigencache.records.provenance import peak_memory_mb
     from eigencache.spectral.measure import measure
-    from eigencache.studies.probe import ProbeSettings
 
     batch, length, sequences = 4, 512, 16
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: {i: torch.randn(batch, HEADS, length, DIM, generator=generator) for i in range(LAYERS)} for name in NAMES
     }
-    accumulator = Accumulator(shapes_of(tensors), ("head", "layer"), sequences=sequences, budget=ProbeSettings().memory)
+    accumulator = Accumulator(shapes_of(tensors), ("head", "layer"), sequences=sequences, budget=MEMORY)
     for start in range(0, sequences, batch):
         accumulator.add(tensors, range(start, start + batch), [length] * batch)
     for place, moments in accumulator.places():

@@ -18,7 +18,9 @@ from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.models.load import BUNDLED, LoadedModel, load
 from eigencache.report.core.table import Table
-from eigencache.studies.probe import ProbeSettings, probe_model
+from eigencache.studies.probe import probe_model
+
+BATCH_SIZE = 8
 
 
 def plain_pass(loaded: LoadedModel, sequences: Sequences, batch_size: int) -> float:
@@ -49,10 +51,7 @@ def main() -> None:
         loaded = load(name)
         sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=loaded.default_length)
         plain_pass(loaded, Sequences(sequences.ids[:8], sequences.corpus), 8)  # warm
-        times = [
-            (plain_pass(loaded, sequences, ProbeSettings().batch_size), probe_pass(loaded, sequences))
-            for _ in range(args.repeats)
-        ]
+        times = [(plain_pass(loaded, sequences, BATCH_SIZE), probe_pass(loaded, sequences)) for _ in range(args.repeats)]
         plain, probe = (min(column) for column in zip(*times, strict=True))
         rows.append((name, f"{sequences.corpus.tokens:,}", f"{probe / plain:.2f}"))
     note = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, fastest of {args.repeats}"

@@ -393,8 +393,8 @@ def reached(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], **g
     monkeypatch.setattr(live_search, "score_held_out", scored)
     own = source("llama")
     apart = replace(own.held_out, corpus=own.held_out.corpus.model_copy(update={"max_length": 256}))
-    found = fit_live_target(fitted("llama"), Session(own.loaded, batch_size=3), apart, context=1000, **goal)
-    assert scored.given[0] is own.loaded and scored.given[2] == 3
+    found = fit_live_target(fitted("llama"), Session(own.session.loaded, batch_size=3), apart, context=1000, **goal)
+    assert scored.given[0] is own.session.loaded and scored.given[2] == 3
     assert all(np.array_equal(a, b) for a, b in zip(scored.given[1].ids, own.held_out.ids, strict=True))
     return found, scored
 
@@ -457,7 +457,7 @@ def test_a_loss_that_even_8_bits_exceed_is_refused(monkeypatch: pytest.MonkeyPat
 def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     own = source("llama")
     with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise `max_length` to 136"):
-        fit_live_target(fitted("llama"), Session(own.loaded), own.held_out, bits=2.0)
+        fit_live_target(fitted("llama"), Session(own.session.loaded), own.held_out, bits=2.0)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])

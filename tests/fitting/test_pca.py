@@ -28,7 +28,7 @@ def calibration(loaded, sequences):
 
 def divergence(calibration: PCACalibration, codec, sequences) -> float:
     text, protocol = sequences(40, 40, seed=1), ReadingProtocol(kind="prefix", length=20)
-    scored = list(score_through_cache(Session(calibration.loaded), text, {"codec": codec}, protocol))
+    scored = list(score_through_cache(Session(calibration.session.loaded), text, {"codec": codec}, protocol))
     losses = [loss for batch in scored for loss in batch.losses["codec"]]
     return sum(loss.kl for loss in losses) / sum(loss.tokens for loss in losses)
 

@@ -32,7 +32,7 @@ ROPES = {
 
 def saved(name: str, folder: Path) -> SavedCodec:
     calibration = PCACalibration(Session(tiny_loaded(name)), random_sequences(*(64,) * 16))
-    settings = PCASettings(targets_of(calibration.loaded)[0])
+    settings = PCASettings(targets_of(calibration.session.loaded)[0])
     codec = calibration.fit(settings)
     save_codec(folder, codec, *fitting_of(codec, settings, calibration))
     return load_codec(folder)

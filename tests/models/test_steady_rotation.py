@@ -94,7 +94,7 @@ def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> 
     one, longer = loaded(kind), random_sequences(*[SWITCH + 1] * 20)
     for study in (CalibrationSet, PCACalibration):
         with pytest.raises(StatisticsError, match=f"41 tokens: in texts of over 40 {kind} .*`max_length` 40"):
-            study(one, longer)
+            study(Session(one), longer)
     assert calibration_length(one) == SWITCH
 
 
