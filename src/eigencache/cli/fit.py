@@ -71,6 +71,7 @@ def run(
     from eigencache.fitting.eigen import settings_of
     from eigencache.fitting.fit import Goal, LiveGoal, fit_codec
     from eigencache.fitting.live import LiveSettings
+    from eigencache.fitting.summary import eigen_record, live_record
     from eigencache.report.codecs import codec_table, live_table
 
     check_replaceable(output)
@@ -119,9 +120,10 @@ def run(
     save_codec(output, fitted.codec, *fitted.fitting, live=beside)
     console = Console()
     warnings = sequences.corpus.warnings
-    console.print(codec_table(loaded.name, fitted.codec, fitted.expected, loaded.geometry.values_per_token, warnings))
+    values = loaded.geometry.values_per_token
+    console.print(codec_table(eigen_record(loaded.name, fitted.codec, fitted.expected, values, warnings)))
     if fitted.live:
-        console.print(live_table(loaded.name, *fitted.live, loaded.geometry.values_per_token))
+        console.print(live_table(live_record(loaded.name, *fitted.live, values)))
     if dropped:
         said = f"dropped: the live codec that was in {output / LIVE}: add --live to fit one"
         console.print(said, markup=False, highlight=False)

@@ -69,4 +69,5 @@ def run(
     print(cost_line(found, "compressed cache"))
     if compare:
         plain = generate_text(loaded, text, None, **options)
-        print(*comparison_lines(loaded, found, plain, parted_at(found, plain)), sep="\n")
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        print(*comparison_lines(found, plain, parted_at(found, plain), dtype, loaded.tokenizer.decode), sep="\n")

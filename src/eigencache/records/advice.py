@@ -157,7 +157,7 @@ class Keys(Record):
 class Advice(StoredRecord):
     """What to do with a model's cache within a budget; `chosen` None: nothing that was measured qualifies."""
 
-    schema_version: Literal["eigencache.records.advice/1"] = "eigencache.records.advice/1"
+    schema_version: Literal["eigencache.advice/1"] = "eigencache.advice/1"
     subject: str  # what was asked about: a model, or the file of a record
     model: Model
     budget: Budget

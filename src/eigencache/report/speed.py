@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from eigencache.evaluate.speed import ROUNDS, prefills
 from eigencache.records.base import write_whole
 from eigencache.records.speed import SpeedRecord, Timing
 from eigencache.report.core.table import Table
@@ -58,7 +57,7 @@ def _decode_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> 
 
 
 def _generation_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) -> Table:
-    title, where = f"{name}: generation, a token of it", _where(record, f"means over {ROUNDS} rounds")
+    title, where = f"{name}: generation, a token of it", _where(record, f"means over {record.generation_rounds} rounds")
     return _tokens_table(title, "by `generate`, greedy, from so many tokens held on", where, record, timings)
 
 
@@ -94,7 +93,7 @@ def _prefill_table(record: SpeedRecord, name: str, timings: Sequence[Timing]) ->
         for t in timings
         if t.seconds and plain
     ]
-    columns, where = ("Prompt", "Cache", "ms", "Over DynamicCache"), _where(record, f"medians of {prefills(record.repeats)}")
+    columns, where = ("Prompt", "Cache", "ms", "Over DynamicCache"), _where(record, f"medians of {record.prefill_repeats}")
     chunked = timings[0].part == "chunked prefill"
     title = f"{name}: prefill, {record.chunk:,} tokens at a time" if chunked else f"{name}: prefill"
     return Table(title, columns, tuple(rows), (where,), words=frozenset({"Cache"}))

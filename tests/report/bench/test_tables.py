@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eigencache.codec.byte_ledger import ledger, paid_back_at
 from eigencache.errors import OutputError
-from eigencache.fitting.eigen import EigenSettings
-from eigencache.fitting.fit import Goal, fit_codec
 from eigencache.records.base import Interval
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
 from eigencache.records.quality import Accuracy, Divergence, Retrieval
@@ -26,11 +23,9 @@ from eigencache.report.bench.tables import (
     points_table,
     significant,
 )
-from eigencache.report.codecs import codec_table
 from eigencache.report.core.measured import ABSENT
 from eigencache.report.core.table import Table
 from planted_sweeps import CORPUS, RUN, model, quality
-from stub_codecs import random_sequences, tiny_loaded
 
 NASTY = '<b>&"|x'
 
@@ -402,27 +397,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_bench([planted()], tmp_path / "file", "eigencache bench")
-
-
-# A fitted codec
-
-
-def test_a_codec_is_shown_with_size_loss_and_what_the_text_lacks() -> None:
-    settings = EigenSettings(metric="frobenius", text=False)
-    fitted = fit_codec(tiny_loaded("llama"), random_sequences(*[40] * 64), settings, Goal.of(bits=4))
-    expected = fitted.expected
-    table = codec_table("tiny", fitted.codec, expected, 192, ["REPETITIVE"])
-    assert table.warnings == ("REPETITIVE",) and table.columns[0] == "Context"
-    for row in table.rows:
-        context, sixteen, held = (int(cell.replace(",", "")) for cell in row[:3])
-        assert sixteen == context * 192 * 2
-        assert float(row[3]) == pytest.approx(8 * held / (context * 192), abs=1e-3)
-        assert float(row[4]) == pytest.approx(sixteen / held, abs=0.06) and float(row[5]) <= float(row[4])
-    notes = " ".join(table.notes)
-    paid = paid_back_at(fitted.codec, 192, coded_bits=expected.coded_bits)
-    assert paid and f"as many as {fitted.codec.nbytes / 384:,.0f} tokens in 16 bits; one of {paid:,} tokens" in notes
-    before, after = ledger(fitted.codec, 192, (paid - 1, paid), coded_bits=expected.coded_bits)
-    assert before.ratio_with_basis <= 1 < after.ratio_with_basis
-    assert f"Loses {expected.delta_nll:+.4f} nats [" in notes and f"{expected.tokens:,} tokens" in notes
-    without = codec_table("tiny", fitted.codec, expected.model_copy(update={"delta_nll_interval": None}), 192)
-    assert f"{expected.delta_nll:+.4f} nats, KL" in without.notes[0] and not without.warnings
