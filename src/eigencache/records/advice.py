@@ -111,7 +111,7 @@ class Candidate(Record):
         return self.choosing.sixteen_bit_nbytes / self.choosing.encoded_tokens
 
     @property
-    def paid_back_tokens(self) -> int | None:
+    def break_even_context(self) -> int | None:
         """Tokens of context from which the bytes saved exceed those of the basis; None where none are saved."""
         saved = self.sixteen_bit_nbytes_per_token - self.nbytes_per_token
         return math.ceil(self.choosing.basis_nbytes / saved) if saved > 0 else None

@@ -67,8 +67,8 @@ class Quality(Record):
         return self.sixteen_bit_nbytes / self.encoded_nbytes
 
     @property
-    def paid_back_at(self) -> int | None:
-        """Tokens whose saved bytes are as many as the basis; None where nothing is saved."""
+    def break_even_context(self) -> int | None:
+        """Context length in tokens whose saved bytes equal the basis; None if nothing is saved."""
         saved = (self.sixteen_bit_nbytes - self.encoded_nbytes) / self.encoded_tokens
         return math.ceil(self.basis_nbytes / saved) if saved > 0 else None
 

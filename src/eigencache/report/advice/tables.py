@@ -20,7 +20,7 @@ def advice_lines(advice: Advice) -> list[str]:
         f"{advice.model.name}: compress {chosen.describe()} (budget {budget}).",
         f"Bytes: {chosen.sixteen_bit_nbytes_per_token:,.0f} → {chosen.nbytes_per_token:,.1f} per token, ratio "
         f"{chosen.choosing.compression_ratio:.2f}; basis {chosen.choosing.basis_nbytes:,} bytes, "
-        f"paid back at {chosen.paid_back_tokens:,} tokens.",
+        f"paid back at {chosen.break_even_context:,} tokens.",
     ]
     if advice.stating is None or chosen.stating is None:
         return [*lines, f"Loss, on the same tokens it was chosen on: ΔNLL {interval_cell(chosen.choosing)} nats per token."]
@@ -84,7 +84,7 @@ def _ways(advice: Advice) -> Table:
 
 
 def _way(candidate: Candidate) -> tuple[str, ...]:
-    quality, back = candidate.choosing, candidate.paid_back_tokens
+    quality, back = candidate.choosing, candidate.break_even_context
     frame = "" if candidate.frame == "none" else f"{candidate.frame}-RoPE"
     centering = "centered" if candidate.centered else "uncentered"
     named = (candidate.target, candidate.scope, frame, candidate.metric, centering)

@@ -8,17 +8,13 @@ from urllib.parse import quote
 
 from eigencache.records.base import write_whole
 from eigencache.records.bench import BenchRecord
+from eigencache.report.bench.equal_divergence import against_by_divergence_table, divergences_table
+from eigencache.report.bench.equal_loss import against_table, frontier_table
 from eigencache.report.bench.plot import plot_bench
-from eigencache.report.bench.tables import (
-    against_by_divergence_table,
-    against_table,
-    divergences_table,
-    frontier_table,
-    generation_tables,
-    points_table,
-)
+from eigencache.report.bench.points import points_table
 from eigencache.report.core.table import Table
 from eigencache.report.probe.plots import svg_of
+from eigencache.report.quality.evaluation import divergence_table, retrieval_table
 
 OURS = "eigen"
 
@@ -57,6 +53,12 @@ def tables_of(record: BenchRecord) -> list[Table]:
     contexts = sorted(record.corpora)
     frontiers = [table(record, context) for context in contexts for table in (divergences_table, frontier_table)]
     return [*frontiers, *generation_tables(record)]
+
+
+def generation_tables(record: BenchRecord) -> list[Table]:
+    """Return greedy generation and retrieval of each method's cheapest point with a KL of at most 0.03 nats, if measured."""
+    tables = [divergence_table(record)] if record.divergence else []
+    return [*tables, retrieval_table(record)] if record.retrieval else tables
 
 
 def against_tables(records: Sequence[BenchRecord]) -> list[Table]:

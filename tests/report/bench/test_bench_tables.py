@@ -12,17 +12,11 @@ from eigencache.errors import OutputError
 from eigencache.records.base import Interval
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
 from eigencache.records.quality import Accuracy, Divergence, Retrieval
-from eigencache.report.bench.page import file_name, markdown, page, tables_of, write_bench
+from eigencache.report.bench.equal_divergence import against_by_divergence_table, divergences_table
+from eigencache.report.bench.equal_loss import against_table, frontier_table, significant
+from eigencache.report.bench.page import file_name, generation_tables, markdown, page, tables_of, write_bench
 from eigencache.report.bench.plot import plot_bench
-from eigencache.report.bench.tables import (
-    against_by_divergence_table,
-    against_table,
-    divergences_table,
-    frontier_table,
-    generation_tables,
-    points_table,
-    significant,
-)
+from eigencache.report.bench.points import points_table
 from eigencache.report.core.measured import ABSENT
 from eigencache.report.core.table import Table
 from planted_sweeps import CORPUS, RUN, model, quality
@@ -116,15 +110,15 @@ def cells(table: Table) -> dict[str, dict[str, str]]:
 def test_cells_are_bits_with_interval_or_which_end_was_not_reached() -> None:
     table = frontier_table(planted(refused={"xquant": "keys are narrow"}), 384)
     columns = ("Method", "Bits at ΔNLL 0.03", "Bits at ΔNLL 0.1", "Ratio at 0.03", "Ratio at 0.1")
-    assert table.columns == (*columns, "Held once (MB)", "Paid back at (tokens)")
+    assert table.columns == (*columns, "Side information (MB)", "Break-even context (tokens)")
     found = cells(table)
     assert found["eigen"] == {
         "Bits at ΔNLL 0.03": "1.2 (no interval)",
         "Bits at ΔNLL 0.1": "0.5 [0.4, 0.6]",
         "Ratio at 0.03": "13 x",
         "Ratio at 0.1": "32 x",
-        "Held once (MB)": "0.01",
-        "Paid back at (tokens)": "29",
+        "Side information (MB)": "0.01",
+        "Break-even context (tokens)": "29",
     }
     assert found["kvtc"]["Bits at ΔNLL 0.03"] == "2.5 [2.2, 2.8]"
     assert (found["kvtc"]["Bits at ΔNLL 0.1"], found["kvtc"]["Ratio at 0.1"]) == ("< 0.8", ABSENT)
@@ -135,7 +129,7 @@ def test_cells_are_bits_with_interval_or_which_end_was_not_reached() -> None:
 def test_fewest_bits_at_the_usual_loss_come_first_and_what_is_refused_last() -> None:
     table = frontier_table(planted(refused={"a": "no", "xquant": "keys are narrow"}), 384)
     assert [row[0] for row in table.rows] == ["eigen", "kvtc", "int", "a", "xquant"]
-    assert any("xquant: not for this model: keys are narrow." in note for note in table.notes)
+    assert any("xquant does not support this model: keys are narrow." in note for note in table.notes)
 
 
 def test_a_method_that_loses_less_at_its_fewest_bits_is_not_put_last_for_it() -> None:
@@ -152,10 +146,18 @@ def test_methods_alike_stay_in_the_order_they_were_asked_for() -> None:
 
 def test_notes_say_what_was_scored_fitted_and_counted() -> None:
     notes = " ".join(frontier_table(planted(), 384).notes)
-    for words in ("384 tokens held", "128 read", "40 sequences", "2.5000 nats", "65,536 tokens", "seeds 0, 1.", "K and V;"):
+    for words in (
+        "384 tokens are compressed",
+        "128 tokens are read",
+        "40 sequences",
+        "2.5000 nats",
+        "65,536 tokens",
+        "seeds 0, 1.",
+    ):
         assert words in notes, words
-    assert "<: the method's fewest bits lose less; >: the most bits that were measured lose more" in notes
-    assert "k of n seeds: the median, seeds without a crossing counted as more bits than any" in notes
+    assert '"<": even the lowest rate tested loses less. ">": even the highest rate tested misses the target.' in notes
+    assert '"k of n seeds": the median over all n seeds, of which k reach the target.' in notes
+    assert "Ratio = bytes of the 16-bit cache / bytes of the compressed cache." in notes
 
 
 @pytest.mark.parametrize(
