@@ -55,7 +55,7 @@ def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) 
 
 def test_tables_and_stages_are_printed(board: tuple[Path, str, str]) -> None:
     _, out, err = board
-    assert "ref-deepseek, 48 tokens held: bits per value at equal loss" in out and "56 tokens held" in out
+    assert "ref-deepseek, context 48 tokens: bits per value at equal ΔNLL" in out and "context 56 tokens" in out
     for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens: scoring"):
         assert f"ref-deepseek: {stage}" in err, stage
 

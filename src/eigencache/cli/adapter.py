@@ -98,7 +98,7 @@ def run(
     from eigencache.records.quality import ReadingProtocol
     from eigencache.report.adapters.plot import plot_adapter
     from eigencache.report.adapters.tables import operator_table, truncation_table
-    from eigencache.report.probe.plots import save_figure
+    from eigencache.report.core.drawing import save_figure
     from eigencache.studies.adapters.study import study_adapter
     from eigencache.studies.adapters.training import TrainingSettings
 

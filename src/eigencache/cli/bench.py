@@ -85,7 +85,10 @@ def run(
     With --output, an interrupted run goes on where it stopped when it is started again.
     """
     if output:
+        from eigencache.report.core.drawing import require
+
         check_folder(output)
+        require("matplotlib")
     if speed:
         from eigencache.cli.bench_speed import run_speed
 

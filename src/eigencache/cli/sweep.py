@@ -107,7 +107,7 @@ def run(
     from eigencache.codec.pca import CoefficientBits
     from eigencache.fitting.pca import PCACalibration, PCASettings
     from eigencache.records.quality import ReadingProtocol
-    from eigencache.report.probe.plots import save_figure
+    from eigencache.report.core.drawing import save_figure
     from eigencache.report.quality.sweep_plot import plot_sweep
     from eigencache.report.quality.sweep_table import safety_table, sweep_table
     from eigencache.studies.sweep import Plan, check_plans, control_plans, default_plans, needed_scopes, sweep_model

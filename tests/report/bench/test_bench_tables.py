@@ -1,4 +1,4 @@
-"""Methods at equal loss as tables, plot and pages: every cell by hand, everything that was measured, nothing unescaped."""
+"""Tables, plot and pages of a bench: every cell computed by hand, all points present, every string escaped."""
 
 import re
 import shlex
@@ -279,7 +279,7 @@ def test_the_plot_draws_every_method_and_no_two_alike() -> None:
     assert len(figure.axes) == 2 and all(len(axes.containers) == 30 for axes in figure.axes)
     styles = {(line.get_color(), line.get_marker()) for line in (c.lines[0] for c in figure.axes[0].containers)}
     assert len(styles) == 30
-    assert {axes.get_title() for axes in figure.axes} == {"384 tokens held", "1,920 tokens held"}
+    assert {axes.get_title() for axes in figure.axes} == {"context 384 tokens", "context 1,920 tokens"}
 
 
 def test_lines_are_means_over_seeds_with_bits_ascending() -> None:
@@ -343,7 +343,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
     assert "<b>" not in html and "b" not in found.tags
     assert found.tags.count("svg") == 2 and found.tags.count("table") == 2 + 2 * 3  # ours, three a model
     assert all(link.startswith("#") for link in found.links)
-    for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "Every operating point", "planted-model", "[0.9, 1.1]"):
+    for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "All operating points", "planted-model", "[0.9, 1.1]"):
         assert words in html, words
     assert html.index("OVERLAP") < html.index("<svg")
 
@@ -351,7 +351,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
 def test_markdown_is_escaped_and_complete() -> None:
     text = markdown([nasty(), planted()], shlex.join(["eigencache", "bench", "my model"]))
     assert "Printed by `eigencache bench 'my model'`." in text
-    assert text.count("![loss against bytes](") == 2 and "![loss against bytes](planted-model.svg)" in text
+    assert text.count("![loss by bytes](") == 2 and "![loss by bytes](planted-model.svg)" in text
     assert "> **WARNING** OVERLAP" in text and "0.9, 1.1" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert len(tables) == 6  # two against ours, two frontiers of each model
@@ -362,7 +362,7 @@ def test_markdown_is_escaped_and_complete() -> None:
 
 def test_without_ours_nothing_is_in_its_units() -> None:
     record = bench([point("int", "4", 4, 0.01)], [equal("int", 0.03, 4.0)])
-    assert "in units of" not in markdown([record], "c") + page([record], {record.model.name: "<svg></svg>"})
+    assert "relative to" not in markdown([record], "c") + page([record], {record.model.name: "<svg></svg>"})
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_the_folder_holds_every_record_as_it_was_and_the_same_bytes_again(tmp_pa
     for folder in ("a", "b"):
         write_bench(records, tmp_path / folder, "eigencache bench")
     assert BenchRecord.load(tmp_path / "a" / "other model.json") == records[1]
-    assert "![loss against bytes](other%20model.svg)" in (tmp_path / "a" / "README.md").read_text()
+    assert "![loss by bytes](other%20model.svg)" in (tmp_path / "a" / "README.md").read_text()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 

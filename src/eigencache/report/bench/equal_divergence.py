@@ -1,4 +1,4 @@
-"""Tables of the rate that each method needs for a given KL to the uncompressed model, for one model and relative to one method.
+"""Tables of the rate that each method needs for a given KL to the uncompressed model.
 
 Equal KL needs fewer scored tokens than equal ΔNLL, and an error that happens to help cannot make it negative.
 """

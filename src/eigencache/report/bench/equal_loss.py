@@ -1,4 +1,4 @@
-"""Tables of the rate that each method needs for a given ΔNLL, for one model and relative to one method."""
+"""Tables of the rate that each method needs for a given ΔNLL."""
 
 from collections.abc import Sequence
 from math import inf

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from eigencache.report.core.measured import ABSENT, DOUBT
 
-
 _GAP = 2  # characters between two columns
 _WORD_LIMITS = (32, 20, 12, 8)  # widths to which a column of words is folded, one after another, to fit a terminal
 _NAMED = 6  # hidden columns that the note names
