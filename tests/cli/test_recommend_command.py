@@ -31,7 +31,7 @@ def test_a_probe_of_a_model_leads_to_measured_advice_and_leaves_no_partial_file(
     assert advice.subject == "probe.json"
     assert advice.chosen
     assert advice.chosen.describe() in said
-    assert "on the half of the sequences that had no part in the choice" in said
+    assert "on held-out sequences that the choice did not use" in said
     assert all(line in said for line in advice.unknown)
     assert "probe: values" in said
     assert "written: advice.json" in said
