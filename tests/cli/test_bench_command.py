@@ -41,7 +41,7 @@ def test_the_folder_holds_page_plot_and_record_and_nothing_else(board: tuple[Pat
     assert all(f"written: deep/board/{name}" in out for name in names)
     readme = (folder / "README.md").read_text()
     assert "Printed by `eigencache bench ref-deepseek --lengths 64,72 --scored 16" in readme
-    assert readme.count("| int |") == 4 and "oscar: not for this model: it caches a latent" in readme
+    assert readme.count("| int |") == 4 and "oscar does not support this model: it caches a latent" in readme
 
 
 def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) -> None:

@@ -56,7 +56,7 @@ def test_evaluate_prints_every_part(tmp_path: Path) -> None:
         "e.json",
     )
     text = shown(run("evaluate", "ref-llama", *options, *FEW, folder=tmp_path))
-    for heading in ("likelihood through the cache", "greedy generation", "retrieval", "bytes of one sequence"):
+    for heading in (": likelihood", "greedy generation", "retrieval", "bytes of one sequence"):
         assert heading in text
     assert EvaluationRecord.load(tmp_path / "e.json").model.name == "ref-llama"
 

@@ -32,7 +32,7 @@ def run_script(script: Path, *arguments: object, folder: Path) -> str:
 
 @pytest.mark.parametrize("model", BUNDLED)
 def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Path) -> None:
-    shown = run("probe", model, *FEW, "-o", "out.json", "--plot", "out.png", folder=tmp_path)
+    shown = run("probe", model, *FEW, "--layers-table", "-o", "out.json", "--plot", "out.png", folder=tmp_path)
     record = ProbeRecord.load(tmp_path / "out.json")
     assert record.model.name == model
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -44,7 +44,7 @@ def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Pat
 
 def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
     for model in ("ref-gpt2", "ref-llama"):
-        run("probe", model, *FEW, "-o", f"{model}.json", folder=tmp_path)
+        run("probe", model, *FEW, "--layers-table", "-o", f"{model}.json", folder=tmp_path)
     files = ("ref-gpt2.json", "ref-llama.json", "-o", "out.md", "--plot", "out.png")
     shown = run("compare", *files, folder=tmp_path)
     table = (tmp_path / "out.md").read_text()

@@ -1,6 +1,7 @@
 """The lines that `eigencache generate` prints below the text: bytes, speed, and the first difference to the plain cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 from eigencache.records.generation import Generated
 
@@ -24,7 +25,7 @@ def cost_line(generated: Generated, name: str) -> str:
 
 
 def comparison_lines(
-    compressed: Generated, plain: Generated, first_difference: int | None, dtype: str, decode: Callable[[list[int]], str]
+    compressed: Generated, plain: Generated, first_difference: int | None, dtype: str, decode: Callable[[list[int]], Any]
 ) -> list[str]:
     """Describe the plain cache, and where its text first differs from that of the compressed cache.
 

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 
-import cli_process
 import pytest
+
+import cli_process
 
 SCRIPT = """
 import sys

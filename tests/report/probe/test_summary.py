@@ -12,7 +12,7 @@ from eigencache.report.probe.summary import probe_summary
 
 
 def thirty_layers(record: ProbeRecord) -> ProbeRecord:
-    """The record with its layers repeated until there are 30, each with other ranks, and three long warnings."""
+    """The record with its layers repeated until there are 30, each with other ranks, and twelve long warnings."""
     layers = [s for s in record.spectra if s.layer_idx is not None]
     count = len({s.layer_idx for s in layers})
     spectra = [
@@ -27,7 +27,7 @@ def thirty_layers(record: ProbeRecord) -> ProbeRecord:
         for i in range(-(-30 // count))
         for s in layers
     ]
-    warnings = [f"warning {i}: a sentence that is longer than one line of a terminal of eighty columns" for i in range(3)]
+    warnings = [f"warning {i}: a sentence that is longer than one line of a terminal of eighty columns" for i in range(12)]
     return record.model_copy(update={"spectra": spectra, "warnings": warnings})
 
 
@@ -42,7 +42,7 @@ def test_thirty_layers_fit_a_screen_of_24_lines_and_80_columns(name: str, reques
     shown = lines(thirty_layers(request.getfixturevalue(name)))
     assert max(map(len, shown)) <= 80 and len(shown) <= 24
     text = "\n".join(shown)
-    assert "30 layers" in text and "and 2 more warnings" in text and "hidden at" not in text
+    assert "30 layers" in text and "more: see all statistics by layer" in text and "hidden at" not in text
     assert text.count("warning 0") == 1 and "…" in text
 
 

@@ -25,6 +25,8 @@ _LABELS = {
     "key_rope_post_rope": "rotary key\nas cached",
     "keys_nope": "keys,\nexpanded",
 }
+_LINES = 24  # of a screen
+_OTHER_LINES = 12  # of the title, the headings, the note and the frame of the warnings, at most
 _WARNING_WIDTH = 70  # characters of a shortened warning
 _OVER = {"layer": "layers", "head": "layers and heads", "all": "nothing: all layers are concatenated"}
 
@@ -53,7 +55,9 @@ def probe_summary(record: ProbeRecord) -> Table:
         f"largest / smallest std. of the raw dimensions. {DOUBT}: below 10 vectors per dimension; {ABSENT}: withheld."
     )
     title = f"{record.model.name}: {layers} layers, {record.corpus.name}, {record.corpus.tokens:,} tokens"
-    return Table(title, _COLUMNS, tuple(rows), (note,), _shortened(all_warnings(record)))
+    height = sum(max(cell.count("\n") + 1 for cell in row) for row in rows)
+    warnings = _shortened(all_warnings(record), max(2, _LINES - _OTHER_LINES - height))
+    return Table(title, _COLUMNS, tuple(rows), (note,), warnings)
 
 
 def _spectra(record: ProbeRecord, name: str) -> list[Spectrum]:
@@ -106,10 +110,10 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _shortened(warnings: Sequence[str]) -> tuple[str, ...]:
-    """Return at most two lines: both warnings, or the first and the number of the others; long ones are cut."""
-    shown = warnings if len(warnings) <= 2 else warnings[:1]
+def _shortened(warnings: Sequence[str], limit: int) -> tuple[str, ...]:
+    """Return at most `limit` lines: one per warning, cut to its width, or the first and the number of the others."""
+    shown = warnings if len(warnings) <= limit else warnings[: limit - 1]
     lines = [w if len(w) <= _WARNING_WIDTH else f"{w[: _WARNING_WIDTH - 1].rstrip()}…" for w in shown]
     if len(warnings) > len(shown):
-        lines.append(f"and {len(warnings) - 1} more warnings")
+        lines.append(f"and {len(warnings) - len(shown)} more: see all statistics by layer, or the record")
     return tuple(lines)
