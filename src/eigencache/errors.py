@@ -45,6 +45,10 @@ class OutputError(EigencacheError):
     """An output path cannot be written."""
 
 
+class MissingPackageError(EigencacheError):
+    """An optional package is not installed; the message names the command that installs it."""
+
+
 class StatisticsError(EigencacheError):
     """A statistic was asked of data that cannot support it."""
 

@@ -68,7 +68,7 @@ def test_what_does_not_fit_into_memory_is_thinned_out_over_the_whole_text(loaded
     samples = sampled(one, text, memory=per_token * 16 * 4)
     assert samples.lengths == (16,) * 4
     assert torch.equal(samples.ids, torch.cat([torch.from_numpy(text.ids[i]) for i in (0, 3, 6, 9)]))
-    with pytest.raises(StatisticsError, match="holds only 15 tokens. Raise `memory` or lower `max_length`"):
+    with pytest.raises(StatisticsError, match=r"holds only 15 tokens\. Raise `memory` or lower `max_length`"):
         sampled(one, text, memory=per_token * 15)
 
 

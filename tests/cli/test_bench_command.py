@@ -41,7 +41,7 @@ def test_the_folder_holds_page_plot_and_record_and_nothing_else(board: tuple[Pat
     assert all(f"written: deep/board/{name}" in out for name in names)
     readme = (folder / "README.md").read_text()
     assert "Printed by `eigencache bench ref-deepseek --lengths 64,72 --scored 16" in readme
-    assert readme.count("| int |") == 4 and "oscar: not for this model: it caches a latent" in readme
+    assert readme.count("| int |") == 4 and "oscar does not support this model: it caches a latent" in readme
 
 
 def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) -> None:
@@ -55,7 +55,7 @@ def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) 
 
 def test_tables_and_stages_are_printed(board: tuple[Path, str, str]) -> None:
     _, out, err = board
-    assert "ref-deepseek, 48 tokens held: bits per value at equal loss" in out and "56 tokens held" in out
+    assert "ref-deepseek, context 48 tokens: bits per value at equal ΔNLL" in out and "context 56 tokens" in out
     for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens: scoring"):
         assert f"ref-deepseek: {stage}" in err, stage
 

@@ -112,7 +112,10 @@ def test_an_unwritable_output_is_refused_before_any_work(tmp_path: Path) -> None
     assert "capturing" not in result.stderr
     assert "is a folder" in error_of(run("probe", "ref-llama", "--plot", tmp_path))
     result = run("probe", "ref-llama", "--plot", tmp_path / "x.foo")
-    assert "figures are written as .png, .svg, .pdf, not as .foo" in error_of(result) and "capturing" not in result.stderr
+    assert (
+        "a figure cannot be written with suffix .foo: use .png, .svg, .pdf" in error_of(result)
+        and "capturing" not in result.stderr
+    )
     assert "is a file" in error_of(run("report", "ref-llama", "-o", tmp_path / "file"))
 
 

@@ -164,8 +164,8 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     tables = {table.title: table for table in speed_tables(record)}
     assert list(tables) == [
         "llama: attention of a decode step", "llama: a whole decode step",
-        "llama: generation, a token of it", "llama: prefill", "llama: prefill, 40 tokens at a time",
-        "deepseek: a whole decode step", "deepseek: generation, a token of it", "deepseek: prefill",
+        "llama: generation, per token", "llama: prefill", "llama: prefill, 40 tokens at a time",
+        "deepseek: a whole decode step", "deepseek: generation, per token", "deepseek: prefill",
         "deepseek: prefill, 40 tokens at a time",
     ]  # fmt: skip
     rows = tables["llama: a whole decode step"].rows
@@ -174,7 +174,7 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     assert (
         plain and live and any(r[:3] == ("130", "2", "live, 3.125 bits") and r[-1] == f"{plain / live:.2f} x" for r in rows)
     )
-    assert len(tables["llama: generation, a token of it"].rows) == len(rows)
+    assert len(tables["llama: generation, per token"].rows) == len(rows)
     assert plot_roofline(record) is not None
     written = write_speed(record, tmp_path / "out", "eigencache bench --speed")
     assert sorted(path.name for path in written) == ["README.md", "roofline.svg", "speed.json"]

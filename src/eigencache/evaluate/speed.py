@@ -111,6 +111,8 @@ def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_p
         layers=settings.layers,
         chunk=settings.chunk,
         repeats=settings.repeats,
+        generation_rounds=ROUNDS,
+        prefill_repeats=prefills(settings.repeats),
         read_bytes_per_second=read,
         operations_per_second=operations,
         timings=timings,

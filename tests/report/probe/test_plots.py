@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from eigencache.errors import OutputError
+from eigencache.report.core.drawing import save_figure
 from eigencache.report.core.series import held_out_eigenvalues, thin
-from eigencache.report.probe.figures import cross_figures, model_figures
-from eigencache.report.probe.plots import plot_compare, plot_probe, plot_spread, save_figure
+from eigencache.report.probe.interactive import cross_figures, model_figures
+from eigencache.report.probe.plots import plot_compare, plot_probe, plot_spread
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from eigencache.codec.eigen.container import MAX_U16, MAX_U32
 from eigencache.kernels.rans.cpu import MAX_LANES
 from eigencache.records.base import Centered, Record, Scope, StoredRecord
+from eigencache.records.fit import Expected
 from eigencache.records.run import Corpus, Run
 from eigencache.spectral.rope import Pairing
 
@@ -126,19 +127,6 @@ class EigenCardSettings(Record):
     window: Count32
     kept_bits: KeptBits
     block: BlockTokens
-
-
-class Expected(Record):
-    """What was measured at fitting on sequences that nothing was fitted on: the promise of a codec."""
-
-    context: PositiveInt  # tokens of the container that `bits_per_value` is of
-    bits_per_value: Positive  # all bytes of it
-    coded_bits: NonNegative  # of a coded token, states of lanes left out
-    tokens: PositiveInt  # scored
-    delta_nll: Finite  # nats per token above the uncompressed cache
-    delta_nll_interval: tuple[Finite, Finite] | None  # None with fewer than 8 sequences
-    kl: Finite  # nats per token; rounding can bring it below 0
-    top1_agreement: Annotated[float, Field(ge=0, le=1)]  # share of tokens
 
 
 class CardBasis(Record):

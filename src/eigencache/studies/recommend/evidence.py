@@ -75,7 +75,7 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
         ),
         Evidence(
             claim="the basis, held once, apart from that ratio",
-            figure=f"{quality.basis_nbytes:,} bytes, paid back at {chosen.paid_back_tokens:,} tokens of context",
+            figure=f"{quality.basis_nbytes:,} bytes, paid back at {chosen.break_even_context:,} tokens of context",
             source="nbytes of means, encoders and decoders",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Methods at equal loss as tables, plot and pages: every cell by hand, everything that was measured, nothing unescaped."""
+"""Tables, plot and pages of a bench: every cell computed by hand, all points present, every string escaped."""
 
 import re
 import shlex
@@ -8,30 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eigencache.calibration.session import Session
-from eigencache.codec.byte_ledger import ledger, paid_back_at
 from eigencache.errors import OutputError
-from eigencache.fitting.eigen import EigenSettings
-from eigencache.fitting.fit import Goal, fit_codec
 from eigencache.records.base import Interval
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
 from eigencache.records.quality import Accuracy, Divergence, Retrieval
-from eigencache.report.bench.page import file_name, markdown, page, tables_of, write_bench
+from eigencache.report.bench.equal_divergence import against_by_divergence_table, divergences_table
+from eigencache.report.bench.equal_loss import against_table, frontier_table, significant
+from eigencache.report.bench.page import file_name, generation_tables, markdown, page, tables_of, write_bench
 from eigencache.report.bench.plot import plot_bench
-from eigencache.report.bench.tables import (
-    against_by_divergence_table,
-    against_table,
-    divergences_table,
-    frontier_table,
-    generation_tables,
-    points_table,
-    significant,
-)
-from eigencache.report.codecs import codec_table
+from eigencache.report.bench.points import points_table
 from eigencache.report.core.measured import ABSENT
 from eigencache.report.core.table import Table
 from planted_sweeps import CORPUS, RUN, model, quality
-from stub_codecs import random_sequences, tiny_loaded
 
 NASTY = '<b>&"|x'
 
@@ -122,15 +110,15 @@ def cells(table: Table) -> dict[str, dict[str, str]]:
 def test_cells_are_bits_with_interval_or_which_end_was_not_reached() -> None:
     table = frontier_table(planted(refused={"xquant": "keys are narrow"}), 384)
     columns = ("Method", "Bits at ΔNLL 0.03", "Bits at ΔNLL 0.1", "Ratio at 0.03", "Ratio at 0.1")
-    assert table.columns == (*columns, "Held once (MB)", "Paid back at (tokens)")
+    assert table.columns == (*columns, "Side information (MB)", "Break-even context (tokens)")
     found = cells(table)
     assert found["eigen"] == {
         "Bits at ΔNLL 0.03": "1.2 (no interval)",
         "Bits at ΔNLL 0.1": "0.5 [0.4, 0.6]",
         "Ratio at 0.03": "13 x",
         "Ratio at 0.1": "32 x",
-        "Held once (MB)": "0.01",
-        "Paid back at (tokens)": "29",
+        "Side information (MB)": "0.01",
+        "Break-even context (tokens)": "29",
     }
     assert found["kvtc"]["Bits at ΔNLL 0.03"] == "2.5 [2.2, 2.8]"
     assert (found["kvtc"]["Bits at ΔNLL 0.1"], found["kvtc"]["Ratio at 0.1"]) == ("< 0.8", ABSENT)
@@ -141,7 +129,7 @@ def test_cells_are_bits_with_interval_or_which_end_was_not_reached() -> None:
 def test_fewest_bits_at_the_usual_loss_come_first_and_what_is_refused_last() -> None:
     table = frontier_table(planted(refused={"a": "no", "xquant": "keys are narrow"}), 384)
     assert [row[0] for row in table.rows] == ["eigen", "kvtc", "int", "a", "xquant"]
-    assert any("xquant: not for this model: keys are narrow." in note for note in table.notes)
+    assert any("xquant does not support this model: keys are narrow." in note for note in table.notes)
 
 
 def test_a_method_that_loses_less_at_its_fewest_bits_is_not_put_last_for_it() -> None:
@@ -158,10 +146,18 @@ def test_methods_alike_stay_in_the_order_they_were_asked_for() -> None:
 
 def test_notes_say_what_was_scored_fitted_and_counted() -> None:
     notes = " ".join(frontier_table(planted(), 384).notes)
-    for words in ("384 tokens held", "128 read", "40 sequences", "2.5000 nats", "65,536 tokens", "seeds 0, 1.", "K and V;"):
+    for words in (
+        "384 tokens are compressed",
+        "128 tokens are read",
+        "40 sequences",
+        "2.5000 nats",
+        "65,536 tokens",
+        "seeds 0, 1.",
+    ):
         assert words in notes, words
-    assert "<: the method's fewest bits lose less; >: the most bits that were measured lose more" in notes
-    assert "k of n seeds: the median, seeds without a crossing counted as more bits than any" in notes
+    assert '"<": even the lowest rate tested loses less. ">": even the highest rate tested misses the target.' in notes
+    assert '"k of n seeds": the median over all n seeds, of which k reach the target.' in notes
+    assert "Ratio = bytes of the 16-bit cache / bytes of the compressed cache." in notes
 
 
 @pytest.mark.parametrize(
@@ -283,7 +279,7 @@ def test_the_plot_draws_every_method_and_no_two_alike() -> None:
     assert len(figure.axes) == 2 and all(len(axes.containers) == 30 for axes in figure.axes)
     styles = {(line.get_color(), line.get_marker()) for line in (c.lines[0] for c in figure.axes[0].containers)}
     assert len(styles) == 30
-    assert {axes.get_title() for axes in figure.axes} == {"384 tokens held", "1,920 tokens held"}
+    assert {axes.get_title() for axes in figure.axes} == {"context 384 tokens", "context 1,920 tokens"}
 
 
 def test_lines_are_means_over_seeds_with_bits_ascending() -> None:
@@ -347,7 +343,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
     assert "<b>" not in html and "b" not in found.tags
     assert found.tags.count("svg") == 2 and found.tags.count("table") == 2 + 2 * 3  # ours, three a model
     assert all(link.startswith("#") for link in found.links)
-    for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "Every operating point", "planted-model", "[0.9, 1.1]"):
+    for words in ("OVERLAP &lt;b&gt;&amp;&quot;|x", "why &lt;b&gt;", "All operating points", "planted-model", "[0.9, 1.1]"):
         assert words in html, words
     assert html.index("OVERLAP") < html.index("<svg")
 
@@ -355,7 +351,7 @@ def test_html_is_escaped_offline_and_complete(tmp_path: Path) -> None:
 def test_markdown_is_escaped_and_complete() -> None:
     text = markdown([nasty(), planted()], shlex.join(["eigencache", "bench", "my model"]))
     assert "Printed by `eigencache bench 'my model'`." in text
-    assert text.count("![loss against bytes](") == 2 and "![loss against bytes](planted-model.svg)" in text
+    assert text.count("![loss by bytes](") == 2 and "![loss by bytes](planted-model.svg)" in text
     assert "> **WARNING** OVERLAP" in text and "0.9, 1.1" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert len(tables) == 6  # two against ours, two frontiers of each model
@@ -366,7 +362,7 @@ def test_markdown_is_escaped_and_complete() -> None:
 
 def test_without_ours_nothing_is_in_its_units() -> None:
     record = bench([point("int", "4", 4, 0.01)], [equal("int", 0.03, 4.0)])
-    assert "in units of" not in markdown([record], "c") + page([record], {record.model.name: "<svg></svg>"})
+    assert "relative to" not in markdown([record], "c") + page([record], {record.model.name: "<svg></svg>"})
 
 
 @pytest.mark.parametrize(
@@ -394,7 +390,7 @@ def test_the_folder_holds_every_record_as_it_was_and_the_same_bytes_again(tmp_pa
     for folder in ("a", "b"):
         write_bench(records, tmp_path / folder, "eigencache bench")
     assert BenchRecord.load(tmp_path / "a" / "other model.json") == records[1]
-    assert "![loss against bytes](other%20model.svg)" in (tmp_path / "a" / "README.md").read_text()
+    assert "![loss by bytes](other%20model.svg)" in (tmp_path / "a" / "README.md").read_text()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -403,27 +399,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_bench([planted()], tmp_path / "file", "eigencache bench")
-
-
-# A fitted codec
-
-
-def test_a_codec_is_shown_with_size_loss_and_what_the_text_lacks() -> None:
-    settings = EigenSettings(metric="frobenius", text=False)
-    fitted = fit_codec(Session(tiny_loaded("llama")), random_sequences(*[40] * 64), settings, Goal.of(bits=4))
-    expected = fitted.expected
-    table = codec_table("tiny", fitted.codec, expected, 192, ["REPETITIVE"])
-    assert table.warnings == ("REPETITIVE",) and table.columns[0] == "Context"
-    for row in table.rows:
-        context, sixteen, held = (int(cell.replace(",", "")) for cell in row[:3])
-        assert sixteen == context * 192 * 2
-        assert float(row[3]) == pytest.approx(8 * held / (context * 192), abs=1e-3)
-        assert float(row[4]) == pytest.approx(sixteen / held, abs=0.06) and float(row[5]) <= float(row[4])
-    notes = " ".join(table.notes)
-    paid = paid_back_at(fitted.codec, 192, coded_bits=expected.coded_bits)
-    assert paid and f"as many as {fitted.codec.nbytes / 384:,.0f} tokens in 16 bits; one of {paid:,} tokens" in notes
-    before, after = ledger(fitted.codec, 192, (paid - 1, paid), coded_bits=expected.coded_bits)
-    assert before.ratio_with_basis <= 1 < after.ratio_with_basis
-    assert f"Loses {expected.delta_nll:+.4f} nats [" in notes and f"{expected.tokens:,} tokens" in notes
-    without = codec_table("tiny", fitted.codec, expected.model_copy(update={"delta_nll_interval": None}), 192)
-    assert f"{expected.delta_nll:+.4f} nats, KL" in without.notes[0] and not without.warnings
