@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch is installed first and alone: pip takes a CPU build of the pinned version where its index has one,
 # and no later step replaces it.
