@@ -1,8 +1,8 @@
-"""Historic entry point: spread of K and of V and their ratio, per layer and overall, with the comparison plot.
+"""Show the spread of keys and values and their ratio, per layer and overall, with a plot (docs/history/first-numbers.md).
 
     python scripts/analyze_kv_variance.py --model ref-llama
 
-The same as `eigencache probe MODEL --view spread --plot kv_variance_MODEL.png`.
+This is a short form of `eigencache probe MODEL --view spread --plot kv_variance_MODEL.png`.
 """
 
 import argparse

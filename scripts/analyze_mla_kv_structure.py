@@ -1,9 +1,9 @@
-"""Historic entry point: spread of latent, rotary key, expanded keys and values, and what the equalization is worth.
+"""Show the spread of the latent, the rotary key, and the expanded keys and values (docs/history/first-numbers.md).
 
     python scripts/analyze_mla_kv_structure.py --model ref-deepseek
 
-The same as `eigencache probe MODEL --view spread --plot mla_structure_MODEL.png`; of a model without MLA it shows
-keys and values.
+This is a short form of `eigencache probe MODEL --view spread --plot mla_structure_MODEL.png`. For a model without
+MLA it shows keys and values.
 """
 
 import argparse

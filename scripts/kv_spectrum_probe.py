@@ -1,8 +1,8 @@
-"""Historic entry point: spectra of K and V of one model, as JSON and a plot.
+"""Write the spectra of keys and values of one model as JSON and as a plot (docs/history/first-numbers.md).
 
     python scripts/kv_spectrum_probe.py --model ref-llama --output out.json --plot out.png --layers 0,3,6
 
-The same as `eigencache probe MODEL --view classic`, with the honest table below the historic one.
+This is a short form of `eigencache probe MODEL --view classic`: the original table, then one from enough data.
 """
 
 import argparse

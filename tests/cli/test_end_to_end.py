@@ -111,16 +111,6 @@ def test_the_historic_entry_points_work(
     assert sorted(path.name for path in out.iterdir()) == sorted(files)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_python_examples_of_the_readme_run(index: int, tmp_path: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(examples) == 2
-    example = examples[index]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 8
-    (tmp_path / "example.py").write_text(example)
-    run_script(tmp_path / "example.py", folder=tmp_path)
-
-
 def test_help_names_every_command_with_examples(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eigencache", "--help"]
     overview = subprocess.run(

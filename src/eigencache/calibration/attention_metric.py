@@ -130,7 +130,7 @@ def output_metric(attention: nn.Module, layer: Layer) -> Tensor:
 
 
 def latent_metric(attention: nn.Module, layer: Layer, queries: Tensor, outputs: Tensor) -> Tensor:
-    """M_c = Σ_h [W_UK,hᵀ C_q,h W_UK,h + W_UV,hᵀ W_O,h W_O,hᵀ W_UV,h] [1, rank, rank], α = β = 1 (THEORY 9).
+    """M_c = Σ_h [W_UK,hᵀ C_q,h W_UK,h + W_UV,hᵀ W_O,h W_O,hᵀ W_UV,h], shape `[1, rank, rank]`, α = β = 1 (THEORY 9).
 
     `queries`: second moments per head over d, of which the part without rotation is used.
     """
