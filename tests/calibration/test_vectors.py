@@ -104,7 +104,7 @@ def test_first_tokens_are_taken_from_every_sequence_and_short_ones_vanish(loaded
     assert rest.lengths == (3, 1) and torch.equal(rest.vectors, samples.vectors[[2, 3, 4, 9]])
     assert torch.equal(rest.ids, samples.ids[[2, 3, 4, 9]])
     assert samples.without_first(0) is samples
-    with pytest.raises(StatisticsError, match="no sequence is longer than 5 sinks"):
+    with pytest.raises(StatisticsError, match="No sequence is longer than 5 sinks"):
         samples.without_first(5)
 
 

@@ -44,7 +44,7 @@ class SampledVectors:
         kept = self.positions >= count
         lengths = tuple(length - count for length in self.lengths if length > count)
         if not lengths:
-            raise StatisticsError(f"no sequence is longer than {count} sinks: keep fewer `sinks` or raise `max_length`")
+            raise StatisticsError(f"No sequence is longer than {count} sinks. Lower `sinks` or raise `max_length`.")
         return replace(self, vectors=self.vectors[kept], ids=self.ids[kept], lengths=lengths)
 
     def less_mean(self, mean: Tensor) -> "SampledVectors":
