@@ -242,7 +242,7 @@ def test_bits_are_at_most_what_was_asked_for_and_short_of_it_by_one_group(name: 
 
 @pytest.mark.parametrize("bits", [0.0, -1.0, 8.01, 9.0, float("nan")])
 def test_bits_that_no_width_gives_are_refused(bits: float) -> None:
-    with pytest.raises(BudgetError, match="A live codec cannot have .* bits per value. Use more than 0 and at most 8"):
+    with pytest.raises(BudgetError, match=r"A live codec cannot have .* bits per value. Use more than 0 and at most 8"):
         fitted("llama").at_bits(bits)
 
 
@@ -337,7 +337,7 @@ def test_what_decoding_loses_is_what_the_fit_says_it_costs(name: str, alpha: flo
             assert error == pytest.approx(float(costs.gather(0, (widths[at] // 2)[None]).sum()), rel=5e-3), at
     nothing = fit._codec(fit._widths(1e30), "nothing")
     assert nothing.bits_per_value == 0
-    with pytest.raises(BudgetError, match="too few for one group of 8 coefficients. Use more"):
+    with pytest.raises(BudgetError, match=r"too few for one group of 8 coefficients. Use more"):
         fit.at_bits(1e-3)
     for at, error in weighed_errors(name, nothing, alpha).items():
         assert error == pytest.approx(float(fit.slots[at].costs[0].sum()), rel=1e-3), at
@@ -467,5 +467,5 @@ def test_a_loss_that_is_no_number_above_0_is_refused(loss: float) -> None:
 
 
 def test_more_sinks_than_tokens_are_refused() -> None:
-    with pytest.raises(StatisticsError, match="No sequence is longer than 100 sinks. Lower `sinks`"):
+    with pytest.raises(StatisticsError, match=r"No sequence is longer than 100 sinks. Lower `sinks`"):
         fitted("llama", LiveSettings(sinks=100))

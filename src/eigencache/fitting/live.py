@@ -41,8 +41,7 @@ class LiveSettings:
     """Settings of a live codec.
 
     Args:
-        alpha: exponent of the Fisher metric. None is 0.75, or 1 for models without rotation: there the first tokens are
-            rare and far from all others.
+        alpha: exponent of the Fisher metric. None is 0.75, or 1 without rotation, where first tokens are rare and far off.
         shared: most numbers per token of the heads that share a basis. More numbers take fewer bytes and more time.
         sinks: first positions, which are never packed.
         window: most recent tokens that are not packed.
@@ -154,12 +153,8 @@ class LiveFit:
     def at_bits(self, bits: float, name: str | None = None) -> LiveCodec:
         """Return the codec with the highest rate that is at most `bits` per packed value.
 
-        Args:
-            bits: bits per packed value, above 0 and at most 8.
-            name: name of the codec; by default its settings and its rate.
-
         Raises:
-            BudgetError: `bits` is out of range, or too low for one group of coefficients.
+            BudgetError: `bits` is not above 0 and at most 8, or too low for one group of coefficients.
         """
         check_bits(bits)
         low, high = -60.0, 60.0  # logarithm of the price of a bit
