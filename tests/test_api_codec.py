@@ -309,12 +309,12 @@ def test_a_folder_without_a_codec_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "words"),
     [
-        ({"bits": 1.0, "ratio": 8.0}, "bits and ratio: give one of bits, ratio and max_nll"),
-        ({"bits": 1.0, "ratio": 8.0, "max_nll": 0.1}, "bits and ratio and max_nll: give one of"),
-        ({"bits": 0.0}, "bits 0: must be a number above 0"),
-        ({"ratio": -2.0}, "ratio -2: must be a number above 0"),
-        ({"max_nll": float("nan")}, "max_nll nan: must be a number above 0"),
-        ({"ratio": float("inf")}, "ratio inf: must be a number above 0"),
+        ({"bits": 1.0, "ratio": 8.0}, "`bits` and `ratio` cannot be combined. Give only one of `bits`, `ratio` and `max_nll`"),
+        ({"bits": 1.0, "ratio": 8.0, "max_nll": 0.1}, "`bits` and `ratio` and `max_nll` cannot be combined"),
+        ({"bits": 0.0}, "`bits`=0 must be a number above 0"),
+        ({"ratio": -2.0}, "`ratio`=-2 must be a number above 0"),
+        ({"max_nll": float("nan")}, "`max_nll`=nan must be a number above 0"),
+        ({"ratio": float("inf")}, "`ratio`=inf must be a number above 0"),
     ],
 )
 def test_a_goal_that_makes_no_sense_is_named(goal: dict[str, float], words: str) -> None:

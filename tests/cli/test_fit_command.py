@@ -94,11 +94,11 @@ def test_help_explains_options_and_shows_examples(capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--bits", "1", "--ratio", "8"), "bits and ratio: give one of bits, ratio and max_nll"),
-        (("--bits", "1", "--max-nll", "0.1"), "bits and max_nll: give one of"),
-        (("--bits", "0"), "bits 0: must be a number above 0"),
-        (("--ratio", "-1"), "ratio -1: must be a number above 0"),
-        (("--max-nll", "nan"), "max_nll nan: must be a number above 0"),
+        (("--bits", "1", "--ratio", "8"), "--bits and --ratio cannot be combined. Give only one of --bits, --ratio and --max-nll."),
+        (("--bits", "1", "--max-nll", "0.1"), "--bits and --max-nll cannot be combined"),
+        (("--bits", "0"), "--bits=0 must be a number above 0"),
+        (("--ratio", "-1"), "--ratio=-1 must be a number above 0"),
+        (("--max-nll", "nan"), "--max-nll=nan must be a number above 0"),
         (("--scope", "row"), "--scope row does not exist. Use one of"),
         (("--kept-bits", "4"), "--kept-bits 4 does not exist. Use one of 8, 16."),
     ],
@@ -136,7 +136,7 @@ def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--tokens", "1024", "--max-length", "128"), "8 sequences: 16 are needed, some of them kept apart: raise --tokens"),
+        (("--tokens", "1024", "--max-length", "128"), "8 sequences are too few. Fitting and holding out need 16. Raise --tokens"),
         ((*FEW, *PLAIN, "--bits", "100"), "--bits=100 is above the maximum of "),
         ((*FEW, *PLAIN, "--bits", "0.3", "--window", "1000"), ", or fewer --sinks and a shorter --window."),
         (("--text", "absent.txt"), "absent.txt"),

@@ -47,8 +47,8 @@ class CalibrationSet:
         self.session.require_steady(self.sequences)
         if len(self.sequences.ids) < 2 * HELD_OUT_SHARE:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences are too few to fit on some and hold out others: {2 * HELD_OUT_SHARE} are "
-                "needed. Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
+                f"{len(self.sequences.ids)} sequences are too few. Fitting and holding out need {2 * HELD_OUT_SHARE}. "
+                "Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
             )
 
     @property
