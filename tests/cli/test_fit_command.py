@@ -136,7 +136,7 @@ def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--tokens", "1024", "--max-length", "128"), "8 sequences are too few. Fitting and holding out need 16. Raise --tokens"),
+        (("--tokens", "1024", "--max-length", "128"), "8 sequences are too few: 16 are needed to fit and to hold out. Raise --tokens"),
         ((*FEW, *PLAIN, "--bits", "100"), "--bits=100 is above the maximum of "),
         ((*FEW, *PLAIN, "--bits", "0.3", "--window", "1000"), ", or fewer --sinks and a shorter --window."),
         (("--text", "absent.txt"), "absent.txt"),

@@ -350,7 +350,7 @@ def test_settings_reach_the_codec() -> None:
 
 
 def test_too_little_text_is_refused() -> None:
-    with pytest.raises(StatisticsError, match="15 sequences: 16 are needed"):
+    with pytest.raises(StatisticsError, match="15 sequences are too few: 16 are needed"):
         fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 15)))
     with pytest.raises(StatisticsError, match="No sequence is longer than 20 sinks"):
         fit_eigen(

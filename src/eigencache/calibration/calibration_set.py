@@ -47,7 +47,7 @@ class CalibrationSet:
         self.session.require_steady(self.sequences)
         if len(self.sequences.ids) < 2 * HELD_OUT_SHARE:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences are too few. Fitting and holding out need {2 * HELD_OUT_SHARE}. "
+                f"{len(self.sequences.ids)} sequences are too few: {2 * HELD_OUT_SHARE} are needed to fit and to hold out. "
                 "Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
             )
 
