@@ -309,7 +309,7 @@ def test_a_folder_without_a_codec_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "words"),
     [
-        ({"bits": 1.0, "ratio": 8.0}, "`bits` and `ratio` cannot be combined. Give only one of `bits`, `ratio` and `max_nll`"),
+        ({"bits": 1.0, "ratio": 8.0}, "cannot be combined. Give only one of `bits`, `ratio` and `max_nll`"),
         ({"bits": 1.0, "ratio": 8.0, "max_nll": 0.1}, "`bits` and `ratio` and `max_nll` cannot be combined"),
         ({"bits": 0.0}, "`bits`=0 must be a number above 0"),
         ({"ratio": -2.0}, "`ratio`=-2 must be a number above 0"),

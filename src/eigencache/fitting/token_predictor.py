@@ -103,7 +103,7 @@ def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _finder(samples: SampledVectors, current: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the projection of one layer that identifies tokens, whitened by the residual of the regression."""
+    """Return start column and projections of the layer that identifies tokens, whitened by the residual."""
     start, stop = _columns_of(samples.layout, layer_idx)
     seen = samples.vectors[:, start:stop]
     h = current.shape[1]
