@@ -124,6 +124,6 @@ def test_progress_counts_sequences(loaded, sequences) -> None:
 def test_a_slot_without_numbers_is_refused_by_layer() -> None:
     stored = {0: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 2)), 3: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 0))}
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"layers \[3\] cache vectors of 0 numbers, as MLA without a rotary"
+        UnsupportedArchitectureError, match=r"Layers \[3\] cache vectors of dimension 0, as MLA without a rotary"
     ):
         layout_of(stored, {}, mla=True)
