@@ -63,7 +63,7 @@ def check_metric(name: str) -> str:
 
 
 def metric_named(name: str) -> Metric:
-    """Return a registered metric, or raise `StatisticsError` for an unknown name and for `frobenius`, which has no matrix."""
+    """Return a registered metric. Raise `StatisticsError` for an unknown name and for `frobenius`, which has no matrix."""
     check_metric(name)
     if name == FROBENIUS:
         raise StatisticsError("`metric` frobenius weighs all numbers alike and has no matrix to measure.")

@@ -100,12 +100,12 @@ def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
     rows = loaded.embedded_ids
     if largest_id >= rows:
         raise TokenizerMismatchError(
-            f"{loaded.name}: the tokenizer returned id {largest_id}, but the model embeds only {rows} ids. Use its own tokenizer."
+            f"{loaded.name}: token id {largest_id} is too large: the model embeds only {rows} ids. Use its own tokenizer."
         )
     positions = loaded.learned_positions
     if positions and max_length > positions:
         raise ModelError(
-            f"{loaded.name} has {positions} positions, too few for `max_length` {max_length}. Use at most {positions}."
+            f"{loaded.name} has {positions} positions, the sequences {max_length} tokens. Use `max_length` ≤ {positions}."
         )
 
 
@@ -121,7 +121,7 @@ def check_finite(captured: Iterable[CapturedLayer]) -> None:
 
 
 def captured_by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
-    """Return tensor name → layer → tensor; keys come first, and tensors before rotation."""
+    """Return tensor name → layer → tensor, keys first, in the frame before rotation first."""
     tensors: dict[str, dict[int, torch.Tensor]] = {}
     for layer in captured:
         for name, tensor in layer.tensors.items():
