@@ -224,7 +224,7 @@ def fitted() -> CacheCodec:
         settings=EigenSettings(metric="frobenius"),
         on_progress=lambda what, done, of: said.add(what),
     )
-    assert {"vectors", "vectors kept apart", "decomposing", "scoring 1 codecs"} <= said
+    assert {"vectors", "held-out vectors", "decomposing", "scoring 1 codecs"} <= said
     return codec
 
 
@@ -309,12 +309,12 @@ def test_a_folder_without_a_codec_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "words"),
     [
-        ({"bits": 1.0, "ratio": 8.0}, "bits and ratio: give one of bits, ratio and max_nll"),
-        ({"bits": 1.0, "ratio": 8.0, "max_nll": 0.1}, "bits and ratio and max_nll: give one of"),
-        ({"bits": 0.0}, "bits 0: must be a number above 0"),
-        ({"ratio": -2.0}, "ratio -2: must be a number above 0"),
-        ({"max_nll": float("nan")}, "max_nll nan: must be a number above 0"),
-        ({"ratio": float("inf")}, "ratio inf: must be a number above 0"),
+        ({"bits": 1.0, "ratio": 8.0}, "cannot be combined. Give only one of `bits`, `ratio` and `max_nll`"),
+        ({"bits": 1.0, "ratio": 8.0, "max_nll": 0.1}, "`bits` and `ratio` and `max_nll` cannot be combined"),
+        ({"bits": 0.0}, "`bits`=0 must be a number above 0"),
+        ({"ratio": -2.0}, "`ratio`=-2 must be a number above 0"),
+        ({"max_nll": float("nan")}, "`max_nll`=nan must be a number above 0"),
+        ({"ratio": float("inf")}, "`ratio`=inf must be a number above 0"),
     ],
 )
 def test_a_goal_that_makes_no_sense_is_named(goal: dict[str, float], words: str) -> None:
@@ -330,7 +330,7 @@ def test_goals_are_bits_or_a_loss() -> None:
 def test_what_cannot_be_fitted_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BudgetError, match="bits and ratio"):
         eigencache.fit("ref-deepseek", bits=1, ratio=2, tokens=1024)
-    with pytest.raises(StatisticsError, match=r"8 sequences: 16 are needed"):
+    with pytest.raises(StatisticsError, match=r"8 sequences are too few: 16 are needed"):
         eigencache.fit("ref-deepseek", bits=1, tokens=1024, max_length=128)
     with pytest.raises(CorpusError):
         eigencache.fit("ref-deepseek", text=["short"])

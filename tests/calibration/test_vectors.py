@@ -104,7 +104,7 @@ def test_first_tokens_are_taken_from_every_sequence_and_short_ones_vanish(loaded
     assert rest.lengths == (3, 1) and torch.equal(rest.vectors, samples.vectors[[2, 3, 4, 9]])
     assert torch.equal(rest.ids, samples.ids[[2, 3, 4, 9]])
     assert samples.without_first(0) is samples
-    with pytest.raises(StatisticsError, match="no sequence is longer than 5 sinks"):
+    with pytest.raises(StatisticsError, match="No sequence is longer than 5 sinks"):
         samples.without_first(5)
 
 
@@ -124,6 +124,6 @@ def test_progress_counts_sequences(loaded, sequences) -> None:
 def test_a_slot_without_numbers_is_refused_by_layer() -> None:
     stored = {0: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 2)), 3: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 0))}
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"layers \[3\] cache vectors of 0 numbers, as MLA without a rotary"
+        UnsupportedArchitectureError, match=r"Layers \[3\] cache vectors of dimension 0, as MLA without a rotary"
     ):
         layout_of(stored, {}, mla=True)

@@ -158,7 +158,7 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
 
 
 def test_sequences_longer_than_the_learned_positions_are_refused() -> None:
-    assert "use --max-length" in error_of(run("probe", "ref-gpt2", "--max-length", 4096, "--tokens", 8192))
+    assert "Use --max-length" in error_of(run("probe", "ref-gpt2", "--max-length", 4096, "--tokens", 8192))
 
 
 def test_damaged_and_missing_records_are_named(tmp_path: Path) -> None:

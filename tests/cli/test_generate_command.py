@@ -231,5 +231,5 @@ def test_widths_that_a_live_codec_does_not_have_are_refused(bits: str, tmp_path:
     monkeypatch.chdir(tmp_path)
     few = ("--tokens", "1024", "--max-length", "64", *PLAIN)
     line, _ = mistake(capsys, "fit", "ref-llama", *few, "-o", "new", "--live", "--live-bits", bits)
-    assert f"{bits} bits per value: a live codec has widths up to 8 bits: ask for more than 0, at most 8" in line
+    assert f"A live codec cannot have {bits} bits per value. Use more than 0 and at most 8." in line
     assert not list(tmp_path.iterdir())

@@ -164,7 +164,7 @@ def test_a_tight_memory_budget_takes_fewer_folds_and_then_refuses(loaded, sequen
 def test_mistaken_inputs_are_named(loaded, sequences) -> None:
     with pytest.raises(TokenizerMismatchError, match="embeds only 128"):
         probe_model(Session(loaded("llama")), sequences(40, vocabulary=5000), SETTINGS)
-    with pytest.raises(ModelError, match="use `max_length` 64"):
+    with pytest.raises(ModelError, match="Use `max_length` ≤ 64"):
         probe_model(Session(loaded("gpt2")), sequences(100), SETTINGS)
     broken = copy.deepcopy(loaded("gpt2").model)
     with torch.no_grad():
