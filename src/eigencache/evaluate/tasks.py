@@ -196,7 +196,10 @@ def variable_tracking(words: Vocabulary, length: int, depth: float, rng: np.rand
 
 @task("common words", has_depth=False)
 def common_words(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """Ask for the most frequent word of a shuffled list: it fills a fifth; others occur at most a quarter as often (RULER)."""
+    """Ask for the most frequent word of a shuffled list (RULER).
+
+    The word fills a fifth of the list. Other words occur at most a quarter as often.
+    """
     question = words.encode("\nQuestion: which word occurs most often in the text above?\nAnswer:")
     room = _room("common words", length, len(words.start) + len(question), 10)
     common = room // 5

@@ -234,7 +234,7 @@ def test_the_half_that_is_chosen_on_and_the_half_that_is_stated_on_share_no_sequ
 
 
 def test_fewer_than_sixteen_sequences_cannot_be_halved(sequences) -> None:
-    with pytest.raises(CorpusError, match="15 sequences are longer than the first 20 tokens: 16 are needed"):
+    with pytest.raises(CorpusError, match="15 sequences are longer than the first 20 tokens, but 16 are needed"):
         halves_of(sequences(*(40,) * 15, 21), PROTOCOL)
 
 
