@@ -114,13 +114,13 @@ def test_bytes_and_the_length_that_pays_the_basis_back_follow_from_the_tensors_h
 def test_a_sweep_says_what_it_did_not_measure() -> None:
     advice = advised(sweep(series("v", (8, 1.8, 0.0, 0.001)), nll=3.5))
     unknown = "\n".join(advice.unknown)
-    assert "chosen and stated on the same tokens" in unknown
+    assert "the loss is reported on the tokens used for the choice" in unknown
     assert "not measured: K\n" in unknown
     assert "not measured: K and V" in unknown
     assert "not measured: scope layer, all" in unknown
     assert "not measured: metric frobenius" in unknown
     assert "not measured: coefficients in 16, 4 bits" in unknown
-    assert "the keys have a bias, and what it does to fp8 and int8 keys was not measured" in unknown
+    assert "the keys have a bias, and its effect on fp8 and int8 keys was not measured" in unknown
     assert "3.50 nats per token uncompressed" in unknown
 
 
@@ -130,7 +130,7 @@ def test_what_is_not_known_depends_on_the_situation() -> None:
     assert any("parameters" in line for line in advised(sweep(found)).unknown)
     assert not any("parameters" in line for line in advised(large).unknown)
     assert not any("uncompressed" in line for line in advised(large).unknown)
-    assert not any("intervals rest on" in line for line in advised(large).unknown)  # 40 sequences
+    assert not any("intervals come from" in line for line in advised(large).unknown)  # 40 sequences
     geometry = large.model.geometry
     for hidden_size, redundant in ((geometry.hidden_size // 4, True), (geometry.hidden_size * 4, False)):
         other = sweep(found, geometry=geometry.model_copy(update={"hidden_size": hidden_size}))
@@ -141,7 +141,7 @@ def test_a_choice_at_the_lowest_rank_or_with_a_large_divergence_is_marked() -> N
     found = series("v", (8, 1.8, -0.002, 0.002), (16, 1.5, 0.0, 0.001))
     found.points[0].quality.kl = 0.05
     unknown = "\n".join(advised(sweep(found)).unknown)
-    assert "rank 8 is the lowest that was tried in this way" in unknown
+    assert "rank 8 is the lowest rank tried with these settings" in unknown
     assert "KL is 0.0500 nats, more than the budget" in unknown
     bracketed = series("v", (4, 1.9, 0.1, 0.002), (8, 1.8, 0.002, 0.002))
     unknown = "\n".join(advised(sweep(bracketed)).unknown)
@@ -257,7 +257,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert control.points[0].rank == advice.chosen.rank
     assert len(advice.sweeps["coarse"].series) == 19  # 3 targets, 3 scopes, 2 metrics, and keys after rotation
     assert any("coarse pass" in what for what, _, _ in calls)
-    assert any("had no part in the choice" in line.claim for line in advice.evidence)
+    assert any("not used for the choice" in line.claim for line in advice.evidence)
     advice.save(tmp_path / "advice.json")
     assert Advice.load(tmp_path / "advice.json") == advice
     assert all(path and path.exists() for path in partial_paths(tmp_path / "p").values())
@@ -275,7 +275,7 @@ def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text,
     assert advice.nearest
     assert "stated" not in advice.sweeps
     assert advice.holds is None
-    assert any(line.claim.startswith("the nearest to the budget") for line in advice.evidence)
+    assert any(line.claim.startswith("nearest to the budget") for line in advice.evidence)
 
 
 def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibration_text) -> None:
@@ -284,7 +284,7 @@ def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibra
     assert {advice.chosen.target, *(other.target for other in advice.others)} == {"latent", "key_rope"}
     assert advice.keys is None
     assert any("expands to" in line.claim for line in advice.evidence)
-    assert "latent and rotary key were compressed one at a time, not together" in advice.unknown
+    assert "the latent and the rotary key were compressed separately, not together" in advice.unknown
 
 
 # Biases of keys
