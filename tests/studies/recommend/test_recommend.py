@@ -334,15 +334,19 @@ def test_a_file_is_read_by_its_schema_and_another_is_refused(tmp_path: Path) -> 
     record.save(tmp_path / "sweep.json")
     assert read_subject(str(tmp_path / "sweep.json")) == record
     assert read_subject("ref-llama") == "ref-llama"
-    for content, says in (("{", "not JSON"), ("[]", "is no record"), ('{"schema_version": "x/1"}', "a record of x/1")):
+    for content, says in (
+        ("{", "not JSON"),
+        ("[]", "is not a record"),
+        ('{"schema_version": "x/1"}', "a record of type x/1"),
+    ):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(RecordError, match=says):
             read_subject(str(tmp_path / "other.json"))
     with pytest.raises(RecordError, match="cannot be read"):
         read_subject(str(tmp_path / "absent.json"))
-    with pytest.raises(RecordError, match="chooses among the models of a report"):
+    with pytest.raises(RecordError, match="selects a model of a report"):
         read_subject("ref-llama", "ref-llama")
-    with pytest.raises(RecordError, match="is of planted-model"):
+    with pytest.raises(RecordError, match="contains only planted-model"):
         read_subject(str(tmp_path / "sweep.json"), "another")
 
 
@@ -352,7 +356,7 @@ def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(l
     other = probe.model_copy(update={"model": probe.model.model_copy(update={"name": "other", "sha256": "f" * 64})})
     path = tmp_path / "report.json"
     ReportRecord(probes=[probe, other]).save(path)
-    with pytest.raises(RecordError, match="is of 2 models: choose one with `model`: tiny, other"):
+    with pytest.raises(RecordError, match=r"contains 2 models\. Choose one with `model`: tiny, other"):
         read_subject(str(path))
     with pytest.raises(RecordError, match="`model` third"):
         read_subject(str(path), "third")

@@ -27,8 +27,9 @@ def halves_of(sequences: Sequences, protocol: ReadingProtocol) -> tuple[Sequence
     usable = [index for index, ids in enumerate(sequences.ids) if len(ids) >= protocol.length + 2]
     if len(usable) < 2 * MIN_SEQUENCES:
         raise CorpusError(
-            f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens, but {2 * MIN_SEQUENCES} are "
-            f"needed: {MIN_SEQUENCES} to choose on and {MIN_SEQUENCES} to report the loss on. Raise `tokens` or lower `max_length`."
+            f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens, but "
+            f"{2 * MIN_SEQUENCES} are needed: {MIN_SEQUENCES} to choose on and {MIN_SEQUENCES} to report the loss on. "
+            "Raise `tokens` or lower `max_length`."
         )
     middle = len(usable) // 2
     return _half(sequences, usable[:middle]), _half(sequences, usable[middle:])
