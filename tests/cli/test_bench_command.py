@@ -101,7 +101,7 @@ def test_an_interrupted_bench_goes_on(board, tmp_path, monkeypatch, capsys) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--methods", "eigen,nuqx"), "--methods nuqx: no such method; there are " + ", ".join(METHODS)),
+        (("--methods", "eigen,nuqx"), "--methods nuqx: no such method. Choose from " + ", ".join(METHODS)),
         (("--points", "0.5,x"), "--points 0.5,x: give numbers with commas between them, such as 0.1,0.5"),
         (("--points", "0,1"), "--points 0,1: every number must be above 0"),
         (("--points", "inf"), "--points inf: every number must be above 0"),

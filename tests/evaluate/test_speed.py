@@ -108,7 +108,7 @@ def test_a_generation_goes_on_with_what_a_cache_holds(name: str) -> None:
     model, found = caches(name)
     for cache in found.values():
         for length in (205, 210):
-            speed._go_on(model, cache, 2, 5)
+            speed._generate(model, cache, 2, 5)
             assert cache.get_seq_length() == length  # the last token is not read
 
 

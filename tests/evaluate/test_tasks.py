@@ -119,13 +119,13 @@ def test_common_words_asks_for_the_most_frequent_one(words: Vocabulary) -> None:
 
 def test_bad_lengths_depths_names_and_tokenizers_are_refused_in_one_line(words: Vocabulary) -> None:
     for name in NAMES:
-        with pytest.raises(CorpusError, match=f"{name}: a context of 4 tokens is too short, the task needs"):
+        with pytest.raises(CorpusError, match=f"`lengths` 4: too short for the task {name}"):
             examples(name, words, 4, 0.5, 1, 0)
-    with pytest.raises(CorpusError, match=r"recall: a context of this length needs .* different words"):
+    with pytest.raises(CorpusError, match=r"recall: contexts of this length need .* different words"):
         examples("recall", words, 20_000, 0.5, 1, 0)
-    with pytest.raises(CorpusError, match=r"depth 1\.5"):
+    with pytest.raises(CorpusError, match=r"`depth` 1\.5"):
         examples("copy", words, LENGTH, 1.5, 1, 0)
-    with pytest.raises(CorpusError, match="sorting: no such task; choose from copy, induction"):
+    with pytest.raises(CorpusError, match=r"`tasks` sorting: no such task\. Choose from copy, induction"):
         examples("sorting", words, LENGTH, 0.5, 1, 0)
     loaded = bundled("ref-llama")
 

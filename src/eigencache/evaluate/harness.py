@@ -1,10 +1,10 @@
-"""Any task of lm-evaluation-harness runs through the cache: lm-eval's model `eigencache` reads contexts held encoded.
+"""Run any task of lm-evaluation-harness with an encoded cache, by the lm-eval model `eigencache`.
 
-Needs the package `lm-eval` (the extra `eigencache[eval]`). Importing this module registers the model; from a shell:
+Needs the package `lm-eval` (the extra `eigencache[eval]`). Importing this module registers the model. From a shell:
 
     python -m eigencache.evaluate.harness run --model eigencache --model_args pretrained=ref-llama,codec=16bit --tasks …
 
-Requests are read one by one, because padding is not known to a cache.
+Requests run one at a time, because an encoded cache does not support padding.
 """
 
 import copy
@@ -32,17 +32,30 @@ except ModuleNotFoundError as error:
     raise ModelError(f"lm-eval cannot be imported ({error}): pip install 'eigencache[eval]'") from error
 
 CODECS = ("none", "16bit")
-MAX_NEW_TOKENS = 256  # lm-eval's own default for tasks that name no limit
+MAX_NEW_TOKENS = 256  # lm-eval's default for tasks without a limit
 
 
 @register_model("eigencache")
 class CodecLM(TemplateLM):
-    """A causal model whose context is held encoded while a continuation is scored or generated.
+    """lm-eval model that encodes the cached context before a continuation is scored or generated.
 
-    `pretrained`: a model spec of `load`, or a loaded model. `codec`: `none` (an ordinary cache), `16bit`, the folder of a
-    codec that was fitted on this model (`eigencache evaluate --save-codec`), or a codec.
-    `window`, `block`: as in `CodecCache`. `chunk`: how many tokens of a rolling text are read at a time; all older than
-    the window are held encoded. Raises `ModelError` and `CodecError` in one line.
+    Args:
+        pretrained: A model specification of `load`, or a loaded model.
+        codec: `none` (ordinary cache), `16bit`, the folder of a codec fitted on this model
+            (`eigencache evaluate --save-codec`), or a codec object.
+        window: Most recent tokens that stay uncompressed, as in `CodecCache`.
+        block: Tokens that are encoded together, as in `CodecCache`.
+        chunk: Tokens per forward pass of `loglikelihood_rolling`.
+        max_length: Longest text in tokens. Default: the model's `max_position_embeddings`.
+        batch_size: Must be 1. lm-eval passes it.
+        max_batch_size: Must be None or 1. lm-eval passes it.
+        device: Device to load the model on. Default: chosen by `load`.
+        dtype: Dtype to load the model in. Default: chosen by `load`.
+        tokenizer: Tokenizer to load. Default: the model's.
+
+    Raises:
+        ModelError: The model cannot be loaded, or an argument is out of range.
+        CodecError: The codec does not exist or does not fit the model.
     """
 
     def __init__(
@@ -62,46 +75,55 @@ class CodecLM(TemplateLM):
     ) -> None:
         super().__init__()
         if str(batch_size) != "1" or max_batch_size not in (None, 1):
-            raise ModelError(f"--batch_size {batch_size}: a cache does not know padding: use --batch_size 1")
+            raise ModelError(
+                f"`batch_size` {batch_size}, `max_batch_size` {max_batch_size}: an encoded cache does not support padding. "
+                "Use 1 for both."
+            )
         if chunk < 1:
-            raise ModelError(f"chunk={chunk}: at least one token has to be read at a time")
+            raise ModelError(f"`chunk` {chunk}: must be at least 1")
         self.loaded = (
             load(pretrained, device=device, dtype=dtype, tokenizer=tokenizer) if isinstance(pretrained, str) else pretrained
         )
-        # lm-eval makes a number of a folder's name that looks like one
+        # lm-eval parses a folder name of digits as an integer
         self.codec = _codec(str(codec), self.loaded) if isinstance(codec, str | int) else codec
         self.tokenizer: Any = self.loaded.tokenizer
         self.window, self.chunk = Window(window, block), chunk
         self.max_length = _max_length(self.loaded, max_length)
         self._device = self.loaded.device
-        self._last: tuple[list[int], Prefix] | None = None  # choices of one question share their context
+        self._last: tuple[list[int], Prefix] | None = None  # cached: answer choices of one question share their context
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text. Raises `ModelError` for a tokenizer without one."""
+        """Id of the end-of-text token. Raises `ModelError` if the tokenizer has none."""
         if self.tokenizer.eos_token_id is None:
-            raise ModelError(f"{self.loaded.name}: the tokenizer has no token that ends a text, lm-eval needs one")
+            raise ModelError(f"{self.loaded.name}: the tokenizer has no eos token, which lm-eval needs. Set one.")
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context: the tokenizer's bos, its eos without one."""
+        """Id that replaces an empty context: the bos token, or the eos token if there is no bos token."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which name lm-eval keeps requests of a chat template."""
+        """Name under which lm-eval caches requests that use a chat template."""
         return self.loaded.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; special tokens are added as the tokenizer does, unless told otherwise or already there."""
+        """Return the token ids of a text.
+
+        Args:
+            string: Text to encode.
+            add_special_tokens: Whether the tokenizer adds special tokens. Default: unless the text begins with bos.
+            **kwargs: Passed to the tokenizer's `encode`.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, **kwargs)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The tokenizer's template as text."""
+        """Return a chat history as text in the tokenizer's chat template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -112,16 +134,19 @@ class CodecLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """All but the last token of a context is held encoded; the continuation is scored through it.
+        """Score continuations after contexts, of which all but the last token is encoded.
 
-        A context that is too long loses its start. Raises `ModelError` for a continuation that does not fit alone.
+        Contexts that are too long are truncated on the left.
+
+        Raises:
+            ModelError: A continuation alone is longer than `max_length`.
         """
         answers = []
         for strings, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise ModelError(
                     f"{self.loaded.name}: a continuation of {len(continuation)} tokens is longer than "
-                    f"max_length={self.max_length}"
+                    f"`max_length` {self.max_length}. Raise `max_length`."
                 )
             ids = (context + continuation)[-(self.max_length + 1) :]
             answers.append(self._scored(ids[: len(ids) - len(continuation)], continuation))
@@ -130,7 +155,7 @@ class CodecLM(TemplateLM):
 
     @torch.no_grad()
     def _scored(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log-probability in nats of the continuation, and whether each of its tokens is ranked first."""
+        """Return the log-probability of the continuation in nats, and whether greedy decoding produces it."""
         if not continuation:
             return 0.0, True
         piece = self._tensor([*context[-1:], *continuation[:-1]])
@@ -140,7 +165,14 @@ class CodecLM(TemplateLM):
 
     @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of whole texts, read in chunks: all older than the window is held encoded."""
+        """Return the log-probability of whole texts in nats.
+
+        Texts are read `chunk` tokens at a time. All tokens older than the window are encoded.
+
+        Args:
+            requests: lm-eval requests; the first argument of each is the text.
+            disable_tqdm: Ignored; part of lm-eval's interface.
+        """
         totals = []
         for string in (request.args[0] for request in requests):
             windows = get_rolling_token_windows(
@@ -166,9 +198,16 @@ class CodecLM(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text that follows each context, up to a stop string or `max_gen_toks`; greedy unless the task samples.
+        """Return the text generated after each context, up to a stop string or `max_gen_toks` tokens.
 
-        Every generated token reads its past through the cache. Raises `ModelError` where no context would be left.
+        Decoding is greedy unless the task asks for sampling. All tokens are generated with the encoded cache.
+
+        Args:
+            requests: lm-eval requests; the arguments of each are the context and generation settings.
+            disable_tqdm: Ignored; part of lm-eval's interface.
+
+        Raises:
+            ModelError: `max_gen_toks` leaves no room for a context.
         """
         texts = []
         for request in requests:
@@ -178,25 +217,28 @@ class CodecLM(TemplateLM):
         return texts
 
     def _generated(self, context: str, settings: dict[str, Any]) -> str:
-        given_stops = settings.pop("until", None) or []
-        stops = [given_stops] if isinstance(given_stops, str) else given_stops
+        task_stops = settings.pop("until", None) or []
+        stops = [task_stops] if isinstance(task_stops, str) else task_stops
         until = [stop for stop in (*stops, self.tokenizer.decode([self.eot_token_id])) if stop]
         new_tokens = int(settings.pop("max_gen_toks", MAX_NEW_TOKENS))
         if new_tokens >= self.max_length:
-            raise ModelError(f"max_gen_toks={new_tokens} leaves no room for a context in max_length={self.max_length}")
+            raise ModelError(
+                f"`max_gen_toks` {new_tokens} leaves no room for a context in `max_length` {self.max_length}. "
+                "Lower `max_gen_toks` or raise `max_length`."
+            )
         settings["do_sample"] = settings.get("do_sample", float(settings.get("temperature", 0.0)) > 0)
         if not settings["do_sample"]:
             settings.pop("temperature", None)
         ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - new_tokens) :]
-        given = self._tensor(ids)
+        prompt = self._tensor(ids)
 
         def stopped(row: Tensor) -> bool:
             text = self.tokenizer.decode(row[len(ids) :])
             return any(stop in text for stop in until)
 
         out = self.loaded.model.generate(  # type: ignore[operator]
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             past_key_values=self._prefix(ids[:-1]).cache(self.codec, self.window),
             max_new_tokens=new_tokens,
             stopping_criteria=[lambda rows, _: torch.tensor([stopped(row) for row in rows], device=rows.device)],
@@ -221,8 +263,8 @@ def _codec(name: str, loaded: LoadedModel) -> Codec | None:
         return None if name == "none" else SixteenBit(loaded.model.dtype)
     if not Path(name).is_dir():
         raise CodecError(
-            f"codec={name}: no such codec; use {' or '.join(CODECS)}, a folder that `eigencache evaluate --save-codec` "
-            "wrote, or pass a codec object from Python"
+            f"`codec` {name}: no such codec. Use {' or '.join(CODECS)}, a folder written by "
+            "`eigencache evaluate --save-codec`, or, from Python, a codec object."
         )
     return codec_for(load_codec(name), loaded)
 
@@ -230,9 +272,9 @@ def _codec(name: str, loaded: LoadedModel) -> Codec | None:
 def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if wanted is None and positions is None:
-        raise ModelError(f"{loaded.name}: the configuration names no longest text: give max_length=…")
+        raise ModelError(f"{loaded.name}: the configuration has no `max_position_embeddings`. Set `max_length`.")
     if wanted is not None and not 2 <= wanted <= (loaded.learned_positions or wanted):
-        raise ModelError(f"max_length={wanted}: {loaded.name} reads from 2 to {positions} tokens")
+        raise ModelError(f"`max_length` {wanted}: {loaded.name} accepts 2 to {positions} tokens")
     return int(wanted or positions)  # type: ignore[arg-type]
 
 

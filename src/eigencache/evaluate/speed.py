@@ -1,7 +1,8 @@
-"""How long attention, a step, a generation and a prefill take over a live cache and over its peers, side by side in one run.
+"""Time attention, decode steps, generation and prefill with `CompressedCache` and with the caches of transformers.
 
-All that is compared runs in turn in every repeat, and medians are reported: what slows the machine slows all alike.
-Reading noise takes as long as reading text, so geometries of large models are timed with random weights and few layers.
+Every repetition runs all caches once, in random order, and medians are reported, so that a slower machine affects all
+caches alike. Speed does not depend on the weights: the geometries of large models are timed with random weights and
+few layers.
 """
 
 import time
@@ -28,31 +29,43 @@ from eigencache.records.provenance import Stopwatch
 from eigencache.records.speed import Part, SpeedRecord, Timing
 
 Progress = Callable[[str, int, int], None]
-_COPIED = 2**28  # bytes, more than any cache of a processor
-_PRODUCT, _PRODUCT_ON_CPU = 8192, 1024  # rows of a square matrix: a CPU without 16-bit products takes minutes for more
-ROUNDS = 5  # in which a generation goes on, all caches in turn
-_GENERATION = 16_384  # tokens held, beyond which a whole generation takes minutes and a step says as much
+_COPIED = 2**28  # bytes; exceeds every processor cache
+_PRODUCT, _PRODUCT_ON_CPU = 8192, 1024  # rows of a square matrix; larger ones take minutes on CPUs without 16-bit products
+ROUNDS = 5  # rounds of a generation; in each, every cache generates once
+_GENERATION = 16_384  # tokens; beyond this context a generation takes minutes and tells no more than one decode step
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of every work, by name."""
-    return {name: median(found) for name, found in seconds_in_turn(works, repeats, device).items()}
+    """Return the median seconds of each function; see `seconds_in_turn`.
+
+    Args:
+        works: Functions to time, by name.
+        repeats: Timed repetitions.
+        device: Device that is synchronized before and after each call.
+    """
+    return {name: median(seconds) for name, seconds in seconds_in_turn(works, repeats, device).items()}
 
 
 def seconds_in_turn(works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every work, by name; in every repeat all run once, after one that does not count.
+    """Return the seconds of each repetition of each function.
 
-    Each time in another order: what runs before leaves the processor's caches as it needs them.
+    Each repetition calls every function once, in a new random order, because each call leaves its own data in the
+    processor's caches. One untimed warm-up repetition comes first.
+
+    Args:
+        works: Functions to time, by name.
+        repeats: Timed repetitions.
+        device: Device that is synchronized before and after each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    order, drawn = list(works.items()), Random(0)
-    for turn in range(repeats + 1):
-        for name, work in drawn.sample(order, len(order)):
+    items, rng = list(works.items()), Random(0)
+    for repeat in range(repeats + 1):
+        for name, work in rng.sample(items, len(items)):
             _wait(device)
             start = time.perf_counter()
             work()
             _wait(device)
-            if turn:
+            if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -63,32 +76,67 @@ def _wait(device: torch.device) -> None:
 
 
 def limits(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> tuple[float, float]:
-    """Bytes read in a second by a copy, and operations in a second of a product of matrices."""
+    """Measure the speed limits of a device for a roofline.
+
+    Args:
+        device: Device to measure.
+        dtype: Dtype of the matrix product.
+        repeats: Timed repetitions; the median is used.
+
+    Returns:
+        Bytes read per second by a copy, and operations per second of a matrix product.
+    """
     source = torch.ones(_COPIED, dtype=torch.uint8, device=device)
     size = _PRODUCT_ON_CPU if device.type == "cpu" else _PRODUCT
     target, x = torch.empty_like(source), torch.randn(size, size, dtype=dtype, device=device)
-    found = in_turn({"copy": lambda: target.copy_(source), "product": lambda: x @ x}, repeats, device)
-    return _COPIED / found["copy"], 2 * size**3 / found["product"]
+    seconds = in_turn({"copy": lambda: target.copy_(source), "product": lambda: x @ x}, repeats, device)
+    return _COPIED / seconds["copy"], 2 * size**3 / seconds["product"]
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is timed: geometries by name, tokens held, rows of a batch, bits per value of the live caches."""
+    """Geometries, context lengths and caches to time.
+
+    Args:
+        geometries: Names of model geometries (`models.synthetic`).
+        contexts: Context lengths in tokens.
+        batches: Batch sizes.
+        rates: Bits per value of the compressed caches.
+        generated: Tokens to generate, at contexts up to 16,384 tokens. The default of 65 includes the packing of one
+            block of 64. 0 skips generation.
+        prefill: Prompt length in tokens. 0 skips prefills.
+        chunk: Tokens per chunk of the chunked prefill. 0 skips it.
+        layers: Layers of each model.
+        repeats: Timed repetitions per measurement; the median is reported.
+    """
 
     geometries: Sequence[str] = ("llama-3-8b",)
     contexts: Sequence[int] = (1024, 4096, 16_384, 32_768)
     batches: Sequence[int] = (1,)
     rates: Sequence[float] = (3.125, 4.0)
-    generated: int = 65  # tokens, from contexts up to `_GENERATION`: a block is packed in between; 0 for none
-    prefill: int = 8192  # tokens; 0 for none
-    chunk: int = 512  # tokens of a prompt that are read at a time, beside all at once; 0 for none
+    generated: int = 65
+    prefill: int = 8192
+    chunk: int = 512
     layers: int = 1
     repeats: int = 7
 
 
 @torch.no_grad()
 def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_progress: Progress) -> SpeedRecord:
-    """Attention of one layer, decode steps and prefills of every geometry. Raises what `require_known` raises."""
+    """Time attention of one layer, decode steps, generation and prefills of every geometry.
+
+    Args:
+        settings: Geometries, context lengths and caches to time.
+        device: Device to run on, such as `cpu` or `cuda`.
+        dtype: Dtype of the models and of uncompressed caches.
+        on_progress: Called with a geometry's name, finished cases and the number of cases.
+
+    Returns:
+        All timings, with the speed limits of the device.
+
+    Raises:
+        ModelError: A geometry or rate is unknown (`require_known`).
+    """
     require_known(settings.geometries, settings.rates)
     watch, timings = Stopwatch(), []
     most = max((*settings.contexts, settings.prefill)) + 512
@@ -120,8 +168,8 @@ def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_p
 
 
 def _case(model: Any, name: str, context: int, batch: int, settings: SpeedSettings) -> Iterator[Timing]:
-    """Attention and a decode step over so many tokens."""
-    timed = lambda part, way, **found: Timing(part=part, geometry=name, context=context, batch=batch, way=way, **found)  # noqa: E731
+    """Time attention, a decode step and a generation with every cache after `context` tokens."""
+    timed = lambda part, way, **fields: Timing(part=part, geometry=name, context=context, batch=batch, way=way, **fields)  # noqa: E731
     caches, refused = {}, {}
     for way, cache in filled_caches(model, context, batch, settings.rates):
         (refused if isinstance(cache, str) else caches)[way] = cache
@@ -141,19 +189,20 @@ def _case(model: Any, name: str, context: int, batch: int, settings: SpeedSettin
         yield timed("decode", way, seconds=None, nbytes=None, why=why)
     if settings.generated and context <= _GENERATION:
         tokens = -(-settings.generated // ROUNDS)
-        works = {way: partial(_go_on, model, cache, batch, tokens) for way, cache in caches.items()}
+        works = {way: partial(_generate, model, cache, batch, tokens) for way, cache in caches.items()}
         for way, seconds in seconds_in_turn(works, ROUNDS, model.device).items():
             yield timed("generation", way, seconds=sum(seconds) / (ROUNDS * tokens), nbytes=sizes[way])
 
 
-def _go_on(model: Any, cache: Any, batch: int, tokens: int) -> None:
+def _generate(model: Any, cache: Any, batch: int, tokens: int) -> None:
+    """Generate exactly `tokens` tokens after those in `cache`."""
     ids = torch.zeros(batch, cache.get_seq_length() + 1, dtype=torch.int64, device=model.device)
-    given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **given)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
 
 
 def _attention(model: Any, caches: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
-    """Ways of one query per row to attend to the first layer: over what `DynamicCache` holds, and live."""
+    """Return functions that attend to the first layer with one query per row, and the bytes each one reads."""
     plain = caches["DynamicCache"].layers[0]
     keys, values = plain.keys, plain.values
     batch, kv_heads, _, dim = keys.shape
@@ -183,15 +232,15 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def prefills(repeats: int) -> int:
-    """How many prefills a median is of, where others are of so many."""
+    """Return the number of timed prefills where other measurements are repeated `repeats` times: at most 5."""
     return min(5, repeats)
 
 
 def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing]:
-    """A prompt in one pass into an empty cache, and in chunks."""
+    """Time reading a prompt into an empty cache, in one pass and in chunks."""
     ids = torch.zeros(1, settings.prefill, dtype=torch.int64, device=model.device)
     codec = noise_codec(stored_shapes(model), settings.rates[0], model.dtype, turning=keys_turn(model))
-    made = {
+    makers = {
         "DynamicCache": lambda: plain_cache(model, {}),
         f"live, {settings.rates[0]:g} bits": lambda: CompressedCache(model, codec),
     }
@@ -199,20 +248,20 @@ def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing
     for part, chunk in parts.items():
         if not chunk:
             continue
-        works = {way: partial(_read, model.model, ids, chunk, make) for way, make in made.items()}
+        works = {way: partial(_read, model.model, ids, chunk, make) for way, make in makers.items()}
         for way, seconds in in_turn(works, prefills(settings.repeats), model.device).items():
             yield Timing(part=part, geometry=name, context=settings.prefill, batch=1, way=way, seconds=seconds, nbytes=None)
 
 
 def _read(base: Any, ids: Tensor, chunk: int, make: Callable[[], Any]) -> None:
-    """A prompt into a new cache, so many tokens at a time; `base` makes no logits."""
+    """Read a prompt into a new cache, `chunk` tokens at a time; `base` is the model without its head for logits."""
     cache = make()
     for piece in ids.split(chunk, 1):
         base(input_ids=piece, past_key_values=cache, use_cache=True)
 
 
 def cache_nbytes(cache: Any) -> int:
-    """Bytes of all storages that a cache holds, whichever it is."""
+    """Return the bytes of all tensor storages of a cache of any class."""
     if isinstance(cache, CompressedCache):
         return cache.nbytes
     return storage_bytes(t for layer in cache.layers for t in tensors_of(vars(layer)))

@@ -1,9 +1,9 @@
-"""Retrieval tasks made of a tokenizer's own words: a context, and the tokens that answer it, known without any data.
+"""Generate synthetic retrieval tasks from the words of a tokenizer, without any data set.
 
-Every context has exactly the length asked for and begins as the tokenizer begins a text; all else in it are words,
-drawn with a seed, and the few signs and questions that give a task its form.
+An example is a context of exactly the requested length and the tokens of its answer. The context begins with the
+tokenizer's bos token, if it has one. The rest are random words and the punctuation and question of the task.
 
-To add a task: write a generator `(Vocabulary, length, depth, rng) -> Example` and decorate it with `@task`.
+To add a task, write a generator `(Vocabulary, length, depth, rng) -> Example` and decorate it with `@task`.
 """
 
 import zlib
@@ -17,27 +17,33 @@ from eigencache.errors import CorpusError, TokenizerMismatchError
 from eigencache.models.load import LoadedModel
 
 MIN_WORDS = 64
-CUE, ANSWER = 8, 8  # tokens of a span that is to be copied: those that are repeated, those that follow
+CUE, ANSWER = 8, 8  # tokens of the span to copy: the repeated first half, the expected second half
 NEEDLE_KEY, NEEDLE_VALUE = 2, 4
 HOPS = 4  # variables of one chain
-_WORD_BEGINS = "Ġ▁"  # how byte-level and SentencePiece vocabularies write the space before a word
+_WORD_BEGINS = "Ġ▁"  # the space before a word, in byte-level and SentencePiece vocabularies
 
 
 class Example(NamedTuple):
-    """A context, the answer to it, and how often the answer is right by taking a place of its kind at random."""
+    """A context, its answer and the accuracy of a random choice among the possible answers in the context."""
 
-    context: np.ndarray  # Int64 [length]
-    answer: np.ndarray  # Int64 [at least 1]
+    context: np.ndarray  # int64 [length]
+    answer: np.ndarray  # int64 [at least 1]
     chance: float
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What contexts are made of."""
+    """Token ids from which contexts are built.
 
-    start: list[int]  # how the tokenizer begins a text: its bos token, or nothing
-    words: np.ndarray  # Int64 [words], ascending: ids of whole words, none special, all known to the embedding
-    encode: Callable[[str], list[int]]  # ids of a text, without special tokens
+    Args:
+        start: The bos token, or nothing if the tokenizer has none.
+        words: int64 [words], ascending: ids of whole words, without special tokens and within the embedding.
+        encode: Function from a text to its token ids, without special tokens.
+    """
+
+    start: list[int]
+    words: np.ndarray
+    encode: Callable[[str], list[int]]
 
 
 Generate = Callable[[Vocabulary, int, float, np.random.Generator], Example]
@@ -47,7 +53,7 @@ class Task(NamedTuple):
     """A registered generator of examples."""
 
     name: str
-    has_depth: bool  # whether what is asked for lies at one place of the context
+    has_depth: bool  # whether the requested item lies at a single position of the context
     generate: Generate
 
 
@@ -55,7 +61,13 @@ TASKS: dict[str, Task] = {}
 
 
 def task(name: str, *, has_depth: bool) -> Callable[[Generate], Generate]:
-    """Register a generator under a name; one without depth is given depth 0 and must not use it."""
+    """Return a decorator that registers a generator of examples.
+
+    Args:
+        name: Name of the task.
+        has_depth: Whether the requested item lies at a single position. If not, the generator receives depth 0 and must
+            not use it.
+    """
 
     def register(generate: Generate) -> Generate:
         TASKS[name] = Task(name, has_depth, generate)
@@ -65,16 +77,17 @@ def task(name: str, *, has_depth: bool) -> Callable[[Generate], Generate]:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name. Raises `CorpusError`, naming all tasks."""
+    """Return the task of a name. Raises `CorpusError` if there is none."""
     if name not in TASKS:
-        raise CorpusError(f"{name}: no such task; choose from {', '.join(TASKS)}")
+        raise CorpusError(f"`tasks` {name}: no such task. Choose from {', '.join(TASKS)}.")
     return TASKS[name]
 
 
 def vocabulary(loaded: LoadedModel) -> Vocabulary:
-    """The words of the model's tokenizer: a space and two or more ASCII letters, one token.
+    """Return the words of a model's tokenizer: single tokens of a space and two or more ASCII letters.
 
-    Raises `TokenizerMismatchError` where there are fewer than 64.
+    Raises:
+        TokenizerMismatchError: The tokenizer has fewer than 64 words.
     """
     tokenizer: Any = loaded.tokenizer
     pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), loaded.embedded_ids))))
@@ -82,8 +95,8 @@ def vocabulary(loaded: LoadedModel) -> Vocabulary:
     words = [i for i, piece in enumerate(pieces) if i not in special and _is_word(piece)]
     if len(words) < MIN_WORDS:
         raise TokenizerMismatchError(
-            f"{loaded.name}: the tokenizer has {len(words)} tokens that are whole words, retrieval tasks need {MIN_WORDS}: "
-            "measure likelihood instead"
+            f"{loaded.name}: the tokenizer has {len(words)} tokens that are whole words. Retrieval tasks need {MIN_WORDS}. "
+            "Measure the likelihood instead."
         )
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return Vocabulary(start, np.array(words, dtype=np.int64), lambda text: tokenizer.encode(text, add_special_tokens=False))
@@ -94,13 +107,22 @@ def _is_word(piece: str | None) -> bool:
 
 
 def examples(name: str, words: Vocabulary, length: int, depth: float, count: int, seed: int) -> list[Example]:
-    """`count` examples that depend on nothing but the arguments; a larger count begins with the same ones.
+    """Return reproducible examples of a task; a larger `count` begins with the same examples.
 
-    `depth`: 0 puts what is asked for at the start of the context, 1 before the question. Raises `CorpusError` for a
-    context that is too short for the task, or so long that the vocabulary has too few words.
+    Args:
+        name: Name of the task.
+        words: Token ids from which contexts are built.
+        length: Tokens per context.
+        depth: Position of the requested item as a fraction of the context: 0 is the start, 1 is just before the question.
+        count: Number of examples.
+        seed: Seed of the random words.
+
+    Raises:
+        CorpusError: The task is unknown, `depth` is not in 0 to 1, the context is too short for the task, or it is so
+            long that the vocabulary has too few words.
     """
     if not 0 <= depth <= 1:
-        raise CorpusError(f"depth {depth}: a depth is a share of the context, from 0 to 1")
+        raise CorpusError(f"`depth` {depth}: must be a fraction of the context, from 0 to 1")
     chosen = task_named(name)
     depth = depth if chosen.has_depth else 0.0
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), length, round(1e6 * depth)])
@@ -110,36 +132,36 @@ def examples(name: str, words: Vocabulary, length: int, depth: float, count: int
 
 @task("copy", has_depth=True)
 def copy(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """A span of random words occurs, later its first half occurs again: the second half follows."""
+    """Ask for the second half of an earlier span of random words after its repeated first half."""
     span = _distinct("copy", words, CUE + ANSWER, rng)
     return _hidden("copy", words, length, depth, rng, span, span[:CUE], span[CUE:])
 
 
 @task("induction", has_depth=True)
 def induction(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """… A B … A: B follows; neither occurs elsewhere."""
+    """Ask for B in `… A B … A`, where A and B occur nowhere else."""
     pair = _distinct("induction", words, 2, rng)
     return _hidden("induction", words, length, depth, rng, pair, pair[:1], pair[1:])
 
 
 @task("recall", has_depth=True)
 def recall(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """Lines `key = value` fill the context; one key is asked for, its line at `depth`."""
+    """Ask for the value of one key in a context of lines `key = value`; its line lies at `depth`."""
     equals, newline = words.encode(" ="), words.encode("\n")
     line = 2 + len(equals) + len(newline)
     question = 1 + len(equals)
     lines = _room("recall", length, len(words.start) + question, 2 * line) // line
     keys, values = _distinct("recall", words, 2 * lines, rng).reshape(2, lines)
-    asked = round(depth * (lines - 1))
+    line_idx = round(depth * (lines - 1))
     text = [i for key, value in zip(keys, values, strict=True) for i in (key, *equals, value, *newline)]
     padding = _other(words, np.concatenate([keys, values]), length - len(words.start) - question - len(text), rng)
-    context = np.array([*words.start, *padding, *text, keys[asked], *equals])
-    return Example(context, values[asked : asked + 1], 1 / lines)
+    context = np.array([*words.start, *padding, *text, keys[line_idx], *equals])
+    return Example(context, values[line_idx : line_idx + 1], 1 / lines)
 
 
 @task("needle", has_depth=True)
 def needle(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """One line, two words ` = ` four words, lies in random words; its first two words are asked for."""
+    """Ask for the four-word value of a two-word key, on one line `key = value` hidden among random words."""
     equals, newline = words.encode(" ="), words.encode("\n")
     chosen = _distinct("needle", words, NEEDLE_KEY + NEEDLE_VALUE, rng)
     key, value = chosen[:NEEDLE_KEY], chosen[NEEDLE_KEY:]
@@ -149,9 +171,9 @@ def needle(words: Vocabulary, length: int, depth: float, rng: np.random.Generato
 
 @task("variable tracking", has_depth=False)
 def variable_tracking(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """Chains X1 = value, X2 = X1, … are interleaved; all variables that hold one value are asked for (RULER).
+    """Ask for all variables that hold a value, among interleaved chains X1 = value, X2 = X1, … (RULER).
 
-    Values are words here, and other chains take the place of RULER's filler.
+    Differs from RULER: values are words, and other chains replace the filler text.
     """
     equals, newline = words.encode(" ="), words.encode("\n")
     line = 2 + len(equals) + len(newline)
@@ -163,18 +185,21 @@ def variable_tracking(words: Vocabulary, length: int, depth: float, rng: np.rand
     following = np.zeros(chains, dtype=np.int64)
     text: list[int] = []
     for chain in rng.permutation(np.repeat(np.arange(chains), HOPS)):
-        given, name = names[chain, following[chain] : following[chain] + 2]
-        text += [name, *equals, given, *newline]
+        source, name = names[chain, following[chain] : following[chain] + 2]
+        text += [name, *equals, source, *newline]
         following[chain] += 1
-    asked = names[rng.integers(chains)]
+    answer = names[rng.integers(chains)]
     padding = _other(words, names.ravel(), length - fixed - len(text), rng)
-    context = np.array([*words.start, *padding, *text, *before, asked[0], *after])
-    return Example(context, asked[1:], 1 / chains)
+    context = np.array([*words.start, *padding, *text, *before, answer[0], *after])
+    return Example(context, answer[1:], 1 / chains)
 
 
 @task("common words", has_depth=False)
 def common_words(words: Vocabulary, length: int, depth: float, rng: np.random.Generator) -> Example:
-    """One word fills a fifth of a shuffled list, every other at most a quarter as much: it is asked for (RULER)."""
+    """Ask for the most frequent word of a shuffled list (RULER).
+
+    The word fills a fifth of the list. Other words occur at most a quarter as often.
+    """
     question = words.encode("\nQuestion: which word occurs most often in the text above?\nAnswer:")
     room = _room("common words", length, len(words.start) + len(question), 10)
     common = room // 5
@@ -195,25 +220,27 @@ def _hidden(
     question: Sequence[int] | np.ndarray,
     answer: np.ndarray,
 ) -> Example:
-    """`hidden` at `depth` of random words that do not occur in it, then the question."""
+    """Build a context of random words with `hidden` at `depth` and the question at the end."""
     fixed = len(words.start) + len(hidden) + len(question)
     filler = _other(words, np.asarray(hidden), _room(name, length, fixed, 1), rng)
-    at = round(depth * len(filler))
-    context = np.array([*words.start, *filler[:at], *hidden, *filler[at:], *question])
+    position = round(depth * len(filler))
+    context = np.array([*words.start, *filler[:position], *hidden, *filler[position:], *question])
     return Example(context, answer, 1 / length)
 
 
 def _room(name: str, length: int, fixed: int, needed: int) -> int:
     if length - fixed < needed:
-        raise CorpusError(f"{name}: a context of {length} tokens is too short, the task needs {fixed + needed}")
+        raise CorpusError(
+            f"`lengths` {length}: too short for the task {name}, which needs contexts of at least {fixed + needed} tokens"
+        )
     return length - fixed
 
 
 def _distinct(name: str, words: Vocabulary, count: int, rng: np.random.Generator) -> np.ndarray:
     if count > len(words.words):
         raise CorpusError(
-            f"{name}: a context of this length needs {count:,} different words, the vocabulary has {len(words.words):,}: "
-            "ask for shorter contexts"
+            f"{name}: contexts of this length need {count:,} different words, but the vocabulary has {len(words.words):,}. "
+            "Use shorter contexts (`lengths`)."
         )
     return rng.choice(words.words, count, replace=False)
 

@@ -192,7 +192,7 @@ def test_methods_are_chosen_by_name_in_order_and_all_without_names() -> None:
 
 @pytest.mark.parametrize("names", ["eigen,nuqx", "nuqx", "eigen,,int", "Eigen"])
 def test_an_unknown_method_is_named_with_those_that_exist(names: str) -> None:
-    with pytest.raises(CodecError, match=r"`methods` .*: no such method; there are eigen, eigen-no-text, live, kvtc"):
+    with pytest.raises(CodecError, match=r"`methods` .*: no such method\. Choose from eigen, eigen-no-text, live, kvtc"):
         chosen_methods(names)
 
 

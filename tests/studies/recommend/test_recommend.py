@@ -114,13 +114,13 @@ def test_bytes_and_the_length_that_pays_the_basis_back_follow_from_the_tensors_h
 def test_a_sweep_says_what_it_did_not_measure() -> None:
     advice = advised(sweep(series("v", (8, 1.8, 0.0, 0.001)), nll=3.5))
     unknown = "\n".join(advice.unknown)
-    assert "chosen and stated on the same tokens" in unknown
+    assert "the loss is reported on the tokens used for the choice" in unknown
     assert "not measured: K\n" in unknown
     assert "not measured: K and V" in unknown
     assert "not measured: scope layer, all" in unknown
     assert "not measured: metric frobenius" in unknown
     assert "not measured: coefficients in 16, 4 bits" in unknown
-    assert "the keys have a bias, and what it does to fp8 and int8 keys was not measured" in unknown
+    assert "the keys have a bias, and its effect on fp8 and int8 keys was not measured" in unknown
     assert "3.50 nats per token uncompressed" in unknown
 
 
@@ -130,7 +130,7 @@ def test_what_is_not_known_depends_on_the_situation() -> None:
     assert any("parameters" in line for line in advised(sweep(found)).unknown)
     assert not any("parameters" in line for line in advised(large).unknown)
     assert not any("uncompressed" in line for line in advised(large).unknown)
-    assert not any("intervals rest on" in line for line in advised(large).unknown)  # 40 sequences
+    assert not any("intervals come from" in line for line in advised(large).unknown)  # 40 sequences
     geometry = large.model.geometry
     for hidden_size, redundant in ((geometry.hidden_size // 4, True), (geometry.hidden_size * 4, False)):
         other = sweep(found, geometry=geometry.model_copy(update={"hidden_size": hidden_size}))
@@ -141,7 +141,7 @@ def test_a_choice_at_the_lowest_rank_or_with_a_large_divergence_is_marked() -> N
     found = series("v", (8, 1.8, -0.002, 0.002), (16, 1.5, 0.0, 0.001))
     found.points[0].quality.kl = 0.05
     unknown = "\n".join(advised(sweep(found)).unknown)
-    assert "rank 8 is the lowest that was tried in this way" in unknown
+    assert "rank 8 is the lowest rank tried with these settings" in unknown
     assert "KL is 0.0500 nats, more than the budget" in unknown
     bracketed = series("v", (4, 1.9, 0.1, 0.002), (8, 1.8, 0.002, 0.002))
     unknown = "\n".join(advised(sweep(bracketed)).unknown)
@@ -234,7 +234,7 @@ def test_the_half_that_is_chosen_on_and_the_half_that_is_stated_on_share_no_sequ
 
 
 def test_fewer_than_sixteen_sequences_cannot_be_halved(sequences) -> None:
-    with pytest.raises(CorpusError, match="15 sequences are longer than the first 20 tokens: 16 are needed"):
+    with pytest.raises(CorpusError, match="15 sequences are longer than the first 20 tokens, but 16 are needed"):
         halves_of(sequences(*(40,) * 15, 21), PROTOCOL)
 
 
@@ -257,7 +257,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert control.points[0].rank == advice.chosen.rank
     assert len(advice.sweeps["coarse"].series) == 19  # 3 targets, 3 scopes, 2 metrics, and keys after rotation
     assert any("coarse pass" in what for what, _, _ in calls)
-    assert any("had no part in the choice" in line.claim for line in advice.evidence)
+    assert any("not used for the choice" in line.claim for line in advice.evidence)
     advice.save(tmp_path / "advice.json")
     assert Advice.load(tmp_path / "advice.json") == advice
     assert all(path and path.exists() for path in partial_paths(tmp_path / "p").values())
@@ -275,7 +275,7 @@ def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text,
     assert advice.nearest
     assert "stated" not in advice.sweeps
     assert advice.holds is None
-    assert any(line.claim.startswith("the nearest to the budget") for line in advice.evidence)
+    assert any(line.claim.startswith("nearest to the budget") for line in advice.evidence)
 
 
 def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibration_text) -> None:
@@ -284,7 +284,7 @@ def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibra
     assert {advice.chosen.target, *(other.target for other in advice.others)} == {"latent", "key_rope"}
     assert advice.keys is None
     assert any("expands to" in line.claim for line in advice.evidence)
-    assert "latent and rotary key were compressed one at a time, not together" in advice.unknown
+    assert "the latent and the rotary key were compressed separately, not together" in advice.unknown
 
 
 # Biases of keys
@@ -334,15 +334,19 @@ def test_a_file_is_read_by_its_schema_and_another_is_refused(tmp_path: Path) -> 
     record.save(tmp_path / "sweep.json")
     assert read_subject(str(tmp_path / "sweep.json")) == record
     assert read_subject("ref-llama") == "ref-llama"
-    for content, says in (("{", "not JSON"), ("[]", "is no record"), ('{"schema_version": "x/1"}', "a record of x/1")):
+    for content, says in (
+        ("{", "not JSON"),
+        ("[]", "is not a record"),
+        ('{"schema_version": "x/1"}', "a record of type x/1"),
+    ):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(RecordError, match=says):
             read_subject(str(tmp_path / "other.json"))
     with pytest.raises(RecordError, match="cannot be read"):
         read_subject(str(tmp_path / "absent.json"))
-    with pytest.raises(RecordError, match="chooses among the models of a report"):
+    with pytest.raises(RecordError, match="selects a model of a report"):
         read_subject("ref-llama", "ref-llama")
-    with pytest.raises(RecordError, match="is of planted-model"):
+    with pytest.raises(RecordError, match="contains only planted-model"):
         read_subject(str(tmp_path / "sweep.json"), "another")
 
 
@@ -352,7 +356,7 @@ def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(l
     other = probe.model_copy(update={"model": probe.model.model_copy(update={"name": "other", "sha256": "f" * 64})})
     path = tmp_path / "report.json"
     ReportRecord(probes=[probe, other]).save(path)
-    with pytest.raises(RecordError, match="is of 2 models: choose one with `model`: tiny, other"):
+    with pytest.raises(RecordError, match=r"contains 2 models\. Choose one with `model`: tiny, other"):
         read_subject(str(path))
     with pytest.raises(RecordError, match="`model` third"):
         read_subject(str(path), "third")

@@ -1,4 +1,4 @@
-"""What methods are fitted from on one model and one calibration text, each part measured when it is first asked for."""
+"""Share calibration statistics among the methods of a benchmark; each is computed on first use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,26 +26,37 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class BenchContext:
-    """One model on one calibration text; what is fitted for one method serves the others."""
+    """A model and a calibration set, with statistics and fits that several methods share.
+
+    Args:
+        session: Model and settings to run it with.
+        sequences: Calibration set.
+        rates: Bits per value to test for variable-rate methods.
+    """
 
     session: Session
     sequences: Sequences
-    rates: tuple[float, ...] = RATES  # bits per value of methods that take any
+    rates: tuple[float, ...] = RATES
     _fitted: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> CalibrationSet:
-        """Vectors, metrics and rotations."""
+        """Calibration vectors, metrics and RoPE rotations."""
         return CalibrationSet(self.session, self.sequences)
 
     def once(self, name: str, fit: Callable[[], _T]) -> _T:
-        """What `fit` gives, made when it is first asked for under this name."""
+        """Return the result of `fit`, computed on the first call with this name.
+
+        Args:
+            name: Key of the result.
+            fit: Function that computes it.
+        """
         if name not in self._fitted:
             self._fitted[name] = fit()
         return self._fitted[name]
 
     def eigen(self, settings: EigenSettings) -> EigenFit:
-        """`eigen` fitted with these settings."""
+        """Return the fit of `eigen` for the given settings, computed on first use."""
         return self.once(
             repr(settings),
             lambda: fit_eigen(self.source, settings),
@@ -53,29 +64,29 @@ class BenchContext:
 
     @cached_property
     def by_slot(self) -> list[tuple[Layout, Tensor]]:
-        """Vectors of keys (before rotation) and of values, or of latents and rotary keys, apart: layout, [n, width]."""
+        """Layout and vectors [n, width] of keys (before RoPE) and of values; with MLA, of latents and of rotary keys."""
         samples = self.source.samples
-        vectors = torch.cat([samples.vectors, self.source.held_out_samples.vectors])  # they keep nothing apart
-        found = []
+        vectors = torch.cat([samples.vectors, self.source.held_out_samples.vectors])  # baselines hold nothing out
+        slots = []
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
             rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
             spans = [
                 span for part, span in zip(samples.layout.parts, samples.layout.spans, strict=True) if part.slot == slot
             ]
-            found.append((Layout(parts, rotations), vectors[:, spans[0][0] : spans[-1][1]]))
-        return found
+            slots.append((Layout(parts, rotations), vectors[:, spans[0][0] : spans[-1][1]]))
+        return slots
 
     @cached_property
     def widths(self) -> dict[int, tuple[int, int]]:
-        """Layer → width of a head in both slots."""
+        """Width of a head in both cache slots (keys and values, or latent and rotary key), by layer."""
         kinds = ("latent", "key_rope") if self.session.loaded.geometry.mla else ("keys", "values")
         layers = [layer for layer in self.session.loaded.geometry.layers if layer.cached]
         return {layer.layer_idx: tuple(cached_size(layer, kind)[1] for kind in kinds) for layer in layers}  # type: ignore[misc]
 
     @cached_property
     def moments(self) -> tuple[Moments, Moments]:
-        """Second moments of queries and of attended values, per layer and KV head."""
+        """Second moments of queries and of attention-weighted values, per layer and KV head."""
         return attended_moments(
             self.session,
             spread_out(self.sequences, MOMENT_TOKENS),
@@ -83,7 +94,7 @@ class BenchContext:
 
     @cached_property
     def cached(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """A cache of a few sequences as the model holds it, for methods that try settings on one."""
+        """Uncompressed cache of one batch of sequences, for methods that select settings on a cache."""
         ids = torch.from_numpy(np.stack(self.sequences.ids[: self.session.batch_size])).to(self.session.loaded.device)
         with torch.no_grad():
             return read_prefix(self.session.loaded, ids).stored

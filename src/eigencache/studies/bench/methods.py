@@ -1,7 +1,7 @@
-"""The methods that are compared: one entry each, with its operating points as its authors tune it.
+"""Register the compression methods of the benchmark, with operating points as recommended by their authors.
 
-To add a method: write its codec, or what makes its caches, behind the protocols of `codec/base.py`, and an entry here that
-makes one per operating point. Everything else, the bench, its tables and its tests, goes through `METHODS`.
+To add a method, write its codec or cache maker with a protocol of `codec/base.py`, and add an entry to `METHODS` that
+makes one per operating point. The benchmark, its tables and its tests read only `METHODS`.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,13 @@ Codecs = dict[str, Compressor]  # operating point → codec
 
 @dataclass(frozen=True)
 class Method:
-    """`codecs` makes one codec per operating point; `refuses` says why a model cannot have the method, if it cannot.
+    """A compression method of the benchmark.
 
-    `fitted`: whether the calibration text decides anything, so that another seed makes another codec.
+    Args:
+        about: Description for readers.
+        codecs: Function that makes one codec per operating point.
+        refuses: Function that returns why the method does not support a model, or None if it does.
+        fitted: Whether the codec depends on the calibration set, so that it is fitted again for every seed.
     """
 
     about: str
@@ -52,7 +56,7 @@ def _eigen(settings: EigenSettings) -> Callable[[BenchContext], Codecs]:
     def codecs(bench: BenchContext) -> Codecs:
         fit, made = bench.eigen(settings), Codecs()
         for bits in bench.rates:
-            with suppress(BudgetError):  # tokens alone may take more than the lowest rates
+            with suppress(BudgetError):  # the lowest rates may be below the cost of storing the tokens
                 made[f"{bits:g}"] = at_bits(fit, bits).codec
         return made
 
@@ -138,10 +142,10 @@ def _latent(loaded: LoadedModel) -> str | None:
 
 
 METHODS: dict[str, Method] = {
-    "eigen": Method("this project: joint basis, Fisher metric, text predicted", _eigen(EigenSettings())),
-    "eigen-no-text": Method("the same without prediction from the text", _eigen(EigenSettings(text=False))),
-    "live": Method("this project's live cache: bit-packed, heads' own bases, attended to as it is", _live),
-    "kvtc": Method("KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc()),
+    "eigen": Method("this project: joint basis, Fisher metric, token prediction", _eigen(EigenSettings())),
+    "eigen-no-text": Method("eigen without token prediction", _eigen(EigenSettings(text=False))),
+    "live": Method("this project's CompressedCache: bit-packed, one basis per head, attention on packed blocks", _live),
+    "kvtc": Method("KVTC: all layers, separate K and V, 4 sinks in fp8, last 128 tokens in 16 bits", _kvtc()),
     "kvtc-sinks": Method("KVTC: 4 sinks in fp8, no window", _kvtc(window=0)),
     "kvtc-no-window": Method("KVTC without sinks and window", _kvtc(sinks=0, window=0)),
     "pca_head": Method("PCA per head, 16-bit coefficients, keys before rotation", _pca_head("pre")),
@@ -152,19 +156,25 @@ METHODS: dict[str, Method] = {
     "turboquant-all": Method("TurboQuant on all layers", _turboquant(0), fitted=False),
     "oscar": Method("OSCAR, 64 sinks and last 256 tokens in 16 bits", _oscar(64, 256), _latent),
     "oscar-no-window": Method("OSCAR without sinks and window", _oscar(0, 0), _latent),
-    "xquant": Method("XQuant: the layer's input, K and V recomputed", _xquant, _narrow, fitted=False),
+    "xquant": Method("XQuant: stores the layer's input, recomputes K and V", _xquant, _narrow, fitted=False),
     "hf-quanto": _quantized("with optimum-quanto", "quanto", (4, 2)),
     "hf-hqq": _quantized("with HQQ, groups along the default axis", "hqq", (8, 4, 2)),
-    "hf-hqq-axis-1": _quantized("with HQQ, groups along the axis that is advised", "hqq", (8, 4, 2), 1),
-    "knorm": _press("KnormPress: keys of small norm stay", "knorm"),
-    "snapkv": _press("SnapKVPress: what the last 64 queries attend to stays", "snapkv"),
-    "expected-attention": _press("ExpectedAttentionPress: what later queries should attend to stays", "expected-attention"),
+    "hf-hqq-axis-1": _quantized("with HQQ, groups along the recommended axis", "hqq", (8, 4, 2), 1),
+    "knorm": _press("KnormPress: keeps keys of small norm", "knorm"),
+    "snapkv": _press("SnapKVPress: keeps tokens that the last 64 queries attend to", "snapkv"),
+    "expected-attention": _press(
+        "ExpectedAttentionPress: keeps tokens that later queries should attend to", "expected-attention"
+    ),
 }
 
 
 def chosen_methods(names: str | None) -> list[str]:
-    """`eigen,kvtc` → those methods, in order; None: all. Raises `CodecError` for one that does not exist."""
+    """Return the method names of a comma-separated list such as `eigen,kvtc`, in order, or all for None.
+
+    Raises:
+        CodecError: A method does not exist.
+    """
     chosen = list(METHODS) if names is None else [name.strip() for name in names.split(",")]
     if unknown := [name for name in chosen if name not in METHODS]:
-        raise CodecError(f"`methods` {unknown[0]}: no such method; there are {', '.join(METHODS)}")
+        raise CodecError(f"`methods` {unknown[0]}: no such method. Choose from {', '.join(METHODS)}.")
     return chosen

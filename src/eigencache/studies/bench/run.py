@@ -1,7 +1,7 @@
-"""Methods at equal loss: each at several operating points, scored on the same text behind the same prefixes.
+"""Compare compression methods at equal loss, each at several operating points, on the same text and prefixes.
 
-The first tokens of every sequence are held by a method, all bytes counted, and the rest is scored through what it gives
-back. Methods are fitted anew for every calibration seed, which chooses the sequences they are fitted on.
+A method compresses the cached prefix of every sequence, and all stored bytes are counted. The rest of the sequence is
+scored with the decompressed prefix. Methods are fitted again for every seed, which selects the calibration sequences.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,19 +30,30 @@ from eigencache.studies.bench.context import RATES, BenchContext
 from eigencache.studies.bench.methods import METHODS
 
 LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
-COMPARABLE = 0.03  # nats of KL: the cheapest point of a method within it is also looked at in generation and retrieval
-_GENERATED = 0  # in place of a context: the line of generation and retrieval
+COMPARABLE = 0.03  # nats of KL; generation and retrieval use the cheapest point of a method within it
+_GENERATED = 0  # context that marks the results of generation and retrieval in the partial file
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is compared and how."""
+    """Methods and conditions of a benchmark.
+
+    Args:
+        methods: Names of methods (`METHODS`).
+        rates: Bits per value to test for variable-rate methods.
+        seeds: Calibration seeds.
+        scored: Scored tokens after the prefix.
+        step: Scored tokens per forward pass. All tokens before them are compressed. 0 reads them in one pass.
+        tasks: Names of retrieval tasks. Default: none.
+        prompts: Prompts for the divergence of generated text. 0 skips generation.
+        examples: Examples per retrieval task.
+    """
 
     methods: tuple[str, ...]
-    rates: tuple[float, ...] = RATES  # bits per value of methods that take any
+    rates: tuple[float, ...] = RATES
     seeds: tuple[int, ...] = (0, 1, 2)
-    scored: int = 128  # tokens behind the prefix
-    step: int = 0  # of which so many are read at a time, all before them held; 0: all
+    scored: int = 128
+    step: int = 0
     tasks: tuple[str, ...] = ()
     prompts: int = 0
     examples: int = 16
@@ -58,10 +69,23 @@ def bench_model(
     force: bool = False,
     partial: Path | None = None,
 ) -> BenchRecord:
-    """Fit on `tokens` of `calibration` for every seed, score on `held_out` (context → sequences of context + scored).
+    """Fit all methods for every seed and score them at every context length.
 
-    `partial`: where results are kept while it runs, a line per seed and context. Raises what fitting and scoring raise,
-    `CorpusError` for texts that overlap, and `ModelError` where the model has too few positions for one.
+    Args:
+        session: Model and settings to run it with.
+        calibration: Text from which calibration sequences are drawn.
+        tokens: Calibration tokens per seed.
+        held_out: Text to score, by context length in tokens. Sequences have `context + settings.scored` tokens.
+        settings: Methods and conditions.
+        force: Accept held-out text that overlaps the calibration text.
+        partial: File that keeps the finished results of each seed and context, to resume from. Default: none.
+
+    Returns:
+        The benchmark's record. Methods that do not support the model are listed with the reason.
+
+    Raises:
+        CorpusError: Held-out text overlaps the calibration text and `force` is false.
+        ModelError: The model has fewer positions than a sequence has tokens.
     """
     watch = Stopwatch()
     check_positions(session.loaded, max(text.corpus.max_length for text in held_out.values()))
@@ -76,14 +100,14 @@ def bench_model(
     generated = [_GENERATED] if settings.prompts or settings.tasks else []
     for seed in settings.seeds:
         wanted = [shortest, *(generated if seed == first else ()), *longer]
-        done = {one["context"]: one for one in kept.done if one["seed"] == seed}
-        if not (open_ := [context for context in wanted if context not in done]):
+        done = {line["context"]: line for line in kept.done if line["seed"] == seed}
+        if not (remaining := [context for context in wanted if context not in done]):
             continue
         fitted_on = chosen(calibration, tokens, seed)
         seeded = replace(session, seed=seed)
         bench = BenchContext(seeded.named(f"seed {seed}"), fitted_on, settings.rates)
         codecs, unfit = _fitted(bench, [m for m in methods if METHODS[m].fitted or seed == first])
-        for context in open_:
+        for context in remaining:
             if context == _GENERATED:
                 text, scored = held_out[shortest], done[shortest]
                 done[context] = _generated(seeded, text, codecs, scored, settings)
@@ -91,35 +115,36 @@ def bench_model(
                 named = seeded.named(f"seed {seed}, {context:,} tokens")
                 done[context] = _scored(named, held_out[context], codecs, context, settings, fitted_on)
             kept.add(done[context] | {"refused": unfit})
-    points = [BenchPoint(**point) for one in kept.done for point in one.get("points", ())]
-    found, unfit = {p.method for p in points}, {m: why for one in kept.done for m, why in one.get("refused", {}).items()}
-    refused |= {m: unfit.get(m, "it has no point at the bits asked for") for m in methods if m not in found}
+    points = [BenchPoint(**point) for line in kept.done for point in line.get("points", ())]
+    scored_methods = {p.method for p in points}
+    unfit = {m: why for line in kept.done for m, why in line.get("refused", {}).items()}
+    refused |= {m: unfit.get(m, "it has no operating point at `rates`") for m in methods if m not in scored_methods}
     return BenchRecord(
         model=session.loaded.record("the cache itself"),
         corpora={context: text.corpus for context, text in held_out.items()},
         calibration=calibration.corpus,
         scored=settings.scored,
         step=settings.step,
-        uncompressed_nll={one["context"]: one["nll"] for one in kept.done if "points" in one},
+        uncompressed_nll={line["context"]: line["nll"] for line in kept.done if "points" in line},
         refused=refused,
         points=points,
-        equal_loss=_equal_losses(points, held_out, [m for m in methods if m in found]),
-        divergence=[Divergence(**d) for one in kept.done for d in one.get("divergence", ())],
-        retrieval=[Retrieval(**r) for one in kept.done for r in one.get("retrieval", ())],
+        equal_loss=_equal_losses(points, held_out, [m for m in methods if m in scored_methods]),
+        divergence=[Divergence(**d) for line in kept.done for d in line.get("divergence", ())],
+        retrieval=[Retrieval(**r) for line in kept.done for r in line.get("retrieval", ())],
         run=watch.run(settings.seeds[0], {"batch_size": session.batch_size, "calibration_tokens": tokens, "forced": force}),
         warnings=[w for w in (*calibration.corpus.warnings, *overlaps) if w],
     )
 
 
 def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
-    """About `tokens` tokens of a text, sequences drawn with a seed, in the text's order."""
+    """Draw whole sequences of about `tokens` tokens with a seed, in the order of the text."""
     count = max(1, min(len(text.ids), tokens // text.corpus.max_length))
     rows = sorted(np.random.default_rng(seed).permutation(len(text.ids))[:count])
     return replace(text, ids=[text.ids[row] for row in rows])
 
 
 def _fitted(bench: BenchContext, methods: Sequence[str]) -> tuple[dict[str, Mapping[str, Compressor]], dict[str, str]]:
-    """Codecs of every method, and why some cannot be had of this model: what only fitting finds out."""
+    """Return the codecs of every method by operating point, and the errors of methods that could not be fitted."""
     codecs: dict[str, Mapping[str, Compressor]] = {}
     refused: dict[str, str] = {}
     for index, method in enumerate(methods):
@@ -140,7 +165,7 @@ def _scored(
     settings: BenchSettings,
     fitted_on: Sequences,
 ) -> dict[str, Any]:
-    """The line of one seed and context."""
+    """Score all codecs for one seed and context; return the line for the partial file."""
     flat = _flat(codecs)
     protocol = ReadingProtocol(kind="prefix", length=context, step=settings.step)
     scores = score_codecs(
@@ -171,7 +196,7 @@ def _generated(
     scored: dict[str, Any],
     settings: BenchSettings,
 ) -> dict[str, Any]:
-    """The line of generation and retrieval, of each method's cheapest point that diverges little."""
+    """Measure generation and retrieval with the cheapest point of each method whose KL is at most `COMPARABLE`."""
     context = scored["context"]
     points = [BenchPoint(**point) for point in scored["points"]]
     cheapest = {}
@@ -180,22 +205,22 @@ def _generated(
         if within:
             best = min(within, key=lambda p: p.bits_per_value)
             cheapest[f"{method} {best.point}"] = codecs[method][best.point]
-    found: dict[str, Any] = {"seed": session.seed, "context": _GENERATED}
+    line: dict[str, Any] = {"seed": session.seed, "context": _GENERATED}
     if settings.prompts:
-        found["divergence"] = [
-            one.model_dump()
-            for one in measure_divergence(
+        line["divergence"] = [
+            divergence.model_dump()
+            for divergence in measure_divergence(
                 session,
                 sequences,
                 cheapest,
                 prompts=settings.prompts,
-                prompt_tokens=context + 1,  # the last one reads
+                prompt_tokens=context + 1,  # the last token is read with the compressed prefix
             )
         ]
     if settings.tasks:
-        found["retrieval"] = [
-            one.model_dump()
-            for one in evaluate_retrieval(
+        line["retrieval"] = [
+            retrieval.model_dump()
+            for retrieval in evaluate_retrieval(
                 session,
                 cheapest,
                 tasks=settings.tasks,
@@ -203,33 +228,34 @@ def _generated(
                 count=settings.examples,
             )
         ]
-    return found
+    return line
 
 
 def _equal_losses(
     points: Sequence[BenchPoint], held_out: Mapping[int, Sequences], methods: Sequence[str]
 ) -> list[EqualLoss]:
-    found = []
+    """Interpolate the bits per value at which each method has each loss of `LOSSES`."""
+    rows = []
     for context in held_out:
         for method in methods:
-            own = [p for p in points if p.method == method and p.context == context]
-            seeds = sorted({p.seed for p in own})
-            curves = [_curve([p for p in own if p.seed == seed]) for seed in seeds]
+            selected = [p for p in points if p.method == method and p.context == context]
+            seeds = sorted({p.seed for p in selected})
+            curves = [_curve([p for p in selected if p.seed == seed]) for seed in seeds]
             for loss in LOSSES:
-                each, bits, interval = crossing(curves, loss)
-                why = next((missing(c, loss) for c, one in zip(curves, each, strict=True) if one is None), "")
-                found.append(
+                by_seed, bits, interval = crossing(curves, loss)
+                why = next((missing(c, loss) for c, rate in zip(curves, by_seed, strict=True) if rate is None), "")
+                rows.append(
                     EqualLoss(
                         method=method,
                         context=context,
                         delta_nll=loss,
                         bits_per_value=bits,
                         interval=interval,
-                        by_seed=each,
+                        by_seed=by_seed,
                         why=why,
                     )
                 )
-    return found
+    return rows
 
 
 def _curve(points: Sequence[BenchPoint]) -> Curve:

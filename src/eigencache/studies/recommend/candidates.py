@@ -1,7 +1,8 @@
-"""Which ways of compressing are tried: a coarse pass over all of them, then a finer one around the budget.
+"""Choose the compression settings to measure: a coarse pass over all of them, then a fine pass near the loss budget.
 
-The coarse pass is ranked by KL, which is never negative and needs far fewer tokens than ΔNLL for the same precision; for
-a model that predicts well both are alike. Only the finer pass, by ΔNLL and its interval, chooses.
+The coarse pass ranks settings by KL divergence, which is never negative and needs far fewer tokens than ΔNLL for the
+same precision. For a model that predicts well, both are similar. The recommendation itself is chosen in the fine pass,
+by ΔNLL and its confidence interval.
 """
 
 import math
@@ -20,17 +21,24 @@ from eigencache.records.quality import SweepRecord, SweepSeries
 from eigencache.studies.sweep import Plan
 
 METRICS = ("fisher", FROBENIUS)
-_MARGIN = 0.5  # of the budget: what the KL of the finer pass aims at, so that intervals have room
+_MARGIN = 0.5  # the fine pass aims at this fraction of the budget in KL, to leave room for confidence intervals
 
 
 @dataclass(frozen=True)
 class Search:
-    """How much is tried; the defaults are some minutes for a small model on two cores."""
+    """Extent of the search. The defaults take some minutes for a small model on two CPU cores.
 
-    coarse_shares: tuple[float, ...] = (1 / 16, 1 / 6, 2 / 5, 3 / 4)  # of the full rank
+    Args:
+        coarse_shares: Ranks of the coarse pass, as fractions of the full rank.
+        coarse_bits: Bits per coefficient in the coarse pass.
+        coarse_sequences: Sequences scored in the coarse pass.
+        fine: Pairs of bits per coefficient and ranks of the fine pass, as multiples of the expected rank (`rank_for`).
+    """
+
+    coarse_shares: tuple[float, ...] = (1 / 16, 1 / 6, 2 / 5, 3 / 4)
     coarse_bits: CoefficientBits = 8
     coarse_sequences: int = 6
-    fine: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = (  # bits and multiples of the rank that is aimed at
+    fine: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = (
         (8, (0.5, 0.7, 1)),
         (4, (0.5, 0.7, 1, 1.4)),
         (16, (0.7,)),
@@ -38,9 +46,13 @@ class Search:
 
 
 def targets_and_scopes(geometry: KVGeometry) -> tuple[dict[Target, tuple[Scope, ...]], list[str]]:
-    """The scopes worth trying for every target, and what is left out, with the reason.
+    """Return the scopes to try for every target of a model.
 
-    `layer` is left out where a layer has one head, because it is `head`; `all` where the layers together are too wide.
+    `layer` is skipped for layers with a single head, where it equals `head`. `all` is skipped if the layers together
+    exceed `MAX_WIDTH` dimensions.
+
+    Returns:
+        Scopes by target, and the reason for every target without scope `all`.
     """
     layers = [layer for layer in geometry.layers if layer.cached]
     widths: dict[Target, list[int]]
@@ -56,22 +68,33 @@ def targets_and_scopes(geometry: KVGeometry) -> tuple[dict[Target, tuple[Scope, 
         v = sum(layer.num_key_value_heads * layer.v_head_dim for layer in layers)
         widths = {"v": [v], "k": [k], "kv": [k, v]}
         one_head = all(layer.num_key_value_heads == 1 for layer in layers)
-    found: dict[Target, tuple[Scope, ...]] = {}
+    scopes_by_target: dict[Target, tuple[Scope, ...]] = {}
     left_out: list[str] = []
     for target, wide in widths.items():
         scopes: list[Scope] = ["head"] if one_head else ["head", "layer"]
         if max(wide) <= MAX_WIDTH:
             scopes.append("all")
         else:
-            left_out.append(f"{target}, all layers in one basis: {max(wide):,} dimensions are more than {MAX_WIDTH:,}")
-        found[target] = tuple(scopes)
-    return found, left_out
+            left_out.append(f"{target}, all layers in one basis: {max(wide):,} dimensions exceed the limit of {MAX_WIDTH:,}")
+        scopes_by_target[target] = tuple(scopes)
+    return scopes_by_target, left_out
 
 
 def coarse_plans(geometry: KVGeometry, calibration: PCACalibration, search: Search) -> tuple[list[Plan], list[str]]:
-    """Every target, scope and metric at a few ranks, and what the calibration text cannot carry, with the reason.
+    """Return plans for every target, scope and metric at a few ranks.
 
-    Keys are taken before rotation; after it once, for comparison. Raises `StatisticsError` where no basis can be fitted.
+    Keys are compressed before rotation (RoPE). One more plan compresses them after it, for comparison.
+
+    Args:
+        geometry: Geometry of the model.
+        calibration: Calibration that fits the bases.
+        search: Extent of the search.
+
+    Returns:
+        Plans, and a sentence with the reason for every setting for which the calibration set is too small.
+
+    Raises:
+        StatisticsError: The calibration set is too small for every setting.
     """
     wanted, left_out = targets_and_scopes(geometry)
     settings = [
@@ -83,62 +106,69 @@ def coarse_plans(geometry: KVGeometry, calibration: PCACalibration, search: Sear
     if geometry.rope is not None and not geometry.mla:
         settings.append(PCASettings("k", "head", "post", METRICS[0]))
     plans = []
-    for one in settings:
+    for candidate in settings:
         try:
-            width = full_rank(calibration, one)
+            width = full_rank(calibration, candidate)
         except StatisticsError as error:
-            left_out.append(f"{one.describe()}: {error}")
+            left_out.append(f"{candidate.describe()}: {error}")
             continue
-        plans.append(Plan(one, search.coarse_bits, _ranks(width, (share * width for share in search.coarse_shares))))
+        ranks = _ranks(width, (share * width for share in search.coarse_shares))
+        plans.append(Plan(candidate, search.coarse_bits, ranks))
     if not plans:
         raise StatisticsError(left_out[-1])
     return plans, left_out
 
 
 def fine_plans(coarse: SweepRecord, budget_nats: float, search: Search) -> list[Plan]:
-    """The best series of every target and the runner-up of all, in finer steps, and full rank in 8 bits.
+    """Return plans with finer rank steps for the best coarse series of every target and the overall runner-up.
 
-    The best: the largest ratio at the rank where the KL is expected to be half of the budget.
+    The best series has the largest compression ratio at the rank where the expected KL is half the budget. One more plan
+    measures full rank at 8 bits per coefficient.
+
+    Args:
+        coarse: Record of the coarse pass.
+        budget_nats: Loss budget in nats per token.
+        search: Extent of the search.
     """
     aim = _MARGIN * budget_nats
     promising = sorted(coarse.series, key=lambda s: _promise(s, aim), reverse=True)
     best: dict[str, SweepSeries] = {}
     for series in promising:
         best.setdefault(series.target, series)
-    taken = list(best.values())
-    taken += [series for series in promising if series not in taken][:1]
+    selected = list(best.values())
+    selected += [series for series in promising if series not in selected][:1]
     plans: list[Plan] = []
-    for series in taken:
+    for series in selected:
         rank = rank_for(series, aim)
         for bits, multiples in search.fine:
             plans.append(Plan(settings_of(series), bits, _ranks(series.width, (rank * m for m in multiples))))
-    for whole in coarse.series:  # none where the text could not carry a basis of every head
+    for whole in coarse.series:  # no match if the calibration set was too small for a basis of every head
         if whole.target in ("kv", "latent") and whole.scope == "head":
             plans.append(Plan(replace(settings_of(whole), metric="frobenius"), 8, (whole.width,)))
     return merged(plans)
 
 
 def merged(plans: list[Plan]) -> list[Plan]:
-    """Plans that differ in their ranks alone become one."""
+    """Merge plans that differ only in their ranks."""
     ranks: dict[tuple[PCASettings, CoefficientBits], list[int | None]] = {}
     for plan in plans:
         ranks.setdefault((plan.settings, plan.bits), []).extend(plan.ranks or ())
-    return [Plan(settings, bits, tuple(dict.fromkeys(found))) for (settings, bits), found in ranks.items()]
+    return [Plan(settings, bits, tuple(dict.fromkeys(joined))) for (settings, bits), joined in ranks.items()]
 
 
 def settings_of(series: SweepSeries) -> PCASettings:
-    """The settings that a series was measured with."""
+    """Return the PCA settings of a series."""
     fields = ("target", "scope", "frame", "metric", "centered", "alpha", "basis", "sinks")
     return PCASettings(**{field: getattr(series, field) for field in fields})
 
 
 def full_rank(calibration: PCACalibration, settings: PCASettings) -> int:
-    """Coefficients of the widest group. Raises what `fit` raises."""
+    """Return the number of coefficients of the widest group. Raises `StatisticsError` as `PCACalibration.fit` does."""
     return max(group.transform.rank for group in calibration.fit(settings).groups)
 
 
 def rank_for(series: SweepSeries, nats: float) -> float:
-    """The rank at which the KL is expected to be `nats`: between the points by straight lines of logarithms."""
+    """Return the rank at which the KL is expected to be `nats`, by log-log interpolation between measured ranks."""
     points = [(math.log(point.rank), math.log(max(point.quality.kl, 1e-9))) for point in series.points]
     aim = math.log(max(nats, 1e-9))
     if points[0][1] <= aim:
@@ -150,16 +180,15 @@ def rank_for(series: SweepSeries, nats: float) -> float:
 
 
 def _promise(series: SweepSeries, aim: float) -> tuple[bool, float]:
-    """Whether the aim was reached at all, and the ratio of K+V that is expected at that rank."""
+    """Return whether the series reaches the KL `aim`, and its expected compression ratio of the whole cache there."""
     rank, point = rank_for(series, aim), series.points[-1]
-    held, whole = point.quality.encoded_nbytes, point.quality.sixteen_bit_nbytes
-    coefficients = _coefficient_nbytes(series)
-    expected = held + coefficients * (rank - point.rank)
-    return min(p.quality.kl for p in series.points) <= aim, whole / max(expected, 1)
+    expected_nbytes = point.quality.encoded_nbytes + _coefficient_nbytes(series) * (rank - point.rank)
+    reached = min(p.quality.kl for p in series.points) <= aim
+    return reached, point.quality.sixteen_bit_nbytes / max(expected_nbytes, 1)
 
 
 def _coefficient_nbytes(series: SweepSeries) -> float:
-    """Bytes that one rank more costs, over all that was encoded."""
+    """Return the bytes by which one more rank enlarges the encoded cache of all scored sequences."""
     first, last = series.points[0], series.points[-1]
     if first.rank == last.rank:
         return 0.0

@@ -1,6 +1,6 @@
-"""The choice within a budget: the largest ratio among those whose interval lies within it as a whole.
+"""Choose the largest compression ratio whose confidence interval of ΔNLL lies wholly within the loss budget.
 
-The upper end of the interval decides, not the estimate: of many noisy estimates the luckiest would win.
+The upper end of the interval decides, because among many noisy estimates the smallest is biased towards zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from eigencache.records.quality import SweepRecord
 
 
 def candidates_of(record: SweepRecord) -> list[Candidate]:
-    """Every point of a sweep that could be chosen: random bases are controls."""
+    """Return every point of a sweep as a candidate, without random bases, which are controls."""
     rotated = record.model.geometry.rope is not None
     return [
         Candidate.of(series, point, rotated)
@@ -21,13 +21,13 @@ def candidates_of(record: SweepRecord) -> list[Candidate]:
 
 
 def within(candidates: Iterable[Candidate], budget: Budget) -> list[Candidate]:
-    """Those whose upper interval end is within the budget and that save bytes, the largest ratio first."""
+    """Return the candidates that save bytes and whose upper interval end is within the budget, largest ratio first."""
     fit = [c for c in candidates if c.upper_nats <= budget.nats and c.choosing.compression_ratio > 1]
     return sorted(fit, key=lambda c: (-c.choosing.compression_ratio, c.upper_nats))
 
 
 def best_per_target(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
-    """The largest ratio of every target within the budget, the largest of all first: that one is chosen."""
+    """Return the candidate with the largest ratio within the budget for every target; the first one is the choice."""
     best: dict[str, Candidate] = {}
     for candidate in within(candidates, budget):
         best.setdefault(candidate.target, candidate)
@@ -35,6 +35,6 @@ def best_per_target(candidates: Sequence[Candidate], budget: Budget) -> list[Can
 
 
 def nearest(candidates: Iterable[Candidate]) -> Candidate | None:
-    """The lowest upper interval end of all that save bytes; by the estimate where there are no intervals."""
+    """Return the candidate that saves bytes with the lowest upper interval end, or estimate if there is no interval."""
     saving = [c for c in candidates if c.choosing.compression_ratio > 1]
     return min(saving, key=lambda c: (c.upper_nats, c.choosing.delta_nll), default=None)

@@ -1,7 +1,7 @@
-"""Why this advice: claims with their figures, each from a measurement of this very model; no table of model names.
+"""Collect the evidence for a recommendation: claims with figures, each measured on this model.
 
-A comparison differs in one thing only: the same rank and bits in another metric, another frame or another basis, the
-same share of the full rank in another scope.
+Each comparison changes one setting only. Metric, frame and basis are compared at the same rank and bits, and scopes at the
+same fraction of the full rank.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,21 @@ from eigencache.records.quality import Quality, SweepPoint, SweepRecord, SweepSe
 
 
 def evidence_of(advice: Advice, probe: ProbeRecord | None) -> list[Evidence]:
-    """Line by line: architecture, the choice, its loss, bytes and basis, what was compared with it, keys, the probe."""
+    """Return the evidence in order: architecture, choice, loss, bytes, basis, comparisons, keys and probe.
+
+    Args:
+        advice: Recommendation to explain.
+        probe: Record of an earlier probe of the model, if there is one.
+    """
     lines = [
         Evidence(
-            claim="what one token costs",
+            claim="cache size per token",
             figure=advice.model.geometry.describe(),
             source="the model's configuration and modules",
         )
     ]
     if advice.chosen:
-        lines += _of_chosen(advice, advice.chosen)
+        lines += _choice_lines(advice, advice.chosen)
     lines += [_of_other(advice, other) for other in advice.others]
     if advice.nearest:
         lines.append(_of_nearest(advice, advice.nearest))
@@ -34,27 +39,27 @@ def evidence_of(advice: Advice, probe: ProbeRecord | None) -> list[Evidence]:
 
 
 def loss(quality: Quality) -> str:
-    """`ΔNLL 0.0071 nats [0.0050, 0.0093], perplexity +0.71 %`."""
+    """Return the loss as text, such as `ΔNLL 0.0071 nats [0.0050, 0.0093], perplexity +0.71 %`."""
     interval = quality.delta_nll_interval
-    written = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else " (no interval)"
-    return f"ΔNLL {quality.delta_nll:.4f} nats{written}, perplexity {100 * quality.perplexity_increase:+.2f} %"
+    bounds = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else " (no interval)"
+    return f"ΔNLL {quality.delta_nll:.4f} nats{bounds}, perplexity {100 * quality.perplexity_increase:+.2f} %"
 
 
 def _behind(quality: Quality, corpus: str) -> str:
     return f"{corpus}: {quality.tokens:,} tokens scored in {quality.sequences} sequences"
 
 
-def _of_chosen(advice: Advice, chosen: Candidate) -> list[Evidence]:
-    claim = "chosen and stated on the same tokens"
+def _choice_lines(advice: Advice, chosen: Candidate) -> list[Evidence]:
+    claim = "loss of the choice, on the same tokens it was chosen on"
     if advice.stating:
-        claim = "chosen: on the choosing half its whole interval is within the budget"
+        claim = "loss of the choice on the validation half: the whole interval is within the budget"
     source = _behind(chosen.choosing, advice.choosing.name)
     lines = [Evidence(claim=claim, figure=loss(chosen.choosing), source=source)]
     if advice.stating and chosen.stating:
-        found = {True: "is within the budget", False: "reaches above the budget", None: "cannot be told"}[advice.holds]
+        verdicts = {True: "the interval is within the budget", False: "the interval exceeds the budget", None: "no interval"}
         lines.append(
             Evidence(
-                claim=f"on the half that had no part in the choice its interval {found}",
+                claim=f"loss of the choice on the test half, not used for the choice: {verdicts[advice.holds]}",
                 figure=loss(chosen.stating),
                 source=_behind(chosen.stating, advice.stating.name),
             )
@@ -65,17 +70,17 @@ def _of_chosen(advice: Advice, chosen: Candidate) -> list[Evidence]:
 def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
     geometry, quality = advice.model.geometry, chosen.choosing
     cached = "latent and rotary key" if geometry.mla else "K and V"
-    held, whole = chosen.nbytes_per_token, chosen.sixteen_bit_nbytes_per_token
+    encoded, sixteen_bit = chosen.nbytes_per_token, chosen.sixteen_bit_nbytes_per_token
     lines = [
         Evidence(
             claim=f"bytes of {cached} per token of context",
-            figure=f"{whole:,.0f} in 16 bits → {held:,.1f} held: ratio {quality.compression_ratio:.2f} "
-            f"(of {WORDS[chosen.target]} alone {chosen.target_ratio:.2f})",
-            source=f"nbytes of the tensors held, {quality.encoded_tokens:,} encoded tokens",
+            figure=f"{sixteen_bit:,.0f} in 16 bits → {encoded:,.1f} compressed: ratio {quality.compression_ratio:.2f} "
+            f"({chosen.target_ratio:.2f} for {WORDS[chosen.target]} alone)",
+            source=f"nbytes of the stored tensors, {quality.encoded_tokens:,} encoded tokens",
         ),
         Evidence(
-            claim="the basis, held once, apart from that ratio",
-            figure=f"{quality.basis_nbytes:,} bytes, paid back at {chosen.break_even_context:,} tokens of context",
+            claim="the basis, stored once and not included in the ratio",
+            figure=f"{quality.basis_nbytes:,} bytes, break-even context {chosen.break_even_context:,} tokens",
             source="nbytes of means, encoders and decoders",
         ),
     ]
@@ -83,18 +88,18 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
         expanded = 2 * geometry.expanded_values_per_token
         lines.append(
             Evidence(
-                claim="the same against the keys and values that the latent expands to",
-                figure=f"{expanded:,} bytes in 16 bits: ratio {expanded / held:.2f}",
-                source="the model's configuration, and nbytes of the tensors held",
+                claim="bytes per token relative to the keys and values that the latent expands to",
+                figure=f"{expanded:,} bytes in 16 bits: ratio {expanded / encoded:.2f}",
+                source="the model's configuration, and nbytes of the stored tensors",
             )
         )
     return lines
 
 
 def _of_other(advice: Advice, other: Candidate) -> Evidence:
-    stated = f"; on the other half {loss(other.stating)}" if other.stating else ""
+    stated = f"; on the test half {loss(other.stating)}" if other.stating else ""
     return Evidence(
-        claim=f"{WORDS[other.target]} alone goes less far: {other.describe()}",
+        claim=f"compressing {WORDS[other.target]} alone gives a smaller ratio: {other.describe()}",
         figure=f"ratio {other.choosing.compression_ratio:.2f} at {loss(other.choosing)}{stated}",
         source=_behind(other.choosing, advice.choosing.name),
     )
@@ -102,14 +107,14 @@ def _of_other(advice: Advice, other: Candidate) -> Evidence:
 
 def _of_nearest(advice: Advice, closest: Candidate) -> Evidence:
     return Evidence(
-        claim=f"the nearest to the budget: {closest.describe()}",
+        claim=f"nearest to the budget: {closest.describe()}",
         figure=f"ratio {closest.choosing.compression_ratio:.2f} at {loss(closest.choosing)}",
         source=_behind(closest.choosing, advice.choosing.name),
     )
 
 
 def _comparisons(advice: Advice) -> list[Evidence]:
-    """What one change makes: metric, scope and frame from the widest sweep, bits and a random basis where tried."""
+    """Compare metric, scope and frame in the coarse sweep, bits in the fine sweep, and a random basis if measured."""
     best = advice.chosen or advice.nearest
     if best is None:
         return []
@@ -137,14 +142,14 @@ def _comparisons(advice: Advice) -> list[Evidence]:
 
 
 def _varied(sweep: SweepRecord, series: list[SweepSeries], by: str, what: str) -> list[Evidence]:
-    """One line where series that differ in `by` have a share of their full rank in common: the losses side by side."""
-    chosen: dict[str, SweepSeries] = {}
-    for one in series:
-        chosen.setdefault(str(getattr(one, by)), one)
-    shared = _shared_share(chosen.values())
-    if len(chosen) < 2 or not shared:
+    """Compare series that differ in the field `by`, in one line, if they share a fraction of their full rank."""
+    by_value: dict[str, SweepSeries] = {}
+    for candidate in series:
+        by_value.setdefault(str(getattr(candidate, by)), candidate)
+    shared = _shared_share(by_value.values())
+    if len(by_value) < 2 or not shared:
         return []
-    points = {value: point for value, point in zip(chosen, shared, strict=True)}
+    points = {value: point for value, point in zip(by_value, shared, strict=True)}
     first = next(iter(points.values()))
     ranks = " / ".join(dict.fromkeys(str(point.rank) for point in points.values()))
     return [
@@ -157,17 +162,17 @@ def _varied(sweep: SweepRecord, series: list[SweepSeries], by: str, what: str) -
 
 
 def _shared_share(series: Iterable[SweepSeries]) -> list[SweepPoint]:
-    """One point of each series, at about the same share of the full rank: the middle of the shares they all have."""
+    """Return one point per series at about the same fraction of the full rank: the middle one of those they share."""
     series = list(series)
     if not series:
         return []
-    found = []
+    rows = []
     for point in series[0].points:
         share = point.rank / series[0].width
         row = [min(s.points, key=lambda p, s=s: abs(p.rank / s.width - share)) for s in series]
         if all(abs(p.rank / s.width - share) <= max(0.1 * share, 0.5 / s.width) for p, s in zip(row, series, strict=True)):
-            found.append(row)
-    return found[len(found) // 2] if found else []
+            rows.append(row)
+    return rows[len(rows) // 2] if rows else []
 
 
 def _of_keys(advice: Advice, keys: Keys) -> list[Evidence]:
@@ -181,20 +186,22 @@ def _of_keys(advice: Advice, keys: Keys) -> list[Evidence]:
             source=f"the model's weights; keys before rotation on {advice.calibration.name}",
         )
     ]
-    found = {(rounding.kind, rounding.mean_out): rounding.quality for rounding in keys.roundings}
-    for kind in dict.fromkeys(kind for kind, _ in found):
-        left, out = found[kind, False], found[kind, True]
-        source = _behind(left, corpus)
-        for quality in (left, out):
+    qualities = {(rounding.kind, rounding.mean_out): rounding.quality for rounding in keys.roundings}
+    for kind in dict.fromkeys(kind for kind, _ in qualities):
+        with_mean, without_mean = qualities[kind, False], qualities[kind, True]
+        source = _behind(with_mean, corpus)
+        for quality in (with_mean, without_mean):
             figure = f"{loss(quality)}, KL {quality.kl:.5f} nats, ratio {quality.compression_ratio:.2f}"
             lines.append(Evidence(claim=f"{quality.codec}, V in 16 bits", figure=figure, source=source))
-        claim = f"taking the mean out {'lowers' if out.kl < left.kl else 'does not lower'} the KL of {kind} keys"
-        lines.append(Evidence(claim=claim, figure=f"{left.kl:.5f} → {out.kl:.5f} nats", source=source))
+        change = "lowers" if without_mean.kl < with_mean.kl else "does not lower"
+        figure = f"{with_mean.kl:.5f} → {without_mean.kl:.5f} nats"
+        claim = f"subtracting the mean {change} the KL of {kind} keys"
+        lines.append(Evidence(claim=claim, figure=figure, source=source))
     return lines
 
 
 def _of_probe(probe: ProbeRecord) -> list[Evidence]:
-    """Held-out energy of a quarter of the dimensions per tensor, as the probe found it: energy, not quality."""
+    """Return the held-out energy in a quarter of the dimensions, per tensor, from the probe; it is not a quality."""
     lines = []
     for name in probe.names:
         spectra = probe.select(name, "layer")
@@ -205,14 +212,14 @@ def _of_probe(probe: ProbeRecord) -> list[Evidence]:
                 Evidence(
                     claim=f"probe: {name}, energy in a quarter of the dimensions (held out, per layer; not a quality)",
                     figure=f"{sum(energies) / len(energies):.3f}, mean over {len(energies)} layers, "
-                    f"{min(s.support for s in spectra):.0f} independent vectors per dimension at least",
-                    source=f"the given probe, {probe.corpus.name}, {probe.corpus.tokens:,} tokens",
+                    f"at least {min(s.support for s in spectra):.0f} independent vectors per dimension",
+                    source=f"the earlier probe, {probe.corpus.name}, {probe.corpus.tokens:,} tokens",
                 )
             )
     return lines
 
 
 def _quarter(energy: dict[int, float] | None, width: int) -> float | None:
-    """Held-out energy at the largest recorded k up to a quarter of the width."""
+    """Return the held-out energy at the largest recorded k of at most a quarter of the width."""
     known = [k for k in energy or {} if k <= width / 4]
     return energy[max(known)] if energy and known else None

@@ -1,4 +1,4 @@
-"""A text in two parts that share no sequence: one to choose on, one to state the loss of what was chosen on."""
+"""Split a text into two halves without common sequences: a validation half to choose on, a test half to report on."""
 
 from dataclasses import replace
 
@@ -13,34 +13,42 @@ from eigencache.records.quality import ReadingProtocol
 
 
 def halves_of(sequences: Sequences, protocol: ReadingProtocol) -> tuple[Sequences, Sequences]:
-    """The first half of the sequences that can be scored, and the rest: neighbors, which share documents, stay together.
+    """Return the first and the second half of the sequences that are long enough to be scored.
 
-    Raises `CorpusError` where a half would have too few sequences for an interval.
+    Neighboring sequences stay in the same half, because they often come from one document.
+
+    Args:
+        sequences: Held-out text.
+        protocol: Reading protocol; its `length` gives the tokens of the prefix.
+
+    Raises:
+        CorpusError: A half has too few sequences for a confidence interval.
     """
     usable = [index for index, ids in enumerate(sequences.ids) if len(ids) >= protocol.length + 2]
     if len(usable) < 2 * MIN_SEQUENCES:
         raise CorpusError(
-            f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens: {2 * MIN_SEQUENCES} are needed, "
-            f"{MIN_SEQUENCES} to choose on and as many to state the loss on: raise `tokens` or shorten `max_length`"
+            f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens, but "
+            f"{2 * MIN_SEQUENCES} are needed: {MIN_SEQUENCES} to choose on and {MIN_SEQUENCES} to report the loss on. "
+            "Raise `tokens` or lower `max_length`."
         )
     middle = len(usable) // 2
     return _half(sequences, usable[:middle]), _half(sequences, usable[middle:])
 
 
 def some_of(sequences: Sequences, count: int) -> Sequences:
-    """At most `count` of the sequences, from all over them."""
+    """Return at most `count` of the sequences, evenly spaced."""
     step = max(1, len(sequences.ids) // count)
     indices = list(range(0, len(sequences.ids), step))[:count]
     return _part(sequences, indices, f"{sequences.corpus.name}, {len(indices)} of them")
 
 
 def _half(sequences: Sequences, indices: list[int]) -> Sequences:
-    of = f"sequences {indices[0] + 1}–{indices[-1] + 1} of {len(sequences.ids)}"
-    return _part(sequences, indices, f"{sequences.corpus.name}, {of}")
+    span = f"sequences {indices[0] + 1}–{indices[-1] + 1} of {len(sequences.ids)}"
+    return _part(sequences, indices, f"{sequences.corpus.name}, {span}")
 
 
 def _part(sequences: Sequences, indices: list[int], name: str) -> Sequences:
-    """Some of the sequences, with a record of their own."""
+    """Return the sequences of `indices` with a corpus record that describes them alone."""
     ids = [sequences.ids[index] for index in indices]
     distinct = distinct_contexts(ids)
     corpus = sequences.corpus.model_copy(
@@ -57,8 +65,8 @@ def _part(sequences: Sequences, indices: list[int], name: str) -> Sequences:
 
 
 def repeats(choosing: Sequences, stating: Sequences) -> str | None:
-    """A warning where the text of one part is also in the other: the stated loss is then of what was chosen on."""
+    """Return a warning if the text of one half also occurs in the other, which biases the reported loss downwards."""
     share = overlap_share(stating.ids, choosing.ids)
     if share <= MAX_SHARE:
         return None
-    return f"{100 * share:.0f} % of the part that the loss is stated on repeats the part that was chosen on: it flatters"
+    return f"{100 * share:.0f} % of the test half repeats text of the validation half: the reported loss is biased downwards"

@@ -1,4 +1,4 @@
-"""How large the biases of keys are, and what fp8 and int8 keys cost with them and without the mean they are part of."""
+"""Measure the biases of keys, and the loss of fp8 and int8 keys with and without subtraction of their mean."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from eigencache.records.advice import KeyBias, KeyRounding, Keys
 from eigencache.records.quality import ReadingProtocol
 from eigencache.spectral.rope import Rotation
 
-_SEQUENCES = 8  # of the calibration text: means need far fewer vectors than bases
+_SEQUENCES = 8  # calibration sequences to read (up to twice as many): means need far fewer vectors than bases
 
 
 def measure_keys(
@@ -29,7 +29,19 @@ def measure_keys(
     *,
     partial: Path | None = None,
 ) -> Keys | None:
-    """Biases per layer, and the loss of rounded keys on `sequences`; means from `calibration`. None without biases."""
+    """Measure the key bias of every layer and the loss of rounded keys.
+
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text to score.
+        calibration: Text from which the mean keys are computed.
+        rotations: RoPE rotation by layer index.
+        protocol: Reading protocol.
+        partial: File that keeps finished results, to resume from. Default: none.
+
+    Returns:
+        Biases and losses, or None if the keys have no bias.
+    """
     biases = key_biases(session.loaded)
     if not biases:
         return None
@@ -47,7 +59,7 @@ def measure_keys(
         for mean_out in (False, True)
     }
     named = {codec.name: codec for codec in codecs.values()}
-    found = score_codecs(
+    qualities = score_codecs(
         session,
         sequences,
         named,
@@ -56,13 +68,14 @@ def measure_keys(
         partial=partial,
     ).quality
     roundings = [
-        KeyRounding(kind=kind, mean_out=mean_out, quality=found[codec.name]) for (kind, mean_out), codec in codecs.items()
+        KeyRounding(kind=kind, mean_out=mean_out, quality=qualities[codec.name])
+        for (kind, mean_out), codec in codecs.items()
     ]
     return Keys(biases=sizes, roundings=roundings)
 
 
 def _means_and_norms(loaded: LoadedModel, calibration: Sequences) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """Layer → mean of the keys before rotation [heads, dim], and mean norm of all heads of a layer joined."""
+    """Return, by layer, the mean key before RoPE [heads, dim] and the mean norm of the concatenated heads."""
     ids = calibration.ids[:: max(1, len(calibration.ids) // _SEQUENCES)]
     sums: dict[int, Tensor] = {}
     norms: dict[int, float] = {}
@@ -79,6 +92,7 @@ def _means_and_norms(loaded: LoadedModel, calibration: Sequences) -> tuple[dict[
 
 
 def _size(layer_idx: int, bias: Tensor, mean_key_norm: float) -> KeyBias:
+    """Relate a bias to the mean norm of the keys and to its own median channel."""
     channels = bias.abs().flatten().double()
     median = float(channels.median())
     return KeyBias(

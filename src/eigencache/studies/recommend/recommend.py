@@ -1,7 +1,8 @@
-"""Advice on compressing one model's cache: chosen on one half of the sequences, its loss stated on the other half.
+"""Recommend a compression setting for a model's cache that stays within a loss budget.
 
-Three passes: coarse over all ways, finer around the budget, and the chosen ones again on sequences that had no part in
-the choice. From the record of a sweep, advice is given on what was measured there, and nothing is measured.
+The setting is chosen on one half of the sequences, and its loss is reported on the other half. Three passes measure it: a
+coarse pass over all settings, a fine pass near the budget, and a pass of the chosen settings on the test half.
+`recommend_sweep` chooses from the record of a finished sweep, without measuring.
 """
 
 from collections.abc import Sequence
@@ -41,11 +42,24 @@ def recommend_model(
     subject: str | None = None,
     partial: Path | None = None,
 ) -> Advice:
-    """Measure and choose; `probe`: what was found about the model before, for the evidence.
+    """Measure a model and recommend a compression setting within a loss budget.
 
-    `partial`: beside it, with the name of the pass, results are kept while it runs (`partial_paths`).
-    Raises `CorpusError` for too few sequences and for a text that overlaps the calibration text (unless `force`),
-    `StatisticsError` where the calibration text carries no basis at all.
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text. The first half chooses, the second half reports the loss.
+        calibration_sequences: Text on which bases are fitted.
+        budget: Allowed loss.
+        protocol: Reading protocol.
+        search: Extent of the search. Default: `Search()`.
+        force: Accept a held-out text that overlaps the calibration text.
+        probe: Record of an earlier probe, cited in the evidence. Default: none.
+        subject: Name of the model in the record. Default: the model's name.
+        partial: Base path of files that keep the finished results of each pass, to resume from (`partial_paths`).
+            Default: none.
+
+    Raises:
+        CorpusError: The text has too few sequences, or overlaps the calibration text and `force` is false.
+        StatisticsError: The calibration set is too small for every setting.
     """
     watch, search = Stopwatch(), search or Search()
     choosing, stating = halves_of(sequences, protocol)
@@ -56,15 +70,15 @@ def recommend_model(
     )
     paths = partial_paths(partial)
 
-    def swept(which: str, text: Sequences, plans: Sequence[Plan]) -> SweepRecord:
+    def swept(name: str, text: Sequences, plans: Sequence[Plan]) -> SweepRecord:
         return sweep_model(
-            session.named(f"{which} pass"),
+            session.named(f"{name} pass"),
             text,
             calibration,
             plans,
             protocol,
             force=force,
-            partial=paths[which],
+            partial=paths[name],
         )
 
     plans, left_out = coarse_plans(session.loaded.geometry, calibration, search)
@@ -84,7 +98,7 @@ def recommend_model(
         protocol,
         partial=paths["keys"],
     )
-    fine, again = sweeps["fine"], repeats(choosing, stating)
+    fine, repetition = sweeps["fine"], repeats(choosing, stating)
     advice = Advice(
         subject=subject or session.loaded.name,
         model=fine.model,
@@ -102,15 +116,21 @@ def recommend_model(
         unknown=[],
         sweeps=sweeps,
         run=watch.run(session.seed, {"batch_size": session.batch_size, "forced": force}),
-        warnings=list(dict.fromkeys([*fine.warnings, *([again] if again else [])])),
+        warnings=list(dict.fromkeys([*fine.warnings, *([repetition] if repetition else [])])),
     )
     return _argued(advice, left_out, probe)
 
 
 def recommend_sweep(record: SweepRecord, budget: Budget, subject: str, keys: Keys | None = None) -> Advice:
-    """Advice from what one sweep measured: nothing is measured, so it is chosen and stated on the same tokens.
+    """Recommend a setting from the record of a sweep, without measuring.
 
-    `keys`: what is known of their biases.
+    The loss is therefore reported on the tokens used for the choice.
+
+    Args:
+        record: Record of the sweep.
+        budget: Allowed loss.
+        subject: Name of the model or file in the record.
+        keys: Biases of the keys and their effect, if measured. Default: unknown.
     """
     watch = Stopwatch()
     candidates = candidates_of(record)
@@ -138,16 +158,17 @@ def recommend_sweep(record: SweepRecord, budget: Budget, subject: str, keys: Key
 
 
 def partial_paths(partial: Path | None) -> dict[str, Path | None]:
-    """Where each pass keeps its results while it runs."""
-    return {which: partial.with_name(f"{partial.name}.{which}") if partial else None for which in PASSES}
+    """Return the file that keeps the partial results of each pass: `partial` with the pass's name appended."""
+    return {name: partial.with_name(f"{partial.name}.{name}") if partial else None for name in PASSES}
 
 
 def _argued(advice: Advice, left_out: list[str], probe: ProbeRecord | None) -> Advice:
+    """Add the evidence and the limits to a recommendation."""
     return advice.model_copy(update={"evidence": evidence_of(advice, probe), "unknown": limits_of(advice, left_out)})
 
 
 def _stating_plans(best: list[Candidate], fine: SweepRecord) -> list[Plan]:
-    """The chosen ones, and the first of them in a random basis, as a control."""
+    """Plan the chosen settings, and the first of them with a random basis as a control."""
     series = {point.quality.codec: s for s in fine.series for point in s.points}
     plans = [_plan(series[candidate.name], candidate.rank) for candidate in best]
     control = replace(plans[0].settings, basis="random", metric="frobenius")

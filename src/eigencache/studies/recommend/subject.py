@@ -1,4 +1,4 @@
-"""What advice is asked about: a model by its name, or the JSON of a probe, a report or a sweep of one."""
+"""Read the subject of a recommendation: a model's name, or the JSON record of a probe, a report or a sweep."""
 
 import json
 from pathlib import Path
@@ -18,20 +18,25 @@ _KNOWN = {
 
 
 def read_subject(spec: str, model: str | None = None) -> Subject:
-    """A `.json` file is a record, all else a model; `model`: which one of a report with several.
+    """Return the record of a `.json` file, or `spec` itself as a model's name.
 
-    Raises `RecordError` for a file that is none of the three records, and for a report without the model.
+    Args:
+        spec: Path of a JSON record, or a model specification.
+        model: Model to use if a report contains several. Default: the only one.
+
+    Raises:
+        RecordError: The file is not a record of a probe, report or sweep, or it does not contain `model`.
     """
     path = Path(spec).expanduser()
     if path.suffix != ".json" or path.is_dir():
         if model is not None:
-            raise RecordError(f"`model` {model}: chooses among the models of a report; {spec} is no report")
+            raise RecordError(f"`model` {model}: selects a model of a report, but {spec} is not a report. Omit `model`.")
         return spec
     record = _KNOWN[_schema(path)].load(path)
     if isinstance(record, ReportRecord):
         return _of_report(record, path, model)
     if model is not None and record.model.name != model:
-        raise RecordError(f"`model` {model}: {path} is of {record.model.name}")
+        raise RecordError(f"`model` {model}: {path} contains only {record.model.name}")
     return record
 
 
@@ -44,10 +49,8 @@ def _schema(path: Path) -> str:
         raise RecordError(f"{path}: not JSON: {error}") from error
     schema = content.get("schema_version") if isinstance(content, dict) else None
     if schema not in _KNOWN:
-        found = f"a record of {schema}" if isinstance(schema, str) else "no record"
-        raise RecordError(
-            f"{path}: is {found}; advice is given on what `probe --output`, `report` or `sweep --output` wrote"
-        )
+        problem = f"a record of type {schema}" if isinstance(schema, str) else "not a record"
+        raise RecordError(f"{path}: is {problem}. Use a file written by `probe --output`, `report` or `sweep --output`.")
     return schema
 
 
@@ -56,16 +59,22 @@ def _of_report(record: ReportRecord, path: Path, model: str | None) -> ProbeReco
     if model is None and len(names) == 1:
         return record.probes[0]
     if model not in names:
-        asked = "" if model is None else f"`model` {model}: "
-        raise RecordError(f"{asked}{path} is of {len(names)} models: choose one with `model`: {', '.join(names)}")
+        problem = "" if model is None else f"`model` {model}: not in this report. "
+        raise RecordError(f"{problem}{path} contains {len(names)} models. Choose one with `model`: {', '.join(names)}")
     return record.probes[names.index(model)]
 
 
 def check_same_model(loaded: LoadedModel, record: ProbeRecord, path: str) -> None:
-    """Raises `ModelError` where the weights or the configuration are not those that were probed."""
-    found = loaded.sha256
-    if found != record.model.sha256:
+    """Raise `ModelError` if the weights or the configuration of a model differ from those of a probe.
+
+    Args:
+        loaded: The model.
+        record: Record of the probe.
+        path: File of the record, named in the error.
+    """
+    current = loaded.sha256
+    if current != record.model.sha256:
         raise ModelError(
-            f"{path}: was made with other weights or another configuration of {record.model.name} "
-            f"({record.model.sha256[:12]}, now {found[:12]}): probe the model again"
+            f"{path}: made with other weights or another configuration of {record.model.name} "
+            f"({record.model.sha256[:12]}, now {current[:12]}). To continue, probe the model again."
         )

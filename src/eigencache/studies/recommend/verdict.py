@@ -1,7 +1,7 @@
-"""The verdict on a model that was probed: what low rank costs through its cache, and what to do, in well under a minute.
+"""Judge a probed model in under a minute: measure the loss of low-rank caches and recommend a setting.
 
-The bases come from the moments of the probe, so the text is not read again; metrics and scores rest on fewer tokens
-than those of `sweep` and `recommend`, and the advice says how few.
+The bases come from the moments of the probe, so the text is not read again. Metrics and losses are estimated from fewer
+tokens than in `sweep` and `recommend`. The recommendation reports their number.
 """
 
 from eigencache.calibration.moments import CapturedMoments
@@ -23,10 +23,16 @@ QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 
 
 
 def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budget: Budget) -> Advice:
-    """Sweep a few ranks of every target on `held_out`, three quarters of every sequence held encoded, and advise.
+    """Sweep a few ranks of every target with three quarters of every sequence encoded, and recommend a setting.
 
-    `gathered`: moments per head and, where layers together are narrow enough, over all layers. Raises what
-    `sweep_model` raises, `CorpusError` for a text that overlaps the one that was probed among it.
+    Args:
+        session: Model and settings to run it with.
+        gathered: Moments of the probe, per head and, if the layers together are narrow enough, over all layers.
+        held_out: Text to score.
+        budget: Allowed loss.
+
+    Raises:
+        CorpusError: `held_out` overlaps the probed text, or another error of `sweep_model`.
     """
     calibration = PCACalibration(
         session,
@@ -53,7 +59,11 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
 
 
 def verdict_plans(loaded: LoadedModel) -> list[Plan]:
-    """Every target per head in 16 bits, keys at their worst, and the whole in its widest scope in 8 and 4 bits."""
+    """Return the plans of a verdict.
+
+    They are every target per head in 16 bits, keys after RoPE about zero (the worst case), and the whole cache in its
+    widest scope in 8 and 4 bits.
+    """
     scopes, _ = targets_and_scopes(loaded.geometry)
     plans = [Plan(PCASettings(target, "head", metric="fisher"), shares=SHARES) for target in targets_of(loaded)]
     if loaded.geometry.rope is not None and not loaded.geometry.mla:
