@@ -89,13 +89,13 @@ def test_planted_code_does_not_run(sources, tmp_path) -> None:
     folder = tmp_path / "cache" / "eigencache"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    with pytest.raises(CompilationError, match=r"eigencache can be written by others: run chmod go-w on it"):
+    with pytest.raises(CompilationError, match=r"eigencache can be written by other users: run chmod go-w on it"):
         load(sources)
     folder.chmod(0o700)
     assert load(sources) == 42
     (library,) = libraries(tmp_path)
     library.chmod(0o722)
-    with pytest.raises(CompilationError, match=r"\.so can be written by others"):
+    with pytest.raises(CompilationError, match=r"\.so can be written by other users"):
         load(sources)
 
 
@@ -110,7 +110,7 @@ def test_what_the_compiler_says_is_shown(sources, monkeypatch) -> None:
     with pytest.raises(CompilationError, match="undeclared_name"):
         load(sources)
     monkeypatch.setenv("CC", "/bin/false")
-    with pytest.raises(CompilationError, match="/bin/false: it ended with code 1 and wrote no library"):
+    with pytest.raises(CompilationError, match="/bin/false: exit code 1, and no library was written"):
         load(sources)
     monkeypatch.setenv("CC", "/no/such/compiler")
     with pytest.raises(CompilationError, match="No such file or directory: '/no/such/compiler'"):
@@ -128,7 +128,7 @@ def test_without_compiler_home_or_a_folder_the_reason_is_given(sources, tmp_path
         load(sources)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(CompilationError, match="no home folder: name a cache folder in XDG_CACHE_HOME"):
+    with pytest.raises(CompilationError, match="no home folder: set the environment variable XDG_CACHE_HOME"):
         load(sources)
 
 

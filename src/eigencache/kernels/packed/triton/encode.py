@@ -96,9 +96,9 @@ def _integers(
             b = tl.load(quarter + k, mask=k < inner, other=0.0)
             cos = tl.load(starts + number, mask=k < inner, other=0.0)
             sin = tl.load(starts + starts_size + number, mask=k < inner, other=0.0)
-            at = (number * _BLOCK)[:, None] + t[None, :]
-            z -= (a * cos + b * sin)[:, None] * tl.load(table + at, mask=(k < inner)[:, None], other=0.0)
-            z -= (b * cos - a * sin)[:, None] * tl.load(table + dim * _BLOCK + at, mask=(k < inner)[:, None], other=0.0)
+            offset = (number * _BLOCK)[:, None] + t[None, :]
+            z -= (a * cos + b * sin)[:, None] * tl.load(table + offset, mask=(k < inner)[:, None], other=0.0)
+            z -= (b * cos - a * sin)[:, None] * tl.load(table + dim * _BLOCK + offset, mask=(k < inner)[:, None], other=0.0)
         e = tl.load(
             encoder + row[:, None] * inner + k[None, :], mask=(row < rows)[:, None] & (k < inner)[None, :], other=0.0
         )

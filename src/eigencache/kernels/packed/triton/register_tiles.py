@@ -78,10 +78,10 @@ def rows_of(widths: tuple[Widths, ...], repeats: int, device: torch.device) -> T
 @triton.jit
 def load_rows(base, first, left, stride, R: tl.constexpr, BLOCKS: tl.constexpr):
     """Load words uint32 [rows, 16 · BLOCKS] from row `first` on; beyond the `left` remaining blocks, the last one again."""
-    at = tl.arange(0, _WORDS * BLOCKS)
-    inner = at
+    position = tl.arange(0, _WORDS * BLOCKS)
+    inner = position
     if BLOCKS > 1:
-        inner = tl.minimum(at // _WORDS, left - 1) * stride + at % _WORDS
+        inner = tl.minimum(position // _WORDS, left - 1) * stride + position % _WORDS
     row = tl.minimum(first + tl.arange(0, R), stride // _WORDS - 1) * _WORDS
     return tl.load(base + (row.to(tl.uint32)[:, None] + inner.to(tl.uint32)[None, :])).to(tl.uint32, bitcast=True)
 
@@ -89,8 +89,8 @@ def load_rows(base, first, left, stride, R: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def _parts(words, first: tl.constexpr, BITS: tl.constexpr):
     """Return one part of tokens t and t + 2 of every word, from bit `first` of their bytes on, as uint16."""
-    both = (words >> first) & (((1 << BITS) - 1) * 0x10001)
-    return both.to(tl.uint16), (both >> 16).to(tl.uint16)
+    pair = (words >> first) & (((1 << BITS) - 1) * 0x10001)
+    return pair.to(tl.uint16), (pair >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -149,9 +149,9 @@ def value_tile(words, BITS: tl.constexpr):
 @triton.jit
 def pair_tokens(T: tl.constexpr):
     """Return the tokens of the rows of `key_tile`: a row with bits h w…w l www is token 2 h + l of word w…www."""
-    at = tl.arange(0, T)
-    word = (at // 16 * 8) % (T // 4) + at % 8
-    return 4 * word + at // (T // 2) * 2 + at // 8 % 2
+    position = tl.arange(0, T)
+    word = (position // 16 * 8) % (T // 4) + position % 8
+    return 4 * word + position // (T // 2) * 2 + position // 8 % 2
 
 
 @triton.jit

@@ -64,10 +64,10 @@ def words_of(packed: Tensor) -> Tensor:
 @triton.jit
 def load_words(base, place, left, stride, BLOCKS: tl.constexpr):
     """Load words [coefficients, 16 · BLOCKS] of blocks of `stride` words; beyond `left` blocks, the last one again."""
-    at = tl.arange(0, _WORDS * BLOCKS)
-    inner = at
+    position = tl.arange(0, _WORDS * BLOCKS)
+    inner = position
     if BLOCKS > 1:
-        inner = tl.minimum(at // _WORDS, left - 1) * stride + at % _WORDS
+        inner = tl.minimum(position // _WORDS, left - 1) * stride + position % _WORDS
     return tl.load(base + (((place >> 8) * _WORDS).to(tl.uint32)[:, None] + inner.to(tl.uint32)[None, :]))
 
 
@@ -83,17 +83,17 @@ def integers(words, place, NATURAL: tl.constexpr):
     two, three = (even >> 16).to(tl.uint16), (odd >> 16).to(tl.uint16)
     if not NATURAL:
         one, two = two, one
-    both = tl.join(tl.join(zero, two), tl.join(one, three))
-    return tl.reshape(both, (words.shape[0], _WORD * words.shape[1])).to(tl.float16, bitcast=True)
+    joined = tl.join(tl.join(zero, two), tl.join(one, three))
+    return tl.reshape(joined, (words.shape[0], _WORD * words.shape[1])).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def tile_tokens(T: tl.constexpr, NATURAL: tl.constexpr):
     """Return the tokens of the columns of `integers`."""
-    at = tl.arange(0, T)
+    position = tl.arange(0, T)
     if NATURAL:
-        return at
-    return (at & -4) | ((at & 1) << 1) | ((at >> 1) & 1)
+        return position
+    return (position & -4) | ((position & 1) << 1) | ((position >> 1) & 1)
 
 
 @triton.jit
