@@ -129,14 +129,14 @@ def attend_kernel(
                 x, slope, raised, cap, mean, cos, sin, angle, pairs, begin, end, tile_tokens(T, False), before + block,
                 high - block, CAPPED, first is not None, BLOCKS, AXIS,
             )  # fmt: skip
-            a_high, a_low, a, less, top = softmax_step(x, top, scale, first is not None, TERMS, AXIS)
+            a_high, a_low, a, shrink, top = softmax_step(x, top, scale, first is not None, TERMS, AXIS)
             if AXIS == 0:
-                total = total * spread(less, AXIS) + a
+                total = total * spread(shrink, AXIS) + a
             if AXIS == 1:
-                total = total * less + tl.sum(a, AXIS)
+                total = total * shrink + tl.sum(a, AXIS)
             if rotary is not None:
                 w = u
-            acc = accumulate(w, a_high, a_low, acc * spread(less, AXIS), TERMS, AXIS)
+            acc = accumulate(w, a_high, a_low, acc * spread(shrink, AXIS), TERMS, AXIS)
             k += BLOCKS * key_stride
             v += BLOCKS * other_stride
 

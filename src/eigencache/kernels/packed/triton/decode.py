@@ -163,14 +163,14 @@ def decode_kernel(
                 x, slope, raised, cap, mean, cos, sin, angle, pairs, begin, end, token, before + block, left,
                 CAPPED, first is not None, BLOCKS, 0,
             )  # fmt: skip
-            a_high, a_low, a, less, top = softmax_step(x, top, scale, first is not None, TERMS, 0)
-            total = total * less[None, :] + a
+            a_high, a_low, a, shrink, top = softmax_step(x, top, scale, first is not None, TERMS, 0)
+            total = total * shrink[None, :] + a
             a_high = in_words(a_high)
             if TERMS == 2:
                 a_low = in_words(a_low)
-            acc = _dot_terms(value_tile(v_wide, 4), a_high, a_low, acc * less[None, :], TERMS)
+            acc = _dot_terms(value_tile(v_wide, 4), a_high, a_low, acc * shrink[None, :], TERMS)
             if VN > 0:
-                rest = _dot_terms(value_tile(v_narrow, 2), a_high, a_low, rest * less[None, :], TERMS)
+                rest = _dot_terms(value_tile(v_narrow, 2), a_high, a_low, rest * shrink[None, :], TERMS)
             k += BLOCKS * key_stride
             v += BLOCKS * other_stride
 
