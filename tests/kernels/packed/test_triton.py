@@ -238,7 +238,7 @@ def test_constants_and_soft_caps_are_of_logits(run: Run, rows: int) -> None:
             check(attend(run, keys, values, MIXED, OTHER, queries, **options), capped, v)
 
 
-def a_turning(heads: int, dim: int, size: float) -> KeyMean:
+def a_key_mean(heads: int, dim: int, size: float) -> KeyMean:
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     mean = size * drawn(heads, dim, seed=1)
     mean[:, 3::7] = 0
@@ -247,42 +247,42 @@ def a_turning(heads: int, dim: int, size: float) -> KeyMean:
 
 @pytest.mark.parametrize(("rows", "paired"), [(3, True), (3, False), (20, False)])
 def test_a_mean_that_turns_with_positions_comes_back_into_logits(run: Run, rows: int, paired: bool) -> None:
-    heads, dim, turning = 4, 32, a_turning(4, 32, 20.0)
+    heads, dim, key_mean = 4, 32, a_key_mean(4, 32, 20.0)
     widths = MIXED[:2]
     keys, values = stored(widths, 2, (2, 1), 1), stored(widths, 2, (2, 1), 2)
     raw = drawn(2, heads, rows, dim, seed=4)
     queries = scaled(drawn(2, 2, 2 * rows, 32, seed=3), widths)
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(3)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1).double()
-    angles = positions[:, None, :, None] * turning.rotation.frequencies
-    means = turning.mean.double()[None, :, None].expand(2, -1, positions.shape[1], -1)
+    angles = positions[:, None, :, None] * key_mean.rotation.frequencies
+    means = key_mean.mean.double()[None, :, None].expand(2, -1, positions.shape[1], -1)
     logits = raw.double() @ rotate(means, Angles(angles.cos(), angles.sin()), "half").mT
     assert logits.abs().amax() > 200
     logits = logits.unflatten(1, (2, 2)).flatten(2, 3) + queries.double() @ unpacked(keys, widths, 2)
-    turned = turning.turned(raw, starts).bundled(2)
-    found = attend(run, keys, values, widths, widths, queries, rotated_mean=turned, splits=2, paired=paired)
+    mean_logits = key_mean.turned(raw, starts).bundled(2)
+    found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, splits=2, paired=paired)
     check(found, logits, unpacked(values, widths, 2))
-    plain = raw @ turning.at(positions).mT  # in float32
+    plain = raw @ key_mean.at(positions).mT  # in float32
     plain = plain.unflatten(1, (2, 2)).flatten(2, 3) + queries @ unpacked(keys, widths, 2).float()
-    found = attend(run, keys, values, widths, widths, queries, rotated_mean=turned, exact=True, paired=paired)
+    found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, exact=True, paired=paired)
     check(found, logits, unpacked(values, widths, 2), torch.float32, plain)
 
 
 def test_encoded_keys_and_values_are_attended_to_as_if_they_were_decoded(run: Run) -> None:
     """Attend as a layer does: bundles of two heads, two queries per head, scale, offsets and a rotated mean."""
-    heads, dim, group, turning = 4, 32, 2, a_turning(4, 32, 10.0)
-    keys, values = some_heads(MIXED[:2], heads, dim, turning), some_heads(MIXED[1:], heads, dim)
+    heads, dim, group, key_mean = 4, 32, 2, a_key_mean(4, 32, 10.0)
+    keys, values = some_heads(MIXED[:2], heads, dim, key_mean), some_heads(MIXED[1:], heads, dim)
     starts = torch.tensor([[70]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + turning.at(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
-    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), turning.mean_at(starts))
+    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + key_mean.at(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
+    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), key_mean.mean_at(starts))
     stored_values = run(encode, y, values.mean, values.encoder, values.widths)
     q = drawn(1, heads, group, dim, seed=7) * dim**-0.5
     by_head = [packer.decoder.unflatten(-1, (-1, dim)) for packer in (keys, values)]
     queries = torch.einsum("bgsrd,gmsd->bgsrm", q.unflatten(1, (2, -1)), by_head[0]).flatten(2, 3)
     constant = (q * keys.offset[:, None]).sum(-1).unflatten(1, (2, -1)).flatten(2, 3)
-    turned = turning.turned(q, starts).bundled(2)
-    options = {"constant": constant, "rotated_mean": turned, "exact": True}
+    mean_logits = key_mean.turned(q, starts).bundled(2)
+    options = {"constant": constant, "rotated_mean": mean_logits, "exact": True}
     means, lse = attend(run, [stored_keys], [stored_values], keys.widths, values.widths, queries, **options)
     found = torch.einsum("bgsrm,gmsd->bgsrd", means.unflatten(2, (-1, group)), by_head[1]).flatten(1, 2)
     k, v = keys.decode(stored_keys, positions), values.decode(stored_values, positions)
@@ -356,7 +356,7 @@ def test_no_block_gives_no_logit_and_sums_of_zero(run: Run) -> None:
 
 
 def some_heads(
-    widths: tuple[Widths, ...], heads: int, dim: int, turning: KeyMean | None = None, six: tuple[int, ...] = ()
+    widths: tuple[Widths, ...], heads: int, dim: int, key_mean: KeyMean | None = None, six: tuple[int, ...] = ()
 ) -> PackedHeads:
     """Return heads whose steps let some numbers saturate."""
     size = heads // len(widths) * dim
@@ -364,7 +364,7 @@ def some_heads(
     encoder = drawn(len(widths), most_coefficients(widths), size, seed=1) * steps
     for rows, w, count in zip(encoder, widths, six, strict=False):
         rows[w.eight + w.four :][:count] = rows[: w.eight + w.four][w.eight + w.four - count :]
-    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), turning, six)
+    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), key_mean, six)
 
 
 def integers(packed: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...]) -> Tensor:
@@ -405,12 +405,12 @@ def test_encoded_bytes_are_those_of_the_reference_but_for_halves(
 
 
 def test_what_turns_with_positions_is_taken_out_before_encoding(run: Run) -> None:
-    heads, dim, turning = 3, 32, a_turning(3, 32, 30.0)
-    packer = some_heads(MIXED, heads, dim, turning)
+    heads, dim, key_mean = 3, 32, a_key_mean(3, 32, 30.0)
+    packer = some_heads(MIXED, heads, dim, key_mean)
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + turning.at(positions)
-    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), turning.mean_at(starts))
+    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + key_mean.at(positions)
+    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), key_mean.mean_at(starts))
     assert differing(found, packer.encode(x, positions), MIXED) < 1e-2
 
 
