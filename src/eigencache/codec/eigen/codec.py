@@ -30,7 +30,7 @@ from eigencache.codec.eigen.transform import JointTransform
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.sinks_and_window import FIRST_EXACT, middle_of
 from eigencache.errors import CodecError
-from eigencache.kernels.rans.backend import Backend, chosen
+from eigencache.kernels.rans.backend import Backend, choose_backend
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -296,7 +296,7 @@ class EigenCodec:
     def _integers(self, data: list[memoryview], tokens: list[int]) -> list[Tensor]:
         """Blocks int32 [rows, tokens]: where they are to be used from Triton, in memory from the CPU."""
         device = self.transform.mean.device
-        if chosen(self.backend, device) == "triton":
+        if choose_backend(self.backend, device) == "triton":
             from eigencache.kernels.rans.triton import decode_blocks  # Triton is optional
 
             blocks = decode_blocks(data, tokens, self.tables, self.lanes, device)

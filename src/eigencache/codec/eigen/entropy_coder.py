@@ -10,7 +10,7 @@ import numpy as np
 
 from eigencache.codec.eigen.entropy_tables import EntropyTables
 from eigencache.errors import CodecError
-from eigencache.kernels.rans.cpu import LOWER, decode_words, encode_words, require_block
+from eigencache.kernels.rans.cpu import LOWER, WRONG_END, decode_words, encode_words, require_block
 
 
 class EntropyCoder(Protocol):
@@ -50,5 +50,5 @@ class RansCoder:
         out = np.empty((len(t.table_of), tokens), np.int32)
         used = decode_words(words, states, t.table_of, t.shifts, t.halves, t.slots, self.lanes, out)
         if used != len(words) or (states != LOWER).any():
-            raise CodecError("a block's bytes are not what these tables write: another codec's, or damaged")
+            raise CodecError(WRONG_END)
         return out
