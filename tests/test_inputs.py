@@ -49,8 +49,8 @@ def test_rows_and_columns_of_a_dataset_are_texts() -> None:
         ([b"bytes"], "document 0 is a bytes: pass"),
         (["one", {"content": "two"}], 'document 1 is a dict without a string "text"'),
         (["one", "two \ud800"], r"document 1: character 4 ('\ud800') cannot be encoded as UTF-8: decode its source"),
-        ([], "no text in it"),
-        (["", " "], "no text in it"),
+        ([], "the text is empty or only whitespace"),
+        (["", " "], "the text is empty or only whitespace"),
         ([Path("absent.txt")], "absent.txt"),
     ],
 )
