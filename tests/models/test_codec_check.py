@@ -67,7 +67,7 @@ def test_another_rope_is_said_before_another_model(rope: str, llama: SavedCodec)
     says = str(error.value)
     assert says.startswith(f"{llama.folder}: fitted on llama with another RoPE ({llama.card.origin.rope_sha256[:12]}) than ")
     assert "other has (" in says
-    assert "load llama with that RoPE, or fit a codec on this one" in says
+    assert "load llama with that RoPE, or fit a codec on this model" in says
 
 
 def test_the_rope_hash_follows_the_configuration_and_not_the_machine() -> None:
@@ -88,7 +88,7 @@ def test_other_weights_are_refused_naming_both_models(llama: SavedCodec) -> None
         check_belongs(llama, of(model))
     says = str(error.value)
     assert f"fitted on llama ({llama.card.origin.model_sha256[:12]}), this is other (" in says
-    assert "load the model it was fitted on, or fit a codec on this one" in says
+    assert "load the model it was fitted on, or fit a codec on this model" in says
 
 
 def test_another_dtype_is_named_with_the_option_that_mends_it(llama: SavedCodec) -> None:

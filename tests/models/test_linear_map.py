@@ -211,7 +211,7 @@ def test_a_module_that_cannot_be_asked_is_refused_before_the_first_token() -> No
     model = copy.deepcopy(long_model("deepseek_v2"))
     codec, old = fine_codec(model), model.model.layers[1].self_attn.kv_b_proj
     model.model.layers[1].self_attn.kv_b_proj = Deaf(old.in_features, old.out_features, bias=False)
-    with pytest.raises(UnsupportedArchitectureError, match=r"layer 1, kv_b_proj: its matrix cannot .*\(no CPU kernel\)$"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"layer 1, kv_b_proj: the matrix cannot .*\(no CPU kernel\)$"):
         CompressedCache(model, codec)
 
 

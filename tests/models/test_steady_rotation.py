@@ -92,7 +92,7 @@ def test_the_shortest_of_several_kinds_of_layers_counts() -> None:
 def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> None:
     one, longer = loaded(kind), random_sequences(*[SWITCH + 1] * 20)
     for study in (CalibrationSet, PCACalibration):
-        with pytest.raises(StatisticsError, match=f"41 tokens: in texts of over 40 {kind} .*`max_length` 40"):
+        with pytest.raises(StatisticsError, match=f"41 tokens: beyond 40 tokens {kind} .*`max_length` 40"):
             study(one, longer)
     assert calibration_length(one) == SWITCH
 

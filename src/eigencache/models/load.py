@@ -142,7 +142,7 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     for what, keys in (("missing from", report["missing_keys"]), ("of another shape in", report["mismatched_keys"])):
         if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
             raise ModelError(
-                f"{spec}: {len(names)} weights are {what} the checkpoint, for example {names[0]}: use a complete checkpoint"
+                f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}: use a complete checkpoint"
             )
     if "gguf_file" in options and geometry.rope is not None and geometry.rope.rope_type == "default":
         warn_of_dropped_rotation(Path(source) / options["gguf_file"])

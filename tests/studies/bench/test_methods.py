@@ -166,7 +166,7 @@ def test_rows_of_weights_make_the_keys_and_values_that_are_cached(name: str) -> 
 def test_a_module_that_is_no_plain_layer_has_no_rows() -> None:
     (site, *_) = find_sites(tiny_loaded("llama").model, tiny_loaded("llama").geometry, "k", None, torch.ones(1, 4).long())
     odd = type(site)(2, torch.nn.Embedding(4, 4), site.columns, 4)
-    with pytest.raises(UnsupportedArchitectureError, match="layer 2: its matrix cannot be read, because Embedding fails"):
+    with pytest.raises(UnsupportedArchitectureError, match="layer 2: the matrix cannot be read, because Embedding fails"):
         weight_rows(odd)
 
 
