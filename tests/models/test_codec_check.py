@@ -1,4 +1,4 @@
-"""A saved codec is used with the model it was fitted on alone: another RoPE, dtype or weight is named and refused."""
+"""A saved codec is refused for a model with another RoPE, dtype or weights than it was fitted on, and the error names it."""
 
 import copy
 from dataclasses import replace
@@ -43,7 +43,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SavedCodec:
 
 
 def with_rope(parameters: dict) -> PreTrainedModel:
-    """The same weights, read with another rotation."""
+    """Return a model with the same weights and another rotation."""
     config = copy.deepcopy(tiny("llama").config)
     config.rope_parameters = dict(parameters)
     model = AutoModelForCausalLM.from_config(config)
