@@ -274,7 +274,7 @@ def test_only_the_layers_asked_for_are_captured() -> None:
         ("llama", [7], "no layer 7"),
         ("llama", [-1], "no layer -1"),
         ("qwen3_next", [0], "linear attention"),
-        ("llama", [], "named"),
+        ("llama", [], "is empty"),
     ],
 )
 def test_a_layer_that_does_not_exist_or_caches_nothing_is_named(name: str, layers: list[int], says: str) -> None:

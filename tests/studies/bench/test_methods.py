@@ -177,7 +177,7 @@ def test_xquant_is_exact_but_for_the_rounding_of_the_input(name: str) -> None:
 
 
 def test_xquant_is_not_to_be_had_where_keys_are_normed() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="are not what a projection of it gives"):
+    with pytest.raises(UnsupportedArchitectureError, match="are not the output of a known projection"):
         METHODS["xquant"].codecs(BenchContext(tiny_loaded("qwen3"), random_sequences(*[20] * 16), RATES))
 
 
