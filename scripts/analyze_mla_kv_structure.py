@@ -12,7 +12,7 @@ from pathlib import Path
 from eigencache.cli.app import main
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", required=True)
-parser.add_argument("--plot", help="default: mla_structure_MODEL.png")
+parser.add_argument("--model", required=True, help="bundled name, folder, GGUF file or hub name")
+parser.add_argument("--plot", help="file of the plot; default: mla_structure_MODEL.png")
 args = parser.parse_args()
 main(["probe", args.model, "--view", "spread", "--plot", args.plot or f"mla_structure_{Path(args.model).name}.png"])

@@ -138,8 +138,8 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("ref-llama",), "ref-llama: no geometry of that name: there are llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
-        (("llama-3-8b", "--live-bits", "3"), "3 bits: widths are known for 2.5, 3.125, 4, 8"),
+        (("ref-llama",), "ref-llama: no geometry of that name: use llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
+        (("llama-3-8b", "--live-bits", "3"), "3 bits per value are not available: use 2.5, 3.125, 4, 8"),
         (("llama-3-8b", "--live-bits", "-1"), "--live-bits -1: every number must be above 0"),
         (("llama-3-8b", "--contexts", "1024,0"), "--contexts 0: must be 1 or more"),
         (("llama-3-8b", "--batches", "1.5"), "--batches 1.5: give numbers with commas between them"),

@@ -1,4 +1,4 @@
-"""Attention on coefficients equals decode-then-attend in every architecture with full attention, at every rank."""
+"""Attention on coefficients equals attention after decoding, for every architecture with full attention and every rank."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_folded_logits_are_those_of_decode_then_attend(name: str, target: str, m
     one = calibrated(name)
     model = one.session.loaded.model
     if any(layer.window for layer in one.session.loaded.geometry.layers):
-        with pytest.raises(UnsupportedArchitectureError, match="has a window"):
+        with pytest.raises(UnsupportedArchitectureError, match="has a sliding window"):
             coefficient_cache(model, one.fit(PCASettings("v", frame="post")), decoded=True)
         return
     codec = one.fit(PCASettings(target, frame="post", metric=metric)).truncated(rank)  # type: ignore[arg-type]
@@ -55,8 +55,8 @@ def test_folded_logits_are_those_of_decode_then_attend(name: str, target: str, m
         held = cache.layers[0].values if target == "v" else cache.layers[0].keys
         assert held.shape[-1] == rank  # coefficients, not vectors
     torch.testing.assert_close(found, decoded, rtol=1e-3, atol=1e-3)
-    assert float((decoded - plain).abs().max()) > 2e-2  # and compression does change them
-    assert torch.equal(model(input_ids=token_ids()).logits, plain)  # the model is as before
+    assert float((decoded - plain).abs().max()) > 2e-2  # compression changes the logits
+    assert torch.equal(model(input_ids=token_ids()).logits, plain)  # the model is restored
 
 
 def test_the_model_is_as_before_after_an_error() -> None:
