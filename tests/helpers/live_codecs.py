@@ -70,7 +70,7 @@ def with_means(model: PreTrainedModel) -> LiveCodec:
     both = list(codec.layers[1])
     slot = 1 if hasattr(model.config, "kv_lora_rank") else 0
     mean = torch.randn(both[slot].mean.shape, generator=torch.Generator().manual_seed(0))
-    both[slot] = replace(both[slot], turning=KeyMean(mean, rotation))
+    both[slot] = replace(both[slot], rotated_mean=KeyMean(mean, rotation))
     return replace(codec, layers=codec.layers | {1: (both[0], both[1])})
 
 
@@ -83,8 +83,8 @@ def turning_codec(model: PreTrainedModel) -> LiveCodec:
         bias = model.get_submodule(f"model.layers.{layer_idx}.self_attn.k_proj").bias
         turning = KeyMean(bias.detach().float().view(keys.shape[1], -1), rotations[layer_idx])  # type: ignore[union-attr, operator]
         seen = torch.arange(256 - keys.shape[2], 256)[None]  # of a sliding window the last
-        heads = _heads(keys - turning.at(seen), False, room=2)  # the same token at other positions
-        layers[layer_idx] = replace(heads, turning=turning), _heads(values, False)
+        heads = _heads(keys - turning.rotated_to(seen), False, room=2)  # the same token at other positions
+        layers[layer_idx] = replace(heads, rotated_mean=turning), _heads(values, False)
     return LiveCodec("turning", layers, 0, 0, model.dtype)
 
 

@@ -41,8 +41,8 @@ def block_attention(
     projected = [one.queries(x, backend) for one, x in asking]
     constant, turned = sum((_constant(*one) for one in asking[1:]), _constant(*asking[0])), None
     for one, x in asking:
-        if one.turning is not None:  # one of them at most: what is rotated
-            turned = one.turning.turned(x, layer.starts(0, layer.blocks)).bundled(bundles)
+        if one.rotated_mean is not None:  # one of them at most: what is rotated
+            turned = one.rotated_mean.logit_factors(x, layer.starts(0, layer.blocks)).bundled(bundles)
     seen = None if visible is None else (visible[0].reshape(batch, bundles, -1), visible[1].reshape(batch, bundles, -1))
     constant, exact = constant.view(batch, bundles, -1), layer.states_dtype == torch.float32
     keys, values = ([chunk.slot(slot) for chunk in layer.chunks] for slot in (0, 1))
@@ -63,8 +63,8 @@ def block_logits(layer: CompressedLayer, slot: int, q: Tensor) -> Tensor:
     found = [backend.logits(chunk.slot(slot), heads.widths, projected) for chunk in layer.chunks]
     logits = (found[0] if len(found) == 1 else torch.cat(found, -1)).view(*rows.shape[:3], -1)
     logits = logits.add_(_constant(heads, rows))
-    if heads.turning is not None:
-        logits = logits.add_(heads.turning.logits(rows, layer.starts(0, layer.blocks)))
+    if heads.rotated_mean is not None:
+        logits = logits.add_(heads.rotated_mean.logits(rows, layer.starts(0, layer.blocks)))
     return logits.view(*q.shape[:3], -1)
 
 

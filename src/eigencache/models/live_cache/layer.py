@@ -80,7 +80,7 @@ class CompressedLayer(DynamicLayer):
         self.owner = object() if owner is None else owner  # what layers of a cache share
         self.layer_idx, self.heads, self.wanted_sinks, self.least_window = layer_idx, heads, sinks, window
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
-        self.turns = self.watches_positions = any(one.turning for one in heads)
+        self.turns = self.watches_positions = any(one.rotated_mean for one in heads)
         self._clear()
 
     def _clear(self) -> None:
