@@ -84,7 +84,9 @@ def test_prefix_tuning_and_other_modules_are_refused_by_name(model, codec) -> No
     for make in (CompressedCache, lambda m, c: compressed(m, c).__enter__()):
         with pytest.raises(UnsupportedArchitectureError, match="prefix and prompt tuning put keys and values of their own"):
             make(tuned, codec)
-        with pytest.raises(UnsupportedArchitectureError, match="Linear is no transformers model, and none is inside of it"):
+        with pytest.raises(
+            UnsupportedArchitectureError, match="`model` is a Linear, which neither is nor contains a transformers"
+        ):
             make(nn.Linear(2, 2), codec)
 
 

@@ -18,8 +18,8 @@ from eigencache.codec.base import storage_bytes
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.kernels.packed.backend import BackendName, packed_backend
-from eigencache.models.caches.hf_quantized import tensors_of
 from eigencache.models.caches.keyword import innermost
+from eigencache.models.caches.tensors import tensors_of
 from eigencache.models.devices import device_of
 from eigencache.models.live_cache.attention import require_compressed_attention
 from eigencache.models.live_cache.layer import CompressedLayer
