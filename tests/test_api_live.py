@@ -200,7 +200,7 @@ def test_one_inside_another_ends_as_before_too(model, codec: CacheCodec, ids) ->
 def test_a_codec_without_a_live_part_is_refused_and_the_model_left_alone(model, codec: CacheCodec, ids) -> None:
     attention, logits = model.config._attn_implementation, forward(model, ids, use_cache=True).logits
     for without in (CacheCodec(codec.loaded, codec.codec, codec.fitted), codec.codec, None):
-        words = r"this codec has no part for a live cache: fit it with `--live` \(fit\(..., live=True\) in Python\)"
+        words = r"`codec` has no live codec: fit it again with `live`"
         with pytest.raises(CodecError, match=words):
             CompressedCache(model, without)
         with pytest.raises(CodecError, match=words), eigencache.compressed(model, without):
@@ -214,7 +214,7 @@ def test_another_model_is_refused_and_left_alone(codec: CacheCodec) -> None:
     words = "the model is not the one that this codec was fitted on: other weights, another configuration"
     with pytest.raises(CodecError, match=words), eigencache.compressed(other, codec):
         pytest.fail("nothing is run")
-    words = r"layers \[3, 4, 5, 6\]: the model caches none there, this codec was fitted on another model"
+    words = r"the codec has layers \[3, 4, 5, 6\], in which the model has no cache. It was fitted on another model"
     with pytest.raises(CodecError, match=words), eigencache.compressed(other, codec.live):
         pytest.fail("nothing is run")
     assert other.config._attn_implementation == before and "generate" not in vars(other)
@@ -242,7 +242,7 @@ def test_a_folder_without_a_live_part_is_loaded_without_one(model, own, folder: 
     shutil.copytree(folder, tmp_path / "stored", ignore=shutil.ignore_patterns(LIVE))
     again = CacheCodec.load(tmp_path / "stored", own.model, own.tokenizer)
     assert again.live is None
-    with pytest.raises(CodecError, match="has no part for a live cache"):
+    with pytest.raises(CodecError, match="has no live codec"):
         CompressedCache(model, again)
 
 

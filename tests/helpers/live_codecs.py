@@ -16,7 +16,8 @@ from eigencache.codec.live.rotated_mean import KeyMean
 from eigencache.geometry import geometry_from_config
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer, updated
+from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.pending import pending
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
 from tiny_models import VOCAB, tiny
@@ -105,9 +106,9 @@ class _Unpacked(CompressedLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         windows = super().update(key_states, value_states)
-        updated.set(None)  # plain attention reads what comes back
+        pending.clear()  # plain attention reads what comes back
         self.entered = 0
-        positions, found = self._positions(0, self.blocks), []
+        positions, found = self.positions(0, self.blocks), []
         for slot, (heads, window) in enumerate(zip(self.heads, windows, strict=True)):
             sinks = [window.new_zeros(*window.shape[:2], self.led, window.shape[3])]  # filled below
             packed = [chunk.slot(slot) for chunk in self.chunks]

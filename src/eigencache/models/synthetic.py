@@ -29,7 +29,8 @@ from eigencache.errors import CodecError, ModelError
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.caches.hf_quantized import Backend, Quantized, refusal
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer, updated
+from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.pending import pending
 from eigencache.spectral.rope import Rotation
 
 _VOCABULARY = 1024  # a head for the whole vocabulary would say nothing of the cache
@@ -180,7 +181,7 @@ def _filled(cache: Cache, shapes: Shapes, tokens: int, batch: int, model: PreTra
             cache.update(keys, values, layer_idx)
             layer = cache.layers[layer_idx]
             if isinstance(layer, CompressedLayer):
-                updated.set(None)
+                pending.clear()
                 layer.compact()
     return cache
 

@@ -15,6 +15,7 @@ from eigencache.errors import CodecError, NonFiniteError, UnsupportedArchitectur
 from eigencache.models.live_cache.attention import attend
 from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.packed_blocks import PackedBlocks
 from live_codecs import fine_codec, long_ids, long_model, random_layer, turning_codec
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError, MemoryError)
@@ -72,7 +73,9 @@ def test_a_cache_of_another_kind_is_refused_by_name_before_anything_is_read(way:
             args, given = way(model, kind)
             for more in ({}, {"past_key_values": CompressedCache(model, fine_codec(model))}):
                 calls.clear()
-                with pytest.raises(CodecError, match=f"cache_implementation='{kind}' is another cache .*: leave it out"):
+                with pytest.raises(
+                    CodecError, match=f"cache_implementation='{kind}' is not supported inside .*: leave it out"
+                ):
                     model.generate(ids, *args, **GREEDY, **given, **more)
                 assert not calls
     finally:
@@ -122,12 +125,16 @@ def test_positions_that_jump_are_refused_where_they_matter(then: Tensor, biased)
     cache, ids = CompressedCache(biased, turning_codec(biased)), long_ids()
     read(biased, cache, ids[:, :140])
     found = next((int(p), 140 + i) for i, p in enumerate(then[0]) if int(p) != 140 + i)
-    with pytest.raises(CodecError, match=f"sequence 0: position {found[1]} comes next in the live cache, not {found[0]}: "):
+    with pytest.raises(
+        CodecError, match=f"sequence 0: the compressed cache expects position {found[1]} next, not {found[0]}: "
+    ):
         read(biased, cache, ids[:, 140:143], position_ids=then)
 
 
 def test_a_jump_within_the_first_piece_is_refused_too(biased) -> None:
-    with pytest.raises(CodecError, match="sequence 0: position 70 comes next in the live cache, not 0: give position_ids"):
+    with pytest.raises(
+        CodecError, match="sequence 0: the compressed cache expects position 70 next, not 0: pass consecutive position_ids"
+    ):
         positions = torch.cat([span(0, 70), span(0, 70)], 1)
         read(biased, CompressedCache(biased, turning_codec(biased)), long_ids()[:, :140], position_ids=positions)
 
@@ -137,7 +144,7 @@ def test_the_row_whose_positions_jump_is_named(biased) -> None:
     mask = torch.ones(2, 100, dtype=torch.int64)
     mask[1, :30] = 0
     read(biased, cache, ids[:, :100], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
-    with pytest.raises(CodecError, match="sequence 1: position 70 comes next in the live cache, not 100"):
+    with pytest.raises(CodecError, match="sequence 1: the compressed cache expects position 70 next, not 100"):
         read(biased, cache, ids[:, 100:101], attention_mask=torch.ones(2, 101), position_ids=span(100, 1).expand(2, 1))
 
 
@@ -193,7 +200,7 @@ def test_after_a_crop_and_a_reset_positions_go_on_and_begin_anew(biased) -> None
     for empty in (lambda: cache.crop(-150), cache.reset):
         empty()
         read(biased, cache, ids[:, :150])
-    with pytest.raises(CodecError, match="position 150 comes next in the live cache, not 155"):
+    with pytest.raises(CodecError, match="expects position 150 next, not 155"):
         read(biased, cache, ids[:, :1], position_ids=span(155, 1))
 
 
@@ -229,7 +236,9 @@ def test_one_layer_looks_at_positions_for_all(biased) -> None:
 @pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_attend_to_what_another_caches_are_refused(name: str) -> None:
     model = long_model(name)
-    with pytest.raises(UnsupportedArchitectureError, match=rf"{name}: layers \[.*3\] attend to what other layers cache"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=rf"{name}: layers \[.*3\] attend to the keys and values of other layers"
+    ):
         CompressedCache(model, fine_codec(model))
 
 
@@ -383,8 +392,8 @@ def test_numbers_that_the_window_cannot_hold_are_refused_where_they_enter(value:
     new[slot][1, 0, 3, 2] = value
     with pytest.raises(NonFiniteError) as error:
         layer.update(*new)
-    found = f"layer 0 stores {('keys', 'values')[slot]} up to {abs(value):.3g}, the window's float16 ends at 65504"
-    assert str(error.value) == f"{found}: load the model in bfloat16"
+    found = f"layer 0: {('keys', 'values')[slot]} reach {abs(value):.3g}, more than the float16 maximum of 65504"
+    assert str(error.value) == f"{found}: load the model with `dtype` bfloat16"
     assert layer.entered == 0 and same(states(layer), held)
     layer.update(*drawn(5))
     assert layer.get_seq_length() == 15
@@ -404,7 +413,7 @@ def test_what_was_no_number_before_is_named_as_it_leaves(bad: float) -> None:
     layer, new = random_layer(2, 8), drawn(70)
     new[1][0, 0, 0, 0] = bad
     layer.update(*new)
-    with pytest.raises(NonFiniteError, match="layer 0 stores NaN or infinite values"):
+    with pytest.raises(NonFiniteError, match="layer 0: values contain NaN or infinite numbers"):
         layer.compact()
 
 
@@ -418,7 +427,7 @@ def test_a_cache_of_another_batch_is_refused_and_goes_on_with_its_own() -> None:
         cache = CompressedCache(model, fine_codec(model))
         read(model, cache, ids[:, :100])
         if tried:
-            with pytest.raises(CodecError, match="holds 2 sequences, 3 are added: make a new one"):
+            with pytest.raises(CodecError, match="has 2 sequences, but 3 were passed: make a new cache"):
                 read(model, cache, long_ids(batch=3)[:, :30])
         logits.append(read(model, cache, ids[:, 100:110]))
     assert torch.equal(logits[0], logits[1])
@@ -431,7 +440,7 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_agai
     model, ids = long_model("llama"), long_ids(batch=2)
     owner, name, layer_idx = {
         "window": (CompressedLayer, "update", 1),
-        "blocks": (CompressedLayer, "_append", 1),
+        "blocks": (PackedBlocks, "append", None),
         "model": (type(model.model.layers[1].mlp), "forward", None),
         "head": (type(model.lm_head), "forward", None),
     }[where]
@@ -442,7 +451,12 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_agai
     function, broken = getattr(owner, name), []
 
     def breaks(self: Any, *args: Any, **given: Any) -> Any:
-        right = {"window": self, "blocks": self, "model": model.model.layers[1].mlp, "head": model.lm_head}[where]
+        right = {
+            "window": self,
+            "blocks": caches[0].compressed_layers[1].packed,
+            "model": model.model.layers[1].mlp,
+            "head": model.lm_head,
+        }[where]
         if self is right and not broken and layer_idx in (None, getattr(self, "layer_idx", None)):
             broken.append(1)
             raise error("out of memory")

@@ -39,7 +39,7 @@ def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
     attention = backend.attention
     counted = attention and replace(backend, attention=lambda *given: calls.append(1) or attention(*given))
     with (
-        patch("eigencache.models.live_cache.blocks.packed_backend", lambda *_: counted or backend),
+        patch("eigencache.models.live_cache.block_attention.packed_backend", lambda *_: counted or backend),
         patch("eigencache.codec.live.packed_heads.packed_backend", lambda *_: backend),
     ):
         for length in PIECES:
