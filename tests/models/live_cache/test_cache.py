@@ -1,4 +1,4 @@
-"""The live cache is read like an ordinary one in every architecture and every way of decoding, and holds what it says."""
+"""CompressedCache works like a plain cache in every architecture and decoding strategy, and reports the bytes it has."""
 
 import copy
 
@@ -43,12 +43,12 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def agree(name: str, codec: LiveCodec, ids: torch.Tensor) -> CompressedCache:
-    """The compressed cache after logits were those of the model's own attention over the same bytes unpacked."""
+    """Assert that logits equal those of plain attention over the same bytes unpacked, and return the compressed cache."""
     model = long_model(name)
     expected = in_pieces(model, unpacked_cache(model, codec), ids)
     cache = CompressedCache(model, codec)
     found = in_pieces(model, cache, ids)
-    assert distance(found, expected) < 3e-3  # a number of the window that is rounded the other way
+    assert distance(found, expected) < 3e-3  # numbers of the window may be rounded the other way
     assert cache.get_seq_length() == sum(PIECES)
     return cache
 
@@ -80,7 +80,7 @@ def test_sinks_windows_and_shared_bases_are_read_too(name: str, sinks: int, wind
 
 @pytest.mark.parametrize("name", ["qwen2", "deepseek_v2"])
 def test_keys_with_a_large_mean_are_read_too(name: str) -> None:
-    """Keys, or the rotary key beside a latent."""
+    """The rotated mean is one of keys, or of the rotary key of MLA."""
     agree(name, with_means(long_model(name)), long_ids())
 
 
@@ -150,7 +150,7 @@ def test_every_way_of_decoding_gives_the_tokens_of_the_plain_cache(name: str, op
         torch.manual_seed(0)
         given = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0} | options
         answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **given))
-    assert float((answers[0] == answers[1]).float().mean()) > 0.97  # a near tie may fall the other way
+    assert float((answers[0] == answers[1]).float().mean()) > 0.97  # near ties may be decided differently
 
 
 @pytest.mark.parametrize("sinks", [0, 5])
@@ -165,7 +165,7 @@ def test_what_is_cropped_was_never_there(sinks: int, count: int) -> None:
     new = long_ids(length=8, seed=9)
     found = in_pieces(model, cache, new, (8,))
     plain = in_pieces(model, DynamicCache(config=model.config), torch.cat([ids[:, : 200 - count], new], 1), (208 - count,))
-    assert distance(found, plain[:, -8:]) < 0.06  # a few tokens are left, some of them unpacked
+    assert distance(found, plain[:, -8:]) < 0.06  # few tokens remain, some of them unpacked
 
 
 def test_a_cache_goes_on_over_several_turns_and_begins_anew_after_reset() -> None:
@@ -192,7 +192,7 @@ def test_rows_can_be_repeated_and_chosen() -> None:
     assert distance(found, plain[:, 150:]) < 0.02
 
 
-# What is held
+# Stored bytes
 
 
 def test_bytes_are_those_of_blocks_sinks_and_window() -> None:

@@ -1,4 +1,4 @@
-"""`compressed()` takes effect whatever wraps the model; contexts may overlap, and the last one restores it."""
+"""`compressed()` works through wrappers of the model; contexts may overlap, and the last one restores the model."""
 
 import copy
 from typing import Any
@@ -37,7 +37,7 @@ def kind(output: Any) -> type:
 
 @torch.no_grad()
 def kinds(model: Any, ids: Tensor) -> list[type]:
-    """Of the caches that a pass and a generation made."""
+    """Return the types of the caches that a pass and a generation made."""
     return [kind(model(input_ids=ids, use_cache=True)), kind(model.generate(input_ids=ids, **GREEDY))]
 
 
