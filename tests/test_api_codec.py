@@ -100,7 +100,7 @@ def test_a_part_is_that_part_of_the_whole(name: str, tokens: slice) -> None:
     span = range(held)[tokens]
     windows = {"mistral": (0, 1, 2), "gemma2": (0, 2)}.get(name, ())  # layers that attend to their last 8 tokens alone
     if windows and (span.stop < held or span.start > held - whole.layers[windows[0]].keys.shape[2]):
-        said = r"layer 0 attends to the last \d tokens before position \d+, of which \d are there"
+        said = r"layer 0 attends to the last \d tokens before position \d+, but only \d are present"
         with pytest.raises(CodecError, match=said):
             codec.decode(blob, tokens)
         return
@@ -176,9 +176,9 @@ def test_an_empty_cache_is_refused() -> None:
 def test_a_cache_of_another_kind_is_refused() -> None:
     static = StaticCache(config=tiny_loaded("llama").model.config, max_cache_len=24)
     tiny_loaded("llama").model(token_ids(1), past_key_values=static)
-    with pytest.raises(CodecError, match="layer 0 is a StaticLayer"):
+    with pytest.raises(CodecError, match="layer 0 of the cache is a StaticLayer"):
         tiny_codec("llama").encode(static)
-    with pytest.raises(CodecError, match="tuple is no transformers cache"):
+    with pytest.raises(CodecError, match="`cache` is a tuple, not a transformers cache"):
         tiny_codec("llama").encode(())
 
 

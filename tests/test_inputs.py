@@ -94,5 +94,5 @@ def test_a_goal_of_words_and_a_folder_in_place_of_a_codec_are_named() -> None:
     known = bundled("ref-llama")
     with pytest.raises(BudgetError, match="`bits`='2' must be a number above 0, not a str"):
         eigencache.fit(known.model, known.tokenizer, bits="2")  # type: ignore[arg-type]
-    with pytest.raises(CodecError, match=r"here: a live cache takes a codec, not its folder: give CacheCodec.load\("):
+    with pytest.raises(CodecError, match=r"`codec` is the path .*here, not a codec: load it with CacheCodec.load\("):
         eigencache.CompressedCache(known.model, Path("here"))

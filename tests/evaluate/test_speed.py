@@ -85,12 +85,12 @@ def test_neighboring_bundles_have_unlike_widths_and_means_that_turn_change_nothi
     shapes: synthetic.Shapes = [((5, 128), (5, 128))]
     codec = noise_codec(shapes, bits, torch.float32, turning=True)
     keys, values = codec.layers[0]
-    assert codec.sinks == 4 and codec.bits_per_value == bits and values.turning is None
+    assert codec.sinks == 4 and codec.bits_per_value == bits and values.rotated_mean is None
     assert [w.bits > 128 * bits for w in keys.widths] == [bits < 8, False] * 2 + [False]
     assert len(set(keys.widths)) == (1 if bits == 8 else 3)
     x, positions = torch.randn(1, 5, 640, 128), torch.arange(640)[None]
-    assert keys.turning is not None
-    turned = x + keys.turning.at(positions)
+    assert keys.rotated_mean is not None
+    turned = x + keys.rotated_mean.rotated_to(positions)
     lost = keys.decode(keys.encode(turned, positions), positions) - turned
     assert float(lost.square().mean()) < {2.5: 0.5, 3.125: 0.3, 4.0: 0.15, 8.0: 1e-3}[bits]
 

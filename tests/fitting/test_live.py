@@ -144,7 +144,7 @@ def test_large_means_are_found_in_their_pairs_and_nowhere_else(pairing: Pairing,
         expected[head, at] = mean[head, at]
     assert torch.equal(found.mean != 0, expected != 0)
     torch.testing.assert_close(found.mean, expected, rtol=0, atol=0.12)
-    left = x - found.at(positions[None])[0]
+    left = x - found.rotated_to(positions[None])[0]
     assert float(left[:, :, : 2 * PAIRS].square().mean()) < 1.8 * scale**2
 
 
@@ -171,7 +171,7 @@ def test_a_large_bias_of_a_models_keys_is_taken_out_of_the_layer_that_has_it() -
     assert turning.mean[1, [3, 11]].tolist() == pytest.approx([60, -40], abs=5)
     plain = fitted("qwen2").slots[1, 0]
     assert float(fit.slots[1, 0].costs[0].sum()) < 5 * float(plain.costs[0].sum())
-    assert [heads.turning is None for both in fit.safe().layers.values() for heads in both] == [
+    assert [heads.rotated_mean is None for both in fit.safe().layers.values() for heads in both] == [
         True,
         True,
         False,

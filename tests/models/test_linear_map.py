@@ -218,7 +218,7 @@ def test_a_module_that_cannot_be_asked_is_refused_before_the_first_token() -> No
 
 def test_an_expansion_that_adds_a_bias_is_refused_before_the_first_token() -> None:
     codec = fine_codec(long_model("deepseek_v2"))
-    with pytest.raises(UnsupportedArchitectureError, match="layer 0, kv_b_proj: adds a bias"):
+    with pytest.raises(UnsupportedArchitectureError, match="layer 0, kv_b_proj adds a bias"):
         CompressedCache(latent_model(lambda base: adapted(base, shift=0.25)), codec)
 
 

@@ -129,7 +129,9 @@ def test_a_live_cache_says_once_that_the_rotation_has_changed(kind: str, caplog:
     grown(model, cache, 5)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
-    assert said.getMessage().startswith("the live cache holds 41 tokens: in texts of more than 40 the model rotates keys")
+    assert said.getMessage().startswith(
+        "the compressed cache contains 41 tokens: in texts of more than 40 tokens the model rotates keys"
+    )
 
 
 def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +139,7 @@ def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplo
     cache = CompressedCache(model, replace(fine_codec(model), reach=20))
     grown(model, cache, 25)
     (said,) = caplog.records
-    assert said.getMessage().startswith("the live cache holds 21 tokens: the codec was fitted for 20 positions")
+    assert said.getMessage().startswith("the compressed cache contains 21 tokens: the codec was fitted for 20 positions")
 
 
 def test_a_fit_says_for_how_many_positions_it_is() -> None:

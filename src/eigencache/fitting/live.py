@@ -261,7 +261,7 @@ def _fit_slot(
     heads, _, dim = x.shape
     rotated_mean = rotation and large_mean(x, positions, rotation)
     if rotated_mean:
-        x = x - rotated_mean.at(positions[None])[0]
+        x = x - rotated_mean.rotated_to(positions[None])[0]
     mean = x.mean(1)
     share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= shared))
     bundled = lambda y: y.unflatten(0, (-1, share)).transpose(1, 2).flatten(2)  # noqa: E731 - [bundles, n, share · dim]

@@ -29,7 +29,8 @@ from eigencache.errors import CodecError, ModelError
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.caches.hf_quantized import Backend, Quantized, refusal
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer, updated
+from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.pending import pending
 from eigencache.spectral.rope import Rotation
 
 _VOCABULARY = 1024  # small, because the output head is not part of the measurement
@@ -219,7 +220,7 @@ def _filled(cache: Cache, shapes: Shapes, tokens: int, batch: int, model: PreTra
             cache.update(keys, values, layer_idx)
             layer = cache.layers[layer_idx]
             if isinstance(layer, CompressedLayer):
-                updated.set(None)
+                pending.clear()
                 layer.compact()
     return cache
 

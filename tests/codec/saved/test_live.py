@@ -94,7 +94,7 @@ def assert_alike(codec: LiveCodec, other: LiveCodec) -> None:
     assert list(other.layers) == list(codec.layers)
     for i in codec.layers:
         for a, b in zip(codec.layers[i], other.layers[i], strict=True):
-            assert a.widths == b.widths and (a.turning is None) == (b.turning is None)
+            assert a.widths == b.widths and (a.rotated_mean is None) == (b.rotated_mean is None)
             assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
     for start in (0, 5):
         encoded, again = codec.encode(cache(), start), other.encode(cache(), start)
@@ -295,7 +295,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
         "tensor 2.0.encoder is torch.float32": with_keys(encoder=keys.encoder[:, :4]),
         "tensor 2.0.encoder is torch.float64": with_keys(encoder=keys.encoder.double()),
         "tensor 2.0.mean holds NaN": with_keys(mean=keys.mean * torch.nan),
-        "tensor 2.0.turning holds NaN": with_keys(turning=replace(keys.turning, mean=keys.mean * torch.inf)),  # type: ignore[type-var]
+        "tensor 2.0.turning holds NaN": with_keys(rotated_mean=replace(keys.rotated_mean, mean=keys.mean * torch.inf)),  # type: ignore[type-var]
     }
     for says, codec in bad.items():
         with pytest.raises(CodecError, match=f"planted – ünïcode: cannot be saved: .*{says}"):

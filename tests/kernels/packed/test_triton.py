@@ -259,10 +259,10 @@ def test_a_mean_that_turns_with_positions_comes_back_into_logits(run: Run, rows:
     logits = raw.double() @ rotate(means, Angles(angles.cos(), angles.sin()), "half").mT
     assert logits.abs().amax() > 200
     logits = logits.unflatten(1, (2, 2)).flatten(2, 3) + queries.double() @ unpacked(keys, widths, 2)
-    mean_logits = key_mean.turned(raw, starts).bundled(2)
+    mean_logits = key_mean.logit_factors(raw, starts).bundled(2)
     found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, splits=2, paired=paired)
     check(found, logits, unpacked(values, widths, 2))
-    plain = raw @ key_mean.at(positions).mT  # in float32
+    plain = raw @ key_mean.rotated_to(positions).mT  # in float32
     plain = plain.unflatten(1, (2, 2)).flatten(2, 3) + queries @ unpacked(keys, widths, 2).float()
     found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, exact=True, paired=paired)
     check(found, logits, unpacked(values, widths, 2), torch.float32, plain)
@@ -274,14 +274,14 @@ def test_encoded_keys_and_values_are_attended_to_as_if_they_were_decoded(run: Ru
     keys, values = some_heads(MIXED[:2], heads, dim, key_mean), some_heads(MIXED[1:], heads, dim)
     starts = torch.tensor([[70]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + key_mean.at(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
-    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), key_mean.mean_at(starts))
+    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + key_mean.rotated_to(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
+    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), key_mean.rotated_to_blocks(starts))
     stored_values = run(encode, y, values.mean, values.encoder, values.widths)
     q = drawn(1, heads, group, dim, seed=7) * dim**-0.5
     by_head = [packer.decoder.unflatten(-1, (-1, dim)) for packer in (keys, values)]
     queries = torch.einsum("bgsrd,gmsd->bgsrm", q.unflatten(1, (2, -1)), by_head[0]).flatten(2, 3)
     constant = (q * keys.offset[:, None]).sum(-1).unflatten(1, (2, -1)).flatten(2, 3)
-    mean_logits = key_mean.turned(q, starts).bundled(2)
+    mean_logits = key_mean.logit_factors(q, starts).bundled(2)
     options = {"constant": constant, "rotated_mean": mean_logits, "exact": True}
     means, lse = attend(run, [stored_keys], [stored_values], keys.widths, values.widths, queries, **options)
     found = torch.einsum("bgsrm,gmsd->bgsrd", means.unflatten(2, (-1, group)), by_head[1]).flatten(1, 2)
@@ -409,8 +409,8 @@ def test_what_turns_with_positions_is_taken_out_before_encoding(run: Run) -> Non
     packer = some_heads(MIXED, heads, dim, key_mean)
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + key_mean.at(positions)
-    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), key_mean.mean_at(starts))
+    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + key_mean.rotated_to(positions)
+    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), key_mean.rotated_to_blocks(starts))
     assert differing(found, packer.encode(x, positions), MIXED) < 1e-2
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, owned, to_sixteen_bit
+from eigencache.codec.mean_before_rotation import rotated_mean
 from eigencache.codec.quantization.grouped import scale_reaching
 from eigencache.errors import CodecError
-from eigencache.spectral.rope import Rotation, rotate
+from eigencache.spectral.rope import Rotation
 
 Rounding = Literal["fp8", "int8"]
 KINDS: tuple[Rounding, ...] = get_args(Rounding)
@@ -71,12 +72,10 @@ class RoundedKeys:
         mean = self.means[layer_idx].to(keys.device, torch.float32)
         if mean.shape != (keys.shape[1], keys.shape[3]):
             raise CodecError(f"{self.name}: the means are not of keys {tuple(keys.shape)}: they are of another model")
-        everywhere = mean[None, :, None].expand(1, -1, keys.shape[2], -1)
         if layer_idx not in self.rotations:
-            return everywhere
-        rotation = self.rotations[layer_idx]
-        angles = rotation.angles(torch.arange(start, start + keys.shape[2])).to(keys.device)
-        return rotate(everywhere, angles, rotation.pairing)
+            return mean[None, :, None]
+        positions = torch.arange(start, start + keys.shape[2])[None]
+        return rotated_mean(mean, self.rotations[layer_idx], positions)
 
 
 def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

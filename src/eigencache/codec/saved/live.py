@@ -53,13 +53,15 @@ def _tensors_of(codec: LiveCodec) -> dict[str, Tensor]:
     for layer_idx, both in codec.layers.items():
         for slot, heads in enumerate(both):
             tensors |= {f"{layer_idx}.{slot}.{part}": getattr(heads, part) for part in _PARTS}
-            if heads.turning is not None:
-                tensors[f"{layer_idx}.{slot}.turning"] = heads.turning.mean
+            if heads.rotated_mean is not None:
+                tensors[f"{layer_idx}.{slot}.turning"] = heads.rotated_mean.mean
     return tensors | frequencies_of(_rotations_of(codec))
 
 
 def _rotations_of(codec: LiveCodec) -> dict[int, Any]:
-    return {i: (s, h.turning.rotation) for i, both in codec.layers.items() for s, h in enumerate(both) if h.turning}
+    return {
+        i: (s, h.rotated_mean.rotation) for i, both in codec.layers.items() for s, h in enumerate(both) if h.rotated_mean
+    }
 
 
 def _card_fault(card: LiveCard) -> Fault:
@@ -111,7 +113,7 @@ def _codec_from(card: LiveCard, tensors: Tensors) -> LiveCodec:
         heads = PackedHeads(
             tuple(Widths(b.eight, b.four, b.two) for b in one.bundles),
             *(tensors[f"{name}.{part}"] for part in _PARTS),  # type: ignore[call-arg]
-            turning=KeyMean(tensors[f"{name}.turning"], rotations[one.layer_idx][1]) if turned else None,
+            rotated_mean=KeyMean(tensors[f"{name}.turning"], rotations[one.layer_idx][1]) if turned else None,
             six=tuple(b.six for b in one.bundles),
         )
         layers.setdefault(one.layer_idx, []).append(heads)
