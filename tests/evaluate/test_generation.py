@@ -143,7 +143,7 @@ def test_times_are_of_the_prompt_and_of_the_tokens_after_the_first() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     for codec in (None, live()):
-        with pytest.raises(CorpusError, match="the prompt has no tokens: give some text to go on from"):
+        with pytest.raises(CorpusError, match="`prompt` has no tokens"):
             generate_text(characters("llama"), "", codec)
 
 
