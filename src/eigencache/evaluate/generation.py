@@ -74,7 +74,7 @@ def generate_text(
     """
     ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=loaded.device)
     if not ids.numel():
-        raise CorpusError("`prompt` has no tokens. Use a non-empty text.")
+        raise CorpusError("the prompt has no tokens. Use a non-empty text.")
     check_positions(loaded, ids.shape[1] + max_new_tokens)
     cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec, backend=backend)
     stream = _Stream(loaded.tokenizer, on_text)
