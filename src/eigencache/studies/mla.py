@@ -113,7 +113,7 @@ def sweep_expanded(
     codecs = {rank: _truncated(fitted, kind, rank) for rank in ranks}
     protocol = ReadingProtocol(kind="prefix", length=prefix)
     losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
-    held = dict.fromkeys(ranks, 0)
+    nbytes = dict.fromkeys(ranks, 0)
     positions = 0
     batches = batches_of(sequences, protocol, session.batch_size)
     for done, batch in enumerate(batches, 1):
@@ -122,10 +122,10 @@ def sweep_expanded(
         reference = start.logits(ids[:, prefix:], None)
         losses[None] += _losses(compared(reference, reference, targets), targets.shape[1])
         for rank, codec in codecs.items():
-            with expanded_codec(session.loaded, codec, prefix) as bytes_held:
+            with expanded_codec(session.loaded, codec, prefix) as stored:
                 logits = start.logits(ids[:, prefix:], None)
             losses[rank] += _losses(compared(reference, logits, targets), targets.shape[1])
-            held[rank] += bytes_held.nbytes
+            nbytes[rank] += stored.nbytes
         positions += prefix * len(ids)
         session.on_progress(f"{target} expanded", done, len(batches))
     geometry = session.loaded.geometry
@@ -137,7 +137,7 @@ def sweep_expanded(
             losses[rank],
             losses[None],
             encoded_tokens=positions,
-            encoded_nbytes=held[rank] + rope,
+            encoded_nbytes=nbytes[rank] + rope,
             values_per_token=geometry.values_per_token,
             basis_nbytes=sum(t.nbytes for heads in codec.values() for t in heads),
         )
