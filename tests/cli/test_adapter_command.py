@@ -47,7 +47,7 @@ def test_it_prints_both_tables_and_writes_json_and_plot(
     [
         (("ref-llama", "--ranks", "eight"), "--ranks eight: give numbers"),
         (("ref-llama", "--layers", "two"), "--layers two: give numbers"),
-        (("ref-llama", "--learning-rate", "-1", *FEW), "--learning-rate -1: give a number above 0"),
+        (("ref-llama", "--learning-rate", "-1", *FEW), "--learning-rate -1: must be above 0"),
         (("ref-deepseek", *FEW), "layer 0 caches an MLA latent and not values"),
         (("ref-llama", "--prefix", "64", "--chunk", "8"), "--prefix and --chunk"),
         (("ref-llama", "-o", "/dev/null/a.json"), "cannot be written"),

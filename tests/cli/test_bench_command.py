@@ -132,7 +132,7 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
         main(["bench", "ref-gpt2", *options])
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and "fitting" not in err
-    assert "ref-gpt2 has 2048 positions, 2056 tokens are to be read: use shorter contexts" in err
+    assert "ref-gpt2 has 2048 positions, but 2056 tokens are needed. Use shorter contexts" in err
 
 
 @pytest.mark.parametrize(

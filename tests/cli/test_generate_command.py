@@ -166,8 +166,8 @@ def test_a_prompt_that_cannot_be_read_is_named(here: Path, capsys: pytest.Captur
         (("--prompt-file", "absent.txt"), "absent.txt: cannot be read as text (.*No such file.*): name another file"),
         (("--prompt-file", "image.png"), "image.png: cannot be read as text (.*): name another file"),
         (("--prompt-file", "codec"), "codec: cannot be read as text (.*): name another file"),
-        (("--prompt-file", "empty.txt"), "the prompt has no tokens: give some text to go on from"),
-        (("--prompt", ""), "the prompt has no tokens: give some text to go on from"),
+        (("--prompt-file", "empty.txt"), "the prompt has no tokens. Use a non-empty text"),
+        (("--prompt", ""), "the prompt has no tokens. Use a non-empty text"),
     ):
         line, before = mistake(capsys, "generate", "ref-llama", "--codec", "codec", *options)
         pattern = re.escape(words).replace(r"\.\*", ".*")

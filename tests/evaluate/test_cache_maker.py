@@ -61,9 +61,9 @@ def test_likelihood_scores_its_cache_and_asks_its_bytes_before_anything_is_read(
 
 
 def test_it_is_scored_behind_whole_prefixes_only_and_has_no_window() -> None:
-    with pytest.raises(CodecError, match="same is made of a whole prefix"):
+    with pytest.raises(CodecError, match="same needs a whole prefix"):
         list(score_through_cache(Session(LLAMA), TEXT, {"same": SAME}, ReadingProtocol(kind="chunked", length=5)))
-    with pytest.raises(CodecError, match="scaled is a cache of its own: it cannot be given a window"):
+    with pytest.raises(CodecError, match="`window`: scaled makes its own cache"):
         read_prefix(LLAMA, token_ids()[:, :8]).cache(SAME, Window(4))
 
 

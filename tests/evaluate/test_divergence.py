@@ -77,7 +77,7 @@ def test_prompts_are_pieces_of_the_text_that_do_not_overlap() -> None:
     assert (prompts[0] == text.ids[0][:10]).all() and (prompts[-1] == text.ids[2][20:]).all()
     assert (cut_prompts(text, 2, 10)[1] == text.ids[2][:10]).all()
     assert np.issubdtype(prompts.dtype, np.int64)
-    with pytest.raises(CorpusError, match="random ids: 5 prompts of 10 tokens can be cut, 6 are wanted"):
+    with pytest.raises(CorpusError, match="`prompts` 6: random ids has only 5 prompts of 10 tokens"):
         cut_prompts(text, 6, 10)
     with pytest.raises(CorpusError, match="at least 2"):
         cut_prompts(text, 1, 1)

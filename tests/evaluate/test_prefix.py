@@ -51,6 +51,6 @@ def test_what_cannot_be_read_in_pieces_is_refused() -> None:
 
 def test_learned_positions_end_and_rotated_ones_do_not() -> None:
     check_positions(tiny_loaded("gpt2"), 64)
-    with pytest.raises(ModelError, match="gpt2 has 64 positions, 65 tokens"):
+    with pytest.raises(ModelError, match="gpt2 has 64 positions, but 65 tokens"):
         check_positions(tiny_loaded("gpt2"), 65)
     check_positions(tiny_loaded("llama"), 65)

@@ -95,7 +95,7 @@ def test_wilson_intervals_are_the_published_ones() -> None:
 def test_what_cannot_be_asked_is_refused_in_one_line() -> None:
     with pytest.raises(ModelError, match="positions"):
         next(evaluate_retrieval(Session(bundled("ref-gpt2")), {}, tasks=["copy"], lengths=[100_000], count=1))
-    with pytest.raises(CorpusError, match="sorting: no such task"):
+    with pytest.raises(CorpusError, match="`tasks` sorting: no such task"):
         next(evaluate_retrieval(Session(bundled("ref-llama")), {}, tasks=["sorting"]))
-    with pytest.raises(CorpusError, match="0 examples"):
+    with pytest.raises(CorpusError, match="`examples` 0"):
         next(evaluate_retrieval(Session(bundled("ref-llama")), {}, count=0))

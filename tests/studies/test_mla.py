@@ -45,7 +45,7 @@ def test_hooks_are_gone_after_an_error_and_other_models_are_refused(loaded, sequ
     with pytest.raises(KeyboardInterrupt), expanded_codec(one, {}, 5):
         raise KeyboardInterrupt
     assert not any(module._forward_hooks for module in one.model.modules())
-    with pytest.raises(UnsupportedArchitectureError, match="is no MLA model"):
+    with pytest.raises(UnsupportedArchitectureError, match="is not an MLA model"):
         compare_caches(loaded("llama"), sequences(40), 20)
     with pytest.raises(UnsupportedArchitectureError, match="no latent to expand"), expanded_codec(loaded("llama"), {}, 5):
         pass

@@ -1,4 +1,4 @@
-"""Codecs scored through the cache, batch by batch, results kept while it runs: what every such study shares."""
+"""Score codecs by the likelihood of text with a compressed cache, batch by batch, with resumable results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,12 @@ from eigencache.records.run import Corpus
 
 @dataclass(frozen=True)
 class CodecScores:
-    """What every codec costs, by name, and the loss of the uncompressed cache in nats per token.
+    """Losses of codecs and of the uncompressed cache.
 
-    `excess`: nats above the uncompressed cache, sequence by sequence.
+    Args:
+        uncompressed_nll: Loss of the uncompressed cache, in nats per token.
+        quality: Loss and size of every codec, by name.
+        excess: Loss above the uncompressed cache in nats, per codec and sequence.
     """
 
     uncompressed_nll: float
@@ -36,10 +39,19 @@ def score_codecs(
     calibration: Corpus,
     partial: Path | None = None,
 ) -> CodecScores:
-    """Score all codecs on `sequences` beside the uncompressed cache; resumed from `partial` where that is of the same run.
+    """Score all codecs and the uncompressed cache on the same sequences.
 
-    `calibration`: what the codecs were made from. Raises what `score_through_cache` raises, and `ModelError` for
-    too few positions.
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
+        codecs: Codecs by name.
+        protocol: Reading protocol.
+        calibration: Record of the text on which the codecs were fitted.
+        partial: File that keeps finished batches. Results of an identical earlier run are resumed. Default: none.
+
+    Raises:
+        ModelError: The model has fewer positions than a sequence has tokens.
+        CorpusError: No sequence is long enough to be scored, or another error of `score_through_cache`.
     """
     key = {
         "model": session.loaded.sha256,
@@ -59,13 +71,19 @@ def score_codecs(
 
 
 def as_kept(scored: Scored) -> dict[str, Any]:
-    """A scored batch as it is kept while a run goes on."""
+    """Return a scored batch as a JSON object for the partial file."""
     losses = {name: [loss.model_dump() for loss in rows] for name, rows in scored.losses.items()}
     return {"losses": losses, "held": scored.held}
 
 
 def scores_of(batches: Sequence[dict[str, Any]], codecs: Mapping[str, Compressor], values_per_token: int) -> CodecScores:
-    """What all kept batches say together."""
+    """Summarize the batches of a partial file.
+
+    Args:
+        batches: Objects of `as_kept`.
+        codecs: Codecs by name.
+        values_per_token: Cached values per token, over all layers.
+    """
 
     def losses_of(name: str) -> list[SequenceLoss]:
         return [SequenceLoss(**loss) for batch in batches for loss in batch["losses"][name]]

@@ -1,7 +1,7 @@
-"""Greedy generation through the cache parts from the uncompressed one after some tokens, or never (THEORY 10).
+"""Measure after how many tokens greedy generation with a compressed cache differs from the uncompressed one (THEORY 10).
 
-Every generated token reads its past through the cache, the first one too: all of a prompt but its last token is in the
-cache before generation begins. Generation goes on past the end of a text, so that all answers have one length.
+All tokens of a prompt but the last are cached before generation begins, so that every generated token, the first one
+included, is predicted from the compressed cache. End tokens are ignored, so that all answers have the same length.
 """
 
 from collections.abc import Mapping
@@ -29,13 +29,28 @@ def measure_divergence(
     new_tokens: int = 64,
     window: Window = WHOLE,
 ) -> list[Divergence]:
-    """One result per codec, against the uncompressed cache on the same prompts; `on_progress`: prompts so far, of all.
+    """Compare greedy generation with each codec to generation with the uncompressed cache, on the same prompts.
 
-    Raises `CorpusError` where the text has too few prompts, `ModelError` where the model has too few positions.
+    Args:
+        session: Model and settings to run it with. Progress counts prompts.
+        sequences: Text from which prompts are cut.
+        codecs: Codecs by name.
+        prompts: Number of prompts.
+        prompt_tokens: Tokens per prompt, at least 2.
+        new_tokens: Tokens generated per prompt.
+        window: Most recent tokens that stay uncompressed, and the encoding block size. Default: no window.
+
+    Returns:
+        One result per codec.
+
+    Raises:
+        CorpusError: An argument is below 1, or the text has too few prompts.
+        ModelError: The model has too few positions.
+        NonFiniteError: Logits hold NaN or infinite values.
     """
     if min(prompts, new_tokens, session.batch_size) < 1:
         raise CorpusError(
-            f"{prompts} prompts of {new_tokens} new tokens, {session.batch_size} at a time: at least 1 of each is needed"
+            f"`prompts` {prompts}, `new_tokens` {new_tokens}, `batch_size` {session.batch_size}: each must be at least 1"
         )
     check_positions(session.loaded, prompt_tokens + new_tokens)
     ids = cut_prompts(sequences, prompts, prompt_tokens)
@@ -48,33 +63,54 @@ def measure_divergence(
         for name, codec in codecs.items():
             answers[name].append(generate_greedily(prefix, batch, codec, new_tokens, window))
         session.on_progress("generation", min(start + session.batch_size, prompts), prompts)
-    return [divergence(name, torch.cat(reference), torch.cat(found), prompt_tokens) for name, found in answers.items()]
+    return [divergence(name, torch.cat(reference), torch.cat(answer), prompt_tokens) for name, answer in answers.items()]
 
 
 def cut_prompts(sequences: Sequences, prompts: int, prompt_tokens: int) -> np.ndarray:
-    """Prompts [prompts, prompt_tokens] that do not overlap, spread evenly over the text.
+    """Return non-overlapping prompts, spread evenly over the text.
 
-    Raises `CorpusError` where the text has fewer.
+    Args:
+        sequences: Text.
+        prompts: Number of prompts.
+        prompt_tokens: Tokens per prompt, at least 2.
+
+    Returns:
+        Token ids [prompts, prompt_tokens].
+
+    Raises:
+        CorpusError: The text has too few prompts, or `prompt_tokens` is below 2.
     """
     if prompt_tokens < 2:
-        raise CorpusError(f"prompts of {prompt_tokens} tokens: at least 2 are needed, the last of which reads the cache")
-    places = [(row, at) for row in sequences.ids for at in range(0, len(row) - prompt_tokens + 1, prompt_tokens)]
-    if len(places) < prompts:
+        raise CorpusError(f"`prompt_tokens` {prompt_tokens}: must be at least 2, because the last token is not cached")
+    starts = [(row, start) for row in sequences.ids for start in range(0, len(row) - prompt_tokens + 1, prompt_tokens)]
+    if len(starts) < prompts:
         raise CorpusError(
-            f"{sequences.corpus.name}: {len(places)} prompts of {prompt_tokens:,} tokens can be cut, {prompts} are wanted: "
-            "give more text, or ask for fewer or shorter prompts"
+            f"`prompts` {prompts}: {sequences.corpus.name} has only {len(starts)} prompts of {prompt_tokens:,} tokens. "
+            "Use more text, or fewer or shorter prompts."
         )
-    chosen = [places[i * len(places) // prompts] for i in range(prompts)]
-    return np.stack([row[at : at + prompt_tokens] for row, at in chosen])
+    chosen = [starts[i * len(starts) // prompts] for i in range(prompts)]
+    return np.stack([row[start : start + prompt_tokens] for row, start in chosen])
 
 
 def generate_greedily(
     prefix: Prefix, ids: Tensor, codec: Compressor | None, new_tokens: int, window: Window = WHOLE
 ) -> Tensor:
-    """The `new_tokens` tokens [batch, new_tokens] that are ranked first one after the other.
+    """Generate tokens greedily from a compressed prefix.
 
-    `prefix` has read all of `ids` [batch, seq] but the last token. Penalties and the end token of the model's own
-    generation settings are put aside: they would hide what the cache does. Raises `NonFiniteError`.
+    Penalties and end tokens of the model's generation settings are ignored, because they would hide the cache's effect.
+
+    Args:
+        prefix: All of `ids` but the last token.
+        ids: Prompts [batch, seq].
+        codec: Codec of the prefix, or None for the uncompressed cache.
+        new_tokens: Number of tokens to generate.
+        window: Most recent tokens that stay uncompressed, and the encoding block size. Default: no window.
+
+    Returns:
+        Generated ids [batch, new_tokens].
+
+    Raises:
+        NonFiniteError: Logits hold NaN or infinite values.
     """
 
     def checked(_: Tensor, scores: Tensor) -> Tensor:
@@ -98,7 +134,14 @@ def generate_greedily(
 
 
 def divergence(codec: str, reference: Tensor, answers: Tensor, prompt_tokens: int) -> Divergence:
-    """Where two sets of answers [prompts, new_tokens] part, and at how many positions they agree."""
+    """Return where the answers of a codec first differ from reference answers, and the share of equal positions.
+
+    Args:
+        codec: Name of the codec.
+        reference: Ids generated with the uncompressed cache [prompts, new_tokens].
+        answers: Ids generated with the codec [prompts, new_tokens].
+        prompt_tokens: Tokens per prompt.
+    """
     equal = (reference == answers).cpu()
     return Divergence(
         codec=codec,

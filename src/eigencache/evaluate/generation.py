@@ -1,4 +1,4 @@
-"""Text generated from a compressed or a plain cache, with its bytes and its time."""
+"""Generate text with `CompressedCache` or an uncompressed cache, and report bytes and time."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -18,7 +18,7 @@ from eigencache.records.generation import Generated
 
 
 class _Stream:
-    """What transformers hands tokens to: text goes on as soon as it is whole."""
+    """Streamer for transformers that passes text on as soon as its characters are complete."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self.tokenizer, self.on_text = tokenizer, on_text
@@ -27,7 +27,7 @@ class _Stream:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then every token."""
+        """Receive the prompt on the first call, then one token per call."""
         self.times.append(perf_counter())
         if len(self.times) == 1:
             return
@@ -38,7 +38,7 @@ class _Stream:
             self.said = text
 
     def end(self) -> None:
-        """Nothing is kept back."""
+        """Pass on the remaining text."""
         text = str(self.tokenizer.decode(self.ids))
         self.on_text(text[len(self.said) :])
         self.said = text
@@ -56,13 +56,25 @@ def generate_text(
     backend: BackendName | None = None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generated:
-    """Go on from `prompt` with a cache that `codec`, a `LiveCodec`, compresses, or with a plain one.
+    """Generate text after a prompt.
 
-    Raises `CorpusError` for an empty prompt, `ModelError` where the model has too few positions.
+    Args:
+        loaded: Model and tokenizer.
+        prompt: Prompt text.
+        codec: A `LiveCodec`, or None for an uncompressed cache.
+        max_new_tokens: Most tokens to generate.
+        temperature: Sampling temperature. 0 decodes greedily.
+        seed: Seed of the sampling.
+        backend: Backend for attention on packed blocks. Default: chosen automatically.
+        on_text: Called with each new piece of text.
+
+    Raises:
+        CorpusError: The prompt has no tokens.
+        ModelError: The model has too few positions.
     """
     ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=loaded.device)
     if not ids.numel():
-        raise CorpusError("the prompt has no tokens: give some text to go on from")
+        raise CorpusError("the prompt has no tokens. Use a non-empty text.")
     check_positions(loaded, ids.shape[1] + max_new_tokens)
     cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec, backend=backend)
     stream = _Stream(loaded.tokenizer, on_text)
@@ -78,7 +90,7 @@ def generate_text(
         pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
         **sampling,
     )
-    held = cache.get_seq_length()
+    cached_tokens = cache.get_seq_length()
     return Generated(
         tokens=stream.ids,
         text=stream.said,
@@ -86,7 +98,7 @@ def generate_text(
         nbytes=cache.nbytes
         if isinstance(cache, CompressedCache)
         else sum(x.nbytes for s in cached_of(cache).values() for x in s),
-        sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * held,
+        sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * cached_tokens,
         prompt_seconds=stream.times[1] - stream.times[0],
         seconds=stream.times[-1] - stream.times[1],
         backend=_backend_of(cache),
@@ -94,14 +106,14 @@ def generate_text(
 
 
 def _backend_of(cache: Any) -> str | None:
-    """What reads the packed blocks of a cache; None where there are none."""
+    """Return the backend that reads the packed blocks of a cache, or None if there are no blocks."""
     packed = isinstance(cache, CompressedCache) and any(layer.blocks for layer in cache.compressed_layers)
     return cache.backend if packed else None
 
 
-def parted_at(one: Generated, other: Generated) -> int | None:
-    """After how many tokens two answers part; None where they do not."""
-    pairs = zip(one.tokens, other.tokens, strict=False)
-    found = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    shorter = min(len(one.tokens), len(other.tokens))
-    return shorter if found is None and len(one.tokens) != len(other.tokens) else found
+def parted_at(first: Generated, second: Generated) -> int | None:
+    """Return the number of leading tokens that two answers share, or None if the answers are equal."""
+    pairs = zip(first.tokens, second.tokens, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    shorter = min(len(first.tokens), len(second.tokens))
+    return shorter if position is None and len(first.tokens) != len(second.tokens) else position

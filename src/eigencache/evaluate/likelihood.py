@@ -1,10 +1,14 @@
-"""Likelihood through the cache: text is scored while its past exists only in encoded form (THEORY 10).
+"""Measure the likelihood of text whose past is available only in compressed form (THEORY 10).
 
-A text is read in pieces. Nothing of the first piece is scored, because it reads no cache; before every later piece all
-tokens older than the window are encoded, and attention sees what is decoded. `prefix` has two pieces, or many with a step:
-before each the whole past is encoded anew as it was read uncompressed, so that sinks, windows and blocks are those of a
-prefix of that length. `chunked` has many, and each codec goes on with what it has encoded. All codecs read the same pieces
-beside the uncompressed cache. What makes caches of its own is given whole prefixes: it cannot go on chunk by chunk.
+A text is read in pieces. The first piece is not scored, because it does not read the cache. Before every later piece, all
+tokens older than the window are encoded, and attention uses the decoded tokens. There are two protocols:
+
+* `prefix` has two pieces, or more if it has a step. Before each piece, the whole past is read uncompressed and encoded
+  again, so that sinks, windows and blocks are those of a prefix of that length.
+* `chunked` has many pieces. Each codec keeps its encoded tokens and adds to them.
+
+All codecs and the uncompressed cache read the same pieces. A `CacheMaker` needs whole prefixes and does not support
+`chunked`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,12 +30,17 @@ from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
-_POSITIONS = 256  # compared at a time: of a large vocabulary, logits are the largest tensors there are
+_POSITIONS = 256  # positions compared at a time, to limit memory: logits of large vocabularies are the largest tensors
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One batch: per codec the losses of its sequences, and what was held encoded at the end (tokens, bytes)."""
+    """Scores of one batch.
+
+    Args:
+        losses: Losses of its sequences, by codec.
+        held: Tokens that were encoded at the end and their bytes, by codec.
+    """
 
     losses: dict[str, list[SequenceLoss]]
     held: dict[str, tuple[int, int]]
@@ -41,40 +50,68 @@ class Scored:
 def score_through_cache(
     session: Session, sequences: Sequences, codecs: Mapping[str, Compressor], protocol: ReadingProtocol, *, skip: int = 0
 ) -> Iterator[Scored]:
-    """Score every sequence for every codec and for the uncompressed cache, batch by batch; `skip`: batches left out.
+    """Score every sequence with every codec and with the uncompressed cache, batch by batch.
 
-    Sequences that are not longer than the first piece by at least two tokens are left out. Raises `CorpusError` where
-    none is longer, `ModelError` for more tokens than the model has positions, `NonFiniteError` naming the codec where
-    logits are not finite, `CodecError` for what makes its own caches where there are more than two pieces, and what
-    `read_prefix` raises.
+    Sequences with fewer than two tokens after the first piece are skipped.
+
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
+        codecs: Codecs by name.
+        protocol: Reading protocol.
+        skip: Number of batches to skip at the start.
+
+    Yields:
+        The scores of each batch.
+
+    Raises:
+        CorpusError: No sequence is long enough.
+        ModelError: A sequence has more tokens than the model has positions.
+        NonFiniteError: Logits are not finite; the error names the codec.
+        CodecError: A `CacheMaker` is scored with the `chunked` protocol.
+        UnsupportedArchitectureError: Layers cache something other than keys and values (`read_prefix`).
     """
-    if protocol.kind != "prefix" and (own := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
-        raise CodecError(f"{own[0]} is made of a whole prefix: it can be scored behind one, not chunk by chunk")
+    if protocol.kind != "prefix" and (makers := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
+        raise CodecError(f"{makers[0]} needs a whole prefix and cannot be scored chunk by chunk. Use the prefix protocol.")
     check_positions(session.loaded, max(map(len, sequences.ids)))
     for batch in batches_of(sequences, protocol, session.batch_size)[skip:]:
         yield _score_batch(session.loaded, torch.from_numpy(np.stack(batch)).to(session.loaded.device), codecs, protocol)
 
 
 def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:
-    """From and up to which token each piece goes; the last one reaches the end."""
+    """Return the first token and the end (exclusive) of each piece of a sequence; the last one ends at `length`.
+
+    Args:
+        length: Tokens of the sequence.
+        protocol: Reading protocol.
+    """
     first, step = (protocol.length, protocol.step or length) if protocol.kind == "prefix" else (0, protocol.length)
     edges = [*range(first, length - 1, step), length]
     return list(pairwise([0, *edges] if first else edges))
 
 
 def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int) -> list[list[np.ndarray]]:
-    """The batches that are scored, in order. Raises `CorpusError` where no sequence is long enough."""
+    """Return the batches that are scored, in order.
+
+    Args:
+        sequences: Held-out text.
+        protocol: Reading protocol.
+        batch_size: Most sequences per batch.
+
+    Raises:
+        CorpusError: No sequence is long enough.
+    """
     rows = [ids for ids in sequences.ids if len(ids) >= protocol.length + 2]
     if not rows:
         raise CorpusError(
-            f"no sequence is longer than the first {protocol.length:,} tokens, of which none is scored: "
-            "raise `max_length` or lower `prefix`"
+            f"no sequence is longer than the first {protocol.length:,} tokens, which are not scored. "
+            "Raise `max_length` or lower `prefix`."
         )
     return list(_of_equal_length(rows, batch_size))
 
 
 def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
-    """Consecutive sequences of one length, at most `batch_size` at a time: a cache knows nothing of padding."""
+    """Batch consecutive sequences of equal length, because compressed caches do not support padding."""
     batch: list[np.ndarray] = []
     for ids in rows:
         if batch and (len(batch) == batch_size or len(batch[0]) != len(ids)):
@@ -87,14 +124,14 @@ def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[n
 
 def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: ReadingProtocol) -> Scored:
     (_, first), *later = pieces(ids.shape[1], protocol)
-    goes_on, window = protocol.kind == "chunked", Window(protocol.window, protocol.block)
-    prefix = whole = read_prefix(loaded, ids[:, : first if goes_on else later[-1][0]])
+    chunked, window = protocol.kind == "chunked", Window(protocol.window, protocol.block)
+    prefix = whole = read_prefix(loaded, ids[:, : first if chunked else later[-1][0]])
     plain, caches = prefix.cache(None), dict[str, Any]()
     sums = {name: torch.zeros(3, len(ids), dtype=torch.float64) for name in (UNCOMPRESSED, *codecs)}
     held: dict[str, tuple[int, int]] = {}
     for start, stop in later:
         piece, targets = ids[:, start:stop], ids[:, start + 1 : stop + 1]
-        if not goes_on:
+        if not chunked:
             prefix = whole.first(start)
             plain = prefix.cache(None)
         reference = read(loaded, piece, plain, UNCOMPRESSED)
@@ -102,9 +139,9 @@ def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compress
         for name, codec in codecs.items():
             cache = caches.pop(name, None) or prefix.cache(codec, window)
             if isinstance(codec, CacheMaker):
-                held[name] = codec.held(cache)  # now: what is read later joins what it holds
+                held[name] = codec.held(cache)  # before the piece below is added to the cache
             sums[name] += compared(reference, read(loaded, piece, cache, name), targets)
-            if goes_on and stop < ids.shape[1]:  # the last piece's cache goes, so that one codec is held at a time
+            if chunked and stop < ids.shape[1]:  # caches of the last piece are freed at once, to save memory
                 caches[name] = cache
             elif not isinstance(codec, CacheMaker):
                 held[name] = sum(b.tokens for b in cache.blocks) * len(ids), sum(b.nbytes for b in cache.blocks)
@@ -117,9 +154,15 @@ def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compress
 
 
 def compared(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Sums of NLL, of KL(reference ‖ logits) and of equal first ranks, per row [3, batch], in float64.
+    """Return sums over positions of NLL, KL(reference ‖ logits) and top-1 agreement.
 
-    `targets` [batch, seq or seq − 1]: the last position has none where a text ends.
+    Args:
+        reference: Logits of the uncompressed cache [batch, seq, vocabulary].
+        logits: Logits of a codec [batch, seq, vocabulary].
+        targets: Next tokens [batch, seq], or [batch, seq − 1] if the text ends at the last position.
+
+    Returns:
+        Sums in nats and in counts, [3, batch], float64.
     """
     sums = torch.zeros(3, len(logits), dtype=torch.float64)
     for start in range(0, targets.shape[1], _POSITIONS):

@@ -1,6 +1,6 @@
-"""A prefix is computed once; every cache made of it, encoded or not, starts from the same tensors.
+"""Compute the cache of a prefix once, and make compressed or uncompressed caches from the same tensors.
 
-What is read after it sees the prefix through that cache alone, also the first token.
+All tokens after the prefix, the first one included, see it only through such a cache.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,15 @@ _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 @dataclass(frozen=True)
 class Window:
-    """How a cache holds its past: the most recent tokens as they are, what is older encoded in stretches."""
+    """Recent tokens that stay uncompressed, and the encoding block size.
+
+    Args:
+        tokens: Most recent tokens that stay uncompressed.
+        block: Fewest older tokens that are encoded together.
+    """
 
     tokens: int = 0
-    block: int = 1  # least tokens that are encoded at a time
+    block: int = 1
 
 
 WHOLE = Window()
@@ -31,29 +36,40 @@ WHOLE = Window()
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the layers of a model stored while they read `ids`, [batch, heads, seq, dim] twice per layer."""
+    """Tokens and their uncompressed cache.
+
+    Args:
+        loaded: Model that read the tokens.
+        ids: Token ids [batch, seq].
+        stored: Keys and values by layer, each [batch, heads, seq, dim].
+    """
 
     loaded: LoadedModel
     ids: Tensor
     stored: dict[int, tuple[Tensor, Tensor]]
 
     def first(self, tokens: int) -> "Prefix":
-        """The prefix's own first tokens."""
+        """Return the first `tokens` tokens of the prefix as a prefix."""
         if tokens == self.ids.shape[1]:
             return self
         stored = {i: (keys[:, :, :tokens], values[:, :, :tokens]) for i, (keys, values) in self.stored.items()}
         return Prefix(self.loaded, self.ids[:, :tokens], stored)
 
     def cache(self, codec: Compressor | None, window: Window = WHOLE) -> Any:
-        """A new cache that holds the prefix: an ordinary one without a codec, a `MeasuringCache` with one.
+        """Return a new cache of the prefix.
 
-        What makes caches of its own is asked for one. Raises `CodecError` when it is to keep a window.
+        Args:
+            codec: Codec of a `MeasuringCache`, a `CacheMaker`, or None for an ordinary cache.
+            window: Most recent tokens that stay uncompressed, and the encoding block size.
+
+        Raises:
+            CodecError: `codec` is a `CacheMaker` and a window is given.
         """
         if codec is None:
             return plain_cache(self.loaded.model, self.stored)
         if isinstance(codec, CacheMaker):
             if window != WHOLE:
-                raise CodecError(f"{codec.name} is a cache of its own: it cannot be given a window")
+                raise CodecError(f"`window`: {codec.name} makes its own cache and does not support a window. Omit it.")
             return codec.cache_of(self)
         cache = MeasuringCache(self.loaded.model, codec, window=window.tokens, block=window.block)
         for layer_idx, (keys, values) in self.stored.items():
@@ -61,22 +77,33 @@ class Prefix:
         return cache
 
     def logits(self, ids: Tensor, codec: Compressor | None, window: Window = WHOLE) -> Tensor:
-        """Logits of `ids` [batch, seq] that follow the prefix, which is read through a new cache."""
+        """Return the logits of tokens after the prefix, read with a new cache.
+
+        Args:
+            ids: Token ids [batch, seq].
+            codec: As in `cache`.
+            window: As in `cache`.
+        """
         return read(self.loaded, ids, self.cache(codec, window))
 
 
 def read_prefix(loaded: LoadedModel, ids: Tensor) -> Prefix:
-    """Read `ids` [batch, seq] once, uncompressed; seq may be 0.
+    """Read tokens once without compression.
 
-    Raises `UnsupportedArchitectureError` where layers keep states, or more than keys and values per token: such models
-    do not read a text in pieces as they read it whole.
+    Args:
+        loaded: Model.
+        ids: Token ids [batch, seq]; seq may be 0.
+
+    Raises:
+        UnsupportedArchitectureError: Layers cache states, or more than keys and values per token. Such models do not
+            read a text in pieces exactly as they read it whole.
     """
     cache, stored = tapped_cache(loaded.model)
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer).__name__ not in _KEYS_AND_VALUES:
             raise UnsupportedArchitectureError(
-                f"{loaded.name}: layer {layer_idx} keeps a {type(layer).__name__}, not keys and values: "
-                "its quality through the cache cannot be measured"
+                f"{loaded.name}: layer {layer_idx} keeps a {type(layer).__name__} instead of keys and values. "
+                "The loss of a compressed cache cannot be measured for this model."
             )
     if ids.shape[1]:
         loaded.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -84,22 +111,32 @@ def read_prefix(loaded: LoadedModel, ids: Tensor) -> Prefix:
 
 
 def read(loaded: LoadedModel, ids: Tensor, cache: Any, codec: str = "a codec") -> Tensor:
-    """Logits of the next tokens through a cache, which holds them afterwards. Raises `NonFiniteError`."""
+    """Read tokens with a cache and return their logits; the cache then contains them.
+
+    Args:
+        loaded: Model.
+        ids: Token ids [batch, seq].
+        cache: Cache of the tokens before.
+        codec: Name of its codec, for errors.
+
+    Raises:
+        NonFiniteError: Logits hold NaN or infinite values.
+    """
     logits = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     require_finite(logits, codec)
     return logits
 
 
 def require_finite(logits: Tensor, codec: str = "a codec") -> None:
-    """Raises `NonFiniteError` where logits hold NaN or infinite values."""
+    """Raise `NonFiniteError` if logits hold NaN or infinite values; the error names `codec`."""
     if not torch.stack(torch.aminmax(logits)).isfinite().all():
         raise NonFiniteError(
-            f"logits through the cache of {codec} hold NaN or infinite values: use a wider `dtype` or another codec"
+            f"logits with the cache of {codec} hold NaN or infinite values. Use a wider `dtype` or another codec."
         )
 
 
 def check_positions(loaded: LoadedModel, tokens: int) -> None:
-    """Raises `ModelError` when a model with learned positions has fewer than `tokens` of them."""
+    """Raise `ModelError` if a model with learned positions has fewer than `tokens` positions."""
     positions = loaded.learned_positions
     if positions and tokens > positions:
-        raise ModelError(f"{loaded.name} has {positions} positions, {tokens} tokens are to be read: use shorter contexts")
+        raise ModelError(f"{loaded.name} has {positions} positions, but {tokens} tokens are needed. Use shorter contexts.")

@@ -1,7 +1,7 @@
-"""Retrieval through the cache: the context is held encoded, and all tokens of the answer must be ranked first.
+"""Measure retrieval with a compressed context: the model must rank every token of the answer first.
 
-The answer is read with its own earlier tokens given, which finds the same exact answers as greedy generation. A task
-that the model cannot do on its uncompressed cache says nothing of a codec: it is reported as not applicable.
+The correct earlier tokens of the answer are given, which finds the same exact answers as greedy generation. A task that
+the model fails with the uncompressed cache cannot rate a codec and is reported as not applicable.
 """
 
 import math
@@ -19,8 +19,8 @@ from eigencache.records.base import Interval
 from eigencache.records.quality import Accuracy, Retrieval
 
 UNCOMPRESSED = "uncompressed"
-FLOOR = 0.1  # a task that is done less often than this leaves no room to see a loss
-_Z = 1.959964  # of a two-sided 95 % interval
+FLOOR = 0.1  # below this uncompressed accuracy, a loss of accuracy cannot be seen
+_Z = 1.959964  # normal quantile of a two-sided 95 % interval
 
 
 @torch.no_grad()
@@ -34,13 +34,26 @@ def evaluate_retrieval(
     count: int = 50,
     window: Window = WHOLE,
 ) -> Iterator[Retrieval]:
-    """One result per task, length and depth, as they come.
+    """Measure the accuracy of every codec for each task, length and depth.
 
-    `tasks`: names, all by default; one without depth is done once per length. Raises `CorpusError` for an unknown
-    task and for lengths that do not fit a task, `ModelError` where the model has too few positions.
+    Args:
+        session: Model and settings to run it with. Its seed draws the examples.
+        codecs: Codecs by name.
+        tasks: Names of tasks. Default: all.
+        lengths: Context lengths in tokens.
+        depths: Positions of the requested item, as fractions of the context. Tasks without depth run once per length.
+        count: Examples per result.
+        window: Most recent tokens that stay uncompressed, and the encoding block size. Default: no window.
+
+    Yields:
+        One result per task, length and depth.
+
+    Raises:
+        CorpusError: A task is unknown, a length does not fit a task, or `count` or the batch size is below 1.
+        ModelError: The model has too few positions.
     """
     if min(count, session.batch_size) < 1:
-        raise CorpusError(f"{count} examples, {session.batch_size} at a time: at least 1 of each is needed")
+        raise CorpusError(f"`examples` {count}, `batch_size` {session.batch_size}: each must be at least 1")
     words = vocabulary(session.loaded)
     cells = [
         (name, length, depth)
@@ -72,9 +85,18 @@ def score_examples(
     depth: float | None = None,
     window: Window = WHOLE,
 ) -> Retrieval:
-    """Accuracy of every codec on examples of one length; none where the uncompressed cache does not do the task.
+    """Measure the accuracy of every codec on examples of one length.
 
-    The rule: the lower end of the uncompressed accuracy's interval lies above chance, and above 0.1.
+    The task is applicable if the lower end of the uncompressed accuracy's interval exceeds both chance and 0.1. Otherwise
+    codecs are not measured.
+
+    Args:
+        session: Model and settings to run it with.
+        codecs: Codecs by name.
+        made: Examples of equal context length.
+        task: Name of the task.
+        depth: Position of the requested item as a fraction of the context, or None.
+        window: Most recent tokens that stay uncompressed, and the encoding block size. Default: no window.
     """
     chance = float(np.mean([example.chance for example in made]))
     threshold = max(chance, FLOOR)
@@ -112,12 +134,18 @@ def _accuracies(
 
 
 def accuracy(codec: str, correct: int, count: int) -> Accuracy:
-    """The share of examples with all answer tokens ranked first, with its Wilson interval."""
+    """Return the fraction of examples with all answer tokens ranked first, with its Wilson interval.
+
+    Args:
+        codec: Name of the codec.
+        correct: Examples answered correctly.
+        count: All examples.
+    """
     return Accuracy(codec=codec, correct=correct, examples=count, interval=wilson_interval(correct, count))
 
 
 def wilson_interval(successes: int, trials: int) -> Interval:
-    """95 % score interval of a share (Wilson 1927), in [0, 1] also for none and for all of few trials."""
+    """Return the 95 % score interval of a proportion (Wilson 1927), which lies in [0, 1] for all counts."""
     share, z2 = successes / trials, _Z * _Z
     center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = _Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))

@@ -1,4 +1,4 @@
-"""From losses per sequence to what a codec costs: ΔNLL with a paired bootstrap interval over sequences (THEORY 10)."""
+"""Summarize losses per sequence as ΔNLL with a paired bootstrap interval over sequences (THEORY 10)."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from eigencache.records.base import Interval
 from eigencache.records.quality import Quality, SequenceLoss
 
 REPLICATES = 2000
-MIN_SEQUENCES = 8  # a bootstrap over fewer units gives intervals that are too narrow to be believed
+MIN_SEQUENCES = 8  # bootstrap intervals of fewer sequences are too narrow
 
 
 def summarize(
@@ -22,7 +22,18 @@ def summarize(
     basis_nbytes: int,
     seed: int = 0,
 ) -> Quality:
-    """Quality of one codec from its losses and those of the uncompressed cache on the same sequences, in order."""
+    """Summarize the losses of one codec.
+
+    Args:
+        codec: Name of the codec.
+        losses: Losses of the codec per sequence.
+        uncompressed: Losses of the uncompressed cache on the same sequences, in the same order.
+        encoded_tokens: Tokens that were encoded.
+        encoded_nbytes: Their bytes.
+        values_per_token: Cached values per token, over all layers.
+        basis_nbytes: Bytes of the codec's side information, which is stored once.
+        seed: Seed of the bootstrap.
+    """
     tokens = sum(loss.tokens for loss in losses)
     differences = np.array([a.nll - b.nll for a, b in zip(losses, uncompressed, strict=True)])
     return Quality(
@@ -42,7 +53,16 @@ def summarize(
 
 
 def paired_interval(differences: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Interval | None:
-    """95 % percentile interval of Σ differences / Σ tokens when sequences are drawn anew; None with fewer than 8."""
+    """Return the 95 % bootstrap percentile interval of Σ differences / Σ tokens over sequences.
+
+    Args:
+        differences: Loss differences per sequence in nats [sequences].
+        tokens: Scored tokens per sequence [sequences].
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Lower and upper end in nats per token, or None with fewer than 8 sequences.
+    """
     if len(differences) < MIN_SEQUENCES:
         return None
     draws = np.random.default_rng(seed).integers(0, len(differences), (REPLICATES, len(differences)))

@@ -47,6 +47,7 @@ class Vocabulary:
 
 
 Generate = Callable[[Vocabulary, int, float, np.random.Generator], Example]
+"""A generator: from token ids, context length in tokens, depth (0 to 1) and random generator to an example."""
 
 
 class Task(NamedTuple):

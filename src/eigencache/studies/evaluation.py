@@ -1,4 +1,4 @@
-"""One codec or several, looked at from every side: likelihood in both protocols, generation, retrieval and bytes."""
+"""Evaluate codecs by likelihood in both protocols, generation, retrieval and bytes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,10 +36,26 @@ def evaluate_codecs(
     force: bool = False,
     partial: Path | None = None,
 ) -> EvaluationRecord:
-    """Measure everything; `partial`: where results are kept while it runs. `prompts` 0 and `tasks` () leave parts out.
+    """Evaluate codecs on held-out text.
 
-    `calibration`: what the codecs were fitted from, or the saved codec that says so (an `EigenCodec` needs its own).
-    Raises what the parts raise, and `CorpusError` for a text that overlaps the calibration text unless `force`.
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
+        calibration: Calibration of the codecs, or the saved codec whose card describes it. `EigenCodec` needs the saved
+            codec.
+        codecs: Codecs by name.
+        protocols: Reading protocols of the likelihood.
+        prompts: Prompts for the divergence of generated text. 0 skips generation.
+        tasks: Names of retrieval tasks. Default: all. `()` skips retrieval.
+        lengths: Context lengths of the tasks, in tokens.
+        examples: Examples per task, length and depth.
+        window: Most recent tokens that stay uncompressed, and the encoding block size. Default: no window.
+        force: Accept held-out text that overlaps the calibration text.
+        partial: File that keeps finished results, to resume from. Default: none.
+
+    Raises:
+        CorpusError: The held-out text overlaps the calibration text and `force` is false.
+        ModelError: The model has too few positions.
     """
     watch = Stopwatch()
     fitted_on, overlap = _calibration_text(calibration, sequences, force)
@@ -66,12 +82,12 @@ def evaluate_codecs(
     kept = ResumableResults(partial, key)
     batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, session.batch_size)))]
     for protocol in protocols:
-        before = [one for one in kept.done if one.get("protocol") == protocol.model_dump()]
+        before = [part for part in kept.done if part.get("protocol") == protocol.model_dump()]
         for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(before)):
             kept.add({"protocol": protocol.model_dump()} | as_kept(scored))
-            session.on_progress("likelihood", sum("losses" in one for one in kept.done), len(batches))
-    if prompts and not any("divergence" in one for one in kept.done):
-        found = measure_divergence(
+            session.on_progress("likelihood", sum("losses" in part for part in kept.done), len(batches))
+    if prompts and not any("divergence" in part for part in kept.done):
+        divergences = measure_divergence(
             session,
             sequences,
             codecs,
@@ -79,8 +95,8 @@ def evaluate_codecs(
             prompt_tokens=min(256, sequences.corpus.max_length),
             window=Window(window.tokens, max(16, window.block)),
         )
-        kept.add({"divergence": [one.model_dump() for one in found]})
-    if (tasks is None or tasks) and not any("retrieval" in one for one in kept.done):
+        kept.add({"divergence": [divergence.model_dump() for divergence in divergences]})
+    if (tasks is None or tasks) and not any("retrieval" in part for part in kept.done):
         cells = evaluate_retrieval(
             session,
             codecs,
@@ -89,15 +105,15 @@ def evaluate_codecs(
             count=examples,
             window=window,
         )
-        kept.add({"retrieval": [one.model_dump() for one in cells]})
+        kept.add({"retrieval": [cell.model_dump() for cell in cells]})
     return EvaluationRecord(
         model=model,
         corpus=sequences.corpus,
         calibration=fitted_on,
         run=watch.run(session.seed, {"batch_size": session.batch_size, "forced": force, "codec_sha256": saved}),
         likelihood=[_likelihood(kept.done, protocol, codecs, values_per_token) for protocol in protocols],
-        divergence=[Divergence(**one) for part in kept.done for one in part.get("divergence", ())],
-        retrieval=[Retrieval(**one) for part in kept.done for one in part.get("retrieval", ())],
+        divergence=[Divergence(**d) for part in kept.done for d in part.get("divergence", ())],
+        retrieval=[Retrieval(**r) for part in kept.done for r in part.get("retrieval", ())],
         ledgers=ledgers,
         warnings=[*sequences.corpus.warnings, *fitted_on.warnings, *([overlap] if overlap else [])],
     )
@@ -106,7 +122,7 @@ def evaluate_codecs(
 def _calibration_text(
     calibration: PCACalibration | SavedCodec, sequences: Sequences, force: bool
 ) -> tuple[Corpus, str | None]:
-    """The record of the text that codecs were fitted on, and a warning where `sequences` overlap it."""
+    """Return the record of the calibration text, and a warning if `sequences` overlap it."""
     if isinstance(calibration, SavedCodec):
         return calibration.card.origin.calibration, check_sketched_overlap(sequences.ids, calibration.windows, force=force)
     return calibration.sequences.corpus, check_overlap(sequences.ids, calibration.sequences.ids, force=force)
@@ -115,6 +131,6 @@ def _calibration_text(
 def _likelihood(
     done: list[dict], protocol: ReadingProtocol, codecs: Mapping[str, Codec], values_per_token: int
 ) -> Likelihood:
-    batches = [one for one in done if one.get("protocol") == protocol.model_dump()]
+    batches = [part for part in done if part.get("protocol") == protocol.model_dump()]
     scores = scores_of(batches, codecs, values_per_token)
     return Likelihood(protocol=protocol, uncompressed_nll=scores.uncompressed_nll, results=list(scores.quality.values()))

@@ -1,6 +1,6 @@
-"""Does attention on coefficients give the logits of decode-then-attend? Measured on real text, for every target.
+"""Compare attention on coefficients with attention after decoding, on real text.
 
-Both ways compress every token, the newest too, so that nothing but the order of the products differs.
+Both compress every token, the newest one included, so that only the order of the matrix products differs.
 """
 
 import torch
@@ -14,28 +14,37 @@ from eigencache.records.folding import FoldingResult
 
 @torch.no_grad()
 def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) -> FoldingResult:
-    """Compare logits of whole sequences. Raises what `folded` and `coefficient_cache` raise."""
+    """Compare the logits of whole sequences in attention on coefficients, decode-then-attend, and without compression.
+
+    Args:
+        loaded: The model.
+        sequences: Text to read.
+        codec: Codec whose bases are folded into the attention.
+
+    Raises:
+        CodecError: The codec cannot be folded into this model; other errors of `folded` and `coefficient_cache`.
+    """
     model = loaded.model
     rounding = effect = scale = 0.0
-    held = plain_held = 0
+    nbytes = plain_nbytes = 0
     for ids in sequences.ids:
         row = torch.from_numpy(ids)[None].to(loaded.device)
         plain = model(input_ids=row, use_cache=True)
         decoded = model(input_ids=row, past_key_values=coefficient_cache(model, codec, decoded=True)).logits
         with folded(model, loaded.geometry, codec) as cache:
-            found = model(input_ids=row, past_key_values=cache).logits
-        rounding = max(rounding, float((found - decoded).abs().max()))
+            logits = model(input_ids=row, past_key_values=cache).logits
+        rounding = max(rounding, float((logits - decoded).abs().max()))
         effect = max(effect, float((decoded - plain.logits).abs().max()))
         scale = max(scale, float(plain.logits.abs().max()))
-        held, plain_held = _nbytes(cache), _nbytes(plain.past_key_values)
+        nbytes, plain_nbytes = _nbytes(cache), _nbytes(plain.past_key_values)
     return FoldingResult(
         codec.name,
         sequences.corpus.tokens,
         rounding,
         effect,
         scale,
-        held,
-        plain_held,
+        nbytes,
+        plain_nbytes,
         str(model.dtype).removeprefix("torch."),
     )
 

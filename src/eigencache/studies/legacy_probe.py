@@ -1,8 +1,8 @@
-"""The historic probe, kept so that old tables can be reproduced and judged beside the honest figures.
+"""Reproduce the original probe, so that its published tables can be checked against held-out statistics.
 
-Centered, post-RoPE, heads of a layer concatenated, in-sample, averaged over layers; "effective rank" is the rank at
-99 % energy, and energy@32 above 0.8 is called compressible. On four sentences repeated to fill 64 samples it
-measures its own text: a centered covariance has no more rank than distinct rows (THEORY 3.1).
+It uses centered vectors after RoPE, concatenates the heads of a layer, evaluates in-sample and averages over layers.
+"Effective rank" is the rank at 99 % energy, and energy@32 above 0.8 is called compressible. On four sentences repeated to
+fill 64 samples it measures the text: the rank of a centered covariance is below the number of distinct rows (THEORY 3.1).
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,12 @@ _FRAMES = ("post_rope", "unrotated")
 
 
 def classic_rows(spectra: Iterable[Spectrum], text: str) -> list[ClassicRow]:
-    """One row per kind from the spectra at scope `layer`, centered, as a Hugging Face cache holds them."""
+    """Return one row per kind of tensor, from centered spectra at scope `layer` of tensors as cached by transformers.
+
+    Args:
+        spectra: Spectra of the probe.
+        text: Description of the text.
+    """
     by_kind: dict[str, list[Spectrum]] = {}
     for spectrum in spectra:
         if spectrum.scope == "layer" and spectrum.centered and spectrum.frame in _FRAMES and any(spectrum.eigenvalues):

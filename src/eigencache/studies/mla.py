@@ -1,7 +1,7 @@
-"""MLA: what its latent saves, whether it changes anything, and what compressing the expanded K or V instead would cost.
+"""Compare the MLA latent cache with a cache of expanded keys and values, exact and compressed by PCA.
 
-All ratios are against the 16-bit latent and rotary key, which is what such a model caches; the expanded keys and values
-that a cache without the latent would hold stand beside as bytes (THEORY 9, 11).
+Ratios are relative to the 16-bit latent and rotary key, which MLA models cache. The size of the expanded keys and values
+is reported as bytes (THEORY 9, 11).
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,35 @@ KINDS = {"k": "keys_nope", "v": "values"}
 
 
 def check_latent(loaded: LoadedModel) -> None:
-    """Raises `UnsupportedArchitectureError` for a model that caches no latent."""
+    """Raise `UnsupportedArchitectureError` if a model does not cache a latent."""
     if loaded.geometry.mla is None:
-        raise UnsupportedArchitectureError(f"{loaded.name} is no MLA model: {loaded.geometry.describe()}")
+        raise UnsupportedArchitectureError(
+            f"{loaded.name} is not an MLA model: {loaded.geometry.describe()}. Use a model that caches a latent."
+        )
 
 
 @torch.no_grad()
 def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> LatentComparison:
-    """Score the tokens after a prefix once expanding the cached latent anew, once with the expansion that was kept."""
+    """Compare logits after a prefix between a cached latent, expanded at each step, and a cached expansion.
+
+    Args:
+        loaded: An MLA model.
+        sequences: Text to read.
+        prefix: Tokens of the prefix.
+
+    Raises:
+        UnsupportedArchitectureError: The model does not cache a latent.
+        CorpusError: No sequence is longer than the prefix.
+    """
     check_latent(loaded)
     difference = largest = 0.0
     tokens = 0
     for batch in batches_of(sequences, ReadingProtocol(kind="prefix", length=prefix), 1):
         ids = torch.from_numpy(np.stack(batch)).to(loaded.device)
-        with recorded_expansion(loaded) as kept:
+        with recorded_expansion(loaded) as expansion:
             start = read_prefix(loaded, ids[:, :prefix])
         latent = start.logits(ids[:, prefix:], None)
-        with replayed_expansion(loaded, kept):
+        with replayed_expansion(loaded, expansion):
             expanded = start.logits(ids[:, prefix:], None)
         difference = max(difference, float((latent - expanded).abs().max()))
         largest = max(largest, float(latent.abs().max()))
@@ -54,7 +66,18 @@ def compare_caches(loaded: LoadedModel, sequences: Sequences, prefix: int) -> La
 
 
 def fit_expanded(session: Session, sequences: Sequences) -> Expanded:
-    """PCA of every head's expanded keys (without rotary part) and values, full rank."""
+    """Fit a full-rank PCA of the expanded keys (without the rotary part) and values of every head.
+
+    Args:
+        session: An MLA model and settings to run it with.
+        sequences: Calibration set.
+
+    Returns:
+        Transforms of the heads, by layer and kind of tensor.
+
+    Raises:
+        UnsupportedArchitectureError: The model does not cache a latent.
+    """
     check_latent(session.loaded)
     gathered = gather(
         session,
@@ -62,21 +85,27 @@ def fit_expanded(session: Session, sequences: Sequences) -> Expanded:
         ("head",),
         kinds=tuple(KINDS.values()),
     )
-    found: dict[tuple[int, str], list[Transform]] = {}
+    transforms: dict[tuple[int, str], list[Transform]] = {}
     for place, moments in gathered.accumulator.places():
         assert place.layer_idx is not None
         transform = fit_transform(moments.total()).to(session.loaded.model.dtype, session.loaded.device)
-        found.setdefault((place.layer_idx, place.kind), []).append(transform)
-    return found
+        transforms.setdefault((place.layer_idx, place.kind), []).append(transform)
+    return transforms
 
 
 @torch.no_grad()
 def sweep_expanded(
     session: Session, sequences: Sequences, fitted: Expanded, target: str, shares: Sequence[float], prefix: int
 ) -> SweepSeries:
-    """Low rank of the expanded keys (`k`) or values (`v`) alone, as a cache without the latent would hold them.
+    """Measure the loss of low-rank expanded keys or values, as a cache without the latent would store them.
 
-    `shares`: of the full width of a head, rounded to ranks.
+    Args:
+        session: An MLA model and settings to run it with.
+        sequences: Held-out text.
+        fitted: Transforms of `fit_expanded`.
+        target: `k` (keys) or `v` (values); the other stays in 16 bits.
+        shares: Ranks as fractions of the full width of a head.
+        prefix: Tokens of the compressed prefix.
     """
     kind = KINDS[target]
     width = max(t.rank for (_, name), heads in fitted.items() if name == kind for t in heads)
@@ -84,7 +113,7 @@ def sweep_expanded(
     codecs = {rank: _truncated(fitted, kind, rank) for rank in ranks}
     protocol = ReadingProtocol(kind="prefix", length=prefix)
     losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
-    held = dict.fromkeys(ranks, 0)
+    nbytes = dict.fromkeys(ranks, 0)
     positions = 0
     batches = batches_of(sequences, protocol, session.batch_size)
     for done, batch in enumerate(batches, 1):
@@ -93,10 +122,10 @@ def sweep_expanded(
         reference = start.logits(ids[:, prefix:], None)
         losses[None] += _losses(compared(reference, reference, targets), targets.shape[1])
         for rank, codec in codecs.items():
-            with expanded_codec(session.loaded, codec, prefix) as bytes_held:
+            with expanded_codec(session.loaded, codec, prefix) as stored:
                 logits = start.logits(ids[:, prefix:], None)
             losses[rank] += _losses(compared(reference, logits, targets), targets.shape[1])
-            held[rank] += bytes_held.nbytes
+            nbytes[rank] += stored.nbytes
         positions += prefix * len(ids)
         session.on_progress(f"{target} expanded", done, len(batches))
     geometry = session.loaded.geometry
@@ -108,7 +137,7 @@ def sweep_expanded(
             losses[rank],
             losses[None],
             encoded_tokens=positions,
-            encoded_nbytes=held[rank] + rope,
+            encoded_nbytes=nbytes[rank] + rope,
             values_per_token=geometry.values_per_token,
             basis_nbytes=sum(t.nbytes for heads in codec.values() for t in heads),
         )
@@ -121,7 +150,7 @@ def sweep_expanded(
 
 
 def _truncated(fitted: Expanded, kind: str, rank: int) -> Expanded:
-    """One kind at a rank; the other kind is not in it, so it is kept in 16 bits."""
+    """Return the transforms of one kind truncated to a rank; the other kind is omitted and stays in 16 bits."""
     return {place: [t.truncated(min(rank, t.rank)) for t in heads] for place, heads in fitted.items() if place[1] == kind}
 
 

@@ -1,6 +1,6 @@
-"""Does a model predict? Held-out loss by position, and in-context copying, for the model cards.
+"""Measure held-out loss by position and in-context copying, for the model cards.
 
-A model that predicts nothing caches nothing worth measuring, so the bundled models carry these figures.
+A model that does not predict well has no cache worth measuring, so these figures are published with the bundled models.
 """
 
 import torch
@@ -18,10 +18,13 @@ BUCKETS = (256, 512, 1024, 2048)
 
 @torch.no_grad()
 def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
-    """Held-out loss in nats per token, over all positions and up to each of 256 … 2,048, and copy accuracy.
+    """Measure the held-out loss in nats per token, overall and by position, and the copy accuracy.
 
-    Copy accuracy: 64 random tokens are followed by themselves; the share of the second run's tokens 2 … 64 that the
-    model ranks first, over 64 rows.
+    Positions are grouped up to 256, 512, 1,024 and 2,048 tokens.
+
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
     """
     watch = Stopwatch()
     model = session.loaded.model
@@ -49,7 +52,10 @@ def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
 
 
 def copy_accuracy(session: Session) -> float:
-    """The share of tokens that in-context copying gets right when 64 random tokens are repeated."""
+    """Return the accuracy of in-context copying: the share of tokens 2 to 64 of a repeated span that rank first.
+
+    The span has 64 random tokens. The mean is over 64 spans.
+    """
     generator = torch.Generator().manual_seed(session.seed)
     span = torch.randint(1, len(session.loaded.tokenizer), (COPY_ROWS, COPY_SPAN), generator=generator).to(
         session.loaded.device

@@ -1,6 +1,6 @@
-"""The probe: what a model caches on a text, how many directions of it matter, and what the data can support.
+"""Probe a model: measure the spectra of cached tensors on a text, and mark statistics that the sample cannot support.
 
-One pass over the text, each batch captured and added to moments; every statistic is computed from those at the end.
+The text is read once. Each batch is captured and added to moments, from which all statistics are computed at the end.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,31 @@ FrameChoice = Literal["pre", "post", "both"]
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What to look at and how much; the defaults support ranks of vectors up to some hundreds of numbers."""
+    """Extent of a probe.
+
+    Args:
+        layers: Indices of layers to probe. Default: all.
+        frame: Keys before RoPE (`pre`), after it (`post`), or both.
+        scopes: Scopes of the spectra.
+        demonstration: Whether to run the legacy probe of four repeated sentences too.
+    """
 
     layers: tuple[int, ...] | None = None
     frame: FrameChoice = "both"
     scopes: tuple[Scope, ...] = SCOPES
-    demonstration: bool = True  # also the historic probe of four repeated sentences
+    demonstration: bool = True
 
 
 def probe_model(session: Session, sequences: Sequences, settings: ProbeSettings | None = None) -> ProbeRecord:
-    """Run the probe; `on_progress(what, done, of)` is called after every batch and every spectrum.
+    """Probe a model on a text. Progress is reported after every batch and every spectrum.
 
-    Raises what `gather` raises, and `StatisticsError` where the wanted frame was not captured.
+    Args:
+        session: Model and settings to run it with.
+        sequences: Text to read.
+        settings: Extent of the probe. Default: `ProbeSettings()`.
+
+    Raises:
+        StatisticsError: The requested frame was not captured, or an error of `gather`.
     """
     settings = settings or ProbeSettings()
     gathered = gather(session, sequences, settings.scopes, layers=settings.layers)
@@ -45,7 +58,16 @@ def probe_model(session: Session, sequences: Sequences, settings: ProbeSettings 
 
 
 def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeSettings) -> ProbeRecord:
-    """The same of a text that was gathered with these settings."""
+    """Compute the probe from captured moments.
+
+    Args:
+        session: Model and settings to run it with.
+        gathered: Moments, gathered with the scopes and layers of `settings`.
+        settings: Extent of the probe.
+
+    Raises:
+        StatisticsError: The requested frame was not captured.
+    """
     corpus, notes = gathered.sequences.corpus, gathered.notes
     spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, session.seed, session.on_progress)
     classic = classic_rows(spectra, "this text")
@@ -55,8 +77,8 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
     unwanted = {"pre": "post_rope", "post": "pre_rope", "both": ""}[settings.frame]
     spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
     if not spectra:
-        raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'nothing is captured in this frame'}")
-    said = [*corpus.warnings, *session.loaded.geometry.notes, *notes, *gathered.accumulator.notes]
+        raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'no tensor was captured in this frame'}")
+    notices = [*corpus.warnings, *session.loaded.geometry.notes, *notes, *gathered.accumulator.notes]
     options: dict[str, Any] = asdict(settings) | {
         "batch_size": session.batch_size,
         "seed": session.seed,
@@ -72,12 +94,12 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
         spectra=spectra,
         frames=frames,
         classic=classic,
-        warnings=[*said, *_support_warnings(spectra)],
+        warnings=[*notices, *_support_warnings(spectra)],
     )
 
 
 def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Progress) -> list[Spectrum]:
-    """Every spectrum, centered and not. Rotation adds no independent vectors: after it, n_eff is at most that before."""
+    """Compute every spectrum, centered and uncentered; n_eff after RoPE is capped at its value before it."""
     places = list(accumulator.places())
     spectra: list[Spectrum] = []
     before: dict[tuple, float | None] = {}
@@ -109,11 +131,11 @@ def _demonstration(session: Session, settings: ProbeSettings) -> list[Any]:
 
 
 def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
-    """Before against after rotation, per layer."""
-    found = {(s.kind, s.layer_idx, s.frame, s.centered): s for s in spectra if s.scope == "layer"}
+    """Compare keys before and after RoPE, per layer."""
+    by_frame = {(s.kind, s.layer_idx, s.frame, s.centered): s for s in spectra if s.scope == "layer"}
     comparisons = []
-    for (kind, layer_idx, frame, centered), post in found.items():
-        pre = found.get((kind, layer_idx, "pre_rope", True))
+    for (kind, layer_idx, frame, centered), post in by_frame.items():
+        pre = by_frame.get((kind, layer_idx, "pre_rope", True))
         if frame != "post_rope" or not centered or pre is None or layer_idx is None:
             continue
         variance_post, variance_pre = sum(post.eigenvalues), sum(pre.eigenvalues)
@@ -123,7 +145,7 @@ def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
                 kind=kind,
                 spread_post_rope=post.spread,
                 spread_pre_rope=pre.spread,
-                spread_pre_rope_uncentered=found[kind, layer_idx, "pre_rope", False].spread,
+                spread_pre_rope_uncentered=by_frame[kind, layer_idx, "pre_rope", False].spread,
                 variance_post_rope=variance_post,
                 variance_pre_rope=variance_pre,
                 rotated_mean_share=(variance_post - variance_pre) / variance_post if variance_post else 0.0,
@@ -135,9 +157,9 @@ def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:
 
 
 def _support_warnings(spectra: Sequence[Spectrum]) -> list[str]:
-    """One line for ranks that are refused and one for doubtful ones, with the worst support of each tensor and scope.
+    """Warn of refused and of doubtful ranks, with the lowest support of each tensor and scope.
 
-    Doubts about a spectrum's tail stay with the spectrum itself.
+    Doubts about the tail of a spectrum are recorded in the spectrum itself.
     """
     worst: dict[str, float] = {}
     for s in spectra:

@@ -1,7 +1,7 @@
-"""Quality against rank and bytes: direct PCA of every target at every rank, scored through the cache in one pass.
+"""Measure loss against rank and bytes: PCA of every target at every rank, with a compressed cache, in one pass.
 
-The text is captured once and all codecs are fitted from the same moments; every batch of the held-out text is read by
-all codecs beside the uncompressed cache, so that differences are paired. Results are kept batch by batch.
+The calibration text is captured once, and all codecs are fitted from the same moments. All codecs and the uncompressed
+cache read every batch of the held-out text, so that differences are paired. Results are saved after every batch.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,26 @@ TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
 
 @dataclass(frozen=True)
 class Plan:
-    """One series: what to compress, and the ranks; shares of the full width stand for ranks where `ranks` is None."""
+    """Settings and ranks of one series of measurements.
+
+    Args:
+        settings: What to compress, and how its basis is fitted.
+        bits: Bits per coefficient.
+        ranks: Ranks; None as an element is full rank. Default: `shares`.
+        shares: Ranks as fractions of the full width, if `ranks` is None.
+    """
 
     settings: PCASettings
     bits: CoefficientBits = 16
-    ranks: Ranks = None  # None among them: full
+    ranks: Ranks = None
     shares: tuple[float, ...] = TENTHS
 
     def ranks_for(self, width: int) -> list[int]:
-        """Ascending ranks. Raises `StatisticsError` for one that does not exist."""
+        """Return the ranks in ascending order. Raises `StatisticsError` if a rank exceeds `width`."""
         wanted = [round(share * width) for share in self.shares] if self.ranks is None else [r or width for r in self.ranks]
         if bad := [rank for rank in wanted if rank > width]:
             raise StatisticsError(
-                f"`ranks` {bad[0]}: {self.settings.describe()} has ranks 1 to {width}; use a lower one, or full"
+                f"`ranks` {bad[0]}: {self.settings.describe()} has ranks 1 to {width}. Use a lower one, or full."
             )
         return sorted({max(1, rank) for rank in wanted})
 
@@ -46,7 +53,14 @@ class Plan:
 def default_plans(
     loaded: LoadedModel, settings: PCASettings, *, bits: CoefficientBits = 16, ranks: Ranks = None
 ) -> list[Plan]:
-    """Every target of the model in the wanted way, and keys in the way that gave them their bad name."""
+    """Return a plan for every target of a model, and one for keys after RoPE about zero, the worst case.
+
+    Args:
+        loaded: The model.
+        settings: PCA settings; the target is replaced.
+        bits: Bits per coefficient.
+        ranks: Ranks. Default: tenths of the full width.
+    """
     plans = [Plan(settings.of(target), bits, ranks) for target in targets_of(loaded)]
     if loaded.geometry.rope is not None and not loaded.geometry.mla:
         plans.append(Plan(PCASettings("k", settings.scope, "post", centered=False), bits, ranks))
@@ -54,18 +68,29 @@ def default_plans(
 
 
 def control_plans(loaded: LoadedModel, *, bits: CoefficientBits = 16, ranks: Ranks = None) -> list[Plan]:
-    """The first target per head: its own basis, one for all heads of a layer, and a random one."""
+    """Return plans of the first target per head with a fitted basis, one pooled over a layer, and a random one.
+
+    Args:
+        loaded: The model.
+        bits: Bits per coefficient.
+        ranks: Ranks. Default: tenths of the full width.
+    """
     target = targets_of(loaded)[0]
     return [Plan(PCASettings(target, "head", basis=basis), bits, ranks) for basis in ("fitted", "pooled", "random")]
 
 
 def needed_scopes(plans: Sequence[Plan]) -> tuple[Scope, ...]:
-    """The scopes whose moments have to be captured."""
+    """Return the scopes whose moments the plans need."""
     return tuple(scope for scope in SCOPES if any(plan.settings.scope == scope for plan in plans))
 
 
 def check_plans(loaded: LoadedModel, plans: Sequence[Plan]) -> None:
-    """Raises `CodecError` for a target and `StatisticsError` for a rank that the model cannot have: nothing is read yet."""
+    """Check plans before any text is read.
+
+    Raises:
+        CodecError: The model does not have a target.
+        StatisticsError: A rank exceeds the width of its target.
+    """
     for plan in plans:
         check_target(loaded, plan.settings.target)
         plan.ranks_for(width_of(loaded.geometry, plan.settings))
@@ -89,10 +114,20 @@ def sweep_model(
     force: bool = False,
     partial: Path | None = None,
 ) -> SweepRecord:
-    """Score every plan at every rank on held-out `sequences`; `partial`: where results are kept while it runs.
+    """Score every plan at every rank on held-out text.
 
-    Raises `CorpusError` for an evaluation text that overlaps the calibration text (unless `force`), `StatisticsError`
-    for ranks that do not exist and text that cannot carry a basis.
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
+        calibration: Calibration that fits the bases.
+        plans: Settings and ranks to measure.
+        protocol: Reading protocol.
+        force: Accept held-out text that overlaps the calibration text.
+        partial: File that keeps finished batches, to resume from. Default: none.
+
+    Raises:
+        CorpusError: The held-out text overlaps the calibration text and `force` is false.
+        StatisticsError: A rank does not exist, or the calibration set is too small for a basis.
     """
     watch = Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
@@ -118,7 +153,7 @@ def sweep_model(
 
 
 def codecs_of(calibration: PCACalibration, plan: Plan) -> dict[str, PCACodec]:
-    """The plan's codecs by name."""
+    """Return the codecs of a plan by name."""
     return {codec.name: codec for codec in _fit(calibration, plan).codecs.values()}
 
 

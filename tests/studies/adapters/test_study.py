@@ -167,7 +167,7 @@ def test_what_cannot_be_done_is_refused_by_name(study, loaded, sequences) -> Non
         study("deepseek_v2")
     with pytest.raises(StatisticsError, match="`ranks` 33: v · layer"):
         study(ranks=(33,))
-    with pytest.raises(TrainingError, match="`inner_rank` 33: vectors of a layer have 32 numbers"):
+    with pytest.raises(TrainingError, match="`inner_rank` 33: must be 1 to 32, the width"):
         study(training=TrainingSettings(inner_rank=33))
     with pytest.raises(TrainingError, match="`loss_rank` 0"):
         study(training=TrainingSettings("nll+tail", loss_rank=0))
@@ -179,7 +179,7 @@ def test_what_cannot_be_done_is_refused_by_name(study, loaded, sequences) -> Non
         study(held_out=sequences(*(48,) * 24))
     with pytest.raises(CorpusError, match="no sequence is longer than the first 24"):
         study(held_out=sequences(24, 20, seed=1))
-    with pytest.raises(TrainingError, match="`learning_rate` nan: give a number above 0"):
+    with pytest.raises(TrainingError, match="`learning_rate` nan: must be above 0"):
         study(training=TrainingSettings(learning_rate=float("nan")))
     with pytest.raises(TrainingError, match="the training loss is nan"):
         study(training=TrainingSettings(steps=4, scale=float("inf")))

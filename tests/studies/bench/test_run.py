@@ -156,7 +156,7 @@ def test_what_a_model_cannot_have_is_listed_with_the_reason_and_the_rest_is_scor
         "not here": "llama has no such thing",
         "odd": "keys are normed",
         "narrow": "no full rank",
-        "no point": "it has no point at the bits asked for",
+        "no point": "it has no operating point at the requested rates",
     }
     assert {p.method for p in record.points} == {one.method for one in record.equal_loss} == {"identity"}
     assert "not here" not in {name for name, _ in made.fits}

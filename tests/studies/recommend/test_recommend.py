@@ -245,8 +245,9 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     loaded, text, calibration_text, tmp_path: Path
 ) -> None:
     calls: list[tuple[str, int, int]] = []
-    options = {"search": SEARCH, "batch_size": 3, "partial": tmp_path / "p", "on_progress": lambda *a: calls.append(a)}
-    advice = recommend_model(Session(loaded("llama")), text, calibration_text, LOOSE, PROTOCOL, **options)
+    session = Session(loaded("llama"), batch_size=3, on_progress=lambda *a: calls.append(a))
+    options = {"search": SEARCH, "partial": tmp_path / "p"}
+    advice = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, **options)
     assert advice.chosen
     assert advice.chosen.stating
     assert advice.stating
@@ -262,7 +263,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert Advice.load(tmp_path / "advice.json") == advice
     assert all(path and path.exists() for path in partial_paths(tmp_path / "p").values())
     calls.clear()
-    again = recommend_model(Session(loaded("llama")), text, calibration_text, LOOSE, PROTOCOL, **options)
+    again = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, **options)
     assert all(done == of for what, done, of in calls if "scoring" in what)
     assert again.model_copy(update={"run": advice.run}).chosen == advice.chosen
     assert again.evidence == advice.evidence

@@ -1,8 +1,8 @@
-"""Residual adapters on trial: trained, read as operators, truncated, and scored through the cache beside direct PCA.
+"""Train residual adapters, analyze them as linear operators, truncate them, and compare their loss with direct PCA.
 
-With adapters in place the cache is given V_eff = M·V (keys: M·K, then rotated). In cache mode only r coefficients per
-layer and token are kept, S_r V_rᵀ v of the SVD M = U S Vᵀ, and U_r times them is read back; on V_eff that is the
-projection on U_r. Direct PCA keeps as many coefficients of the frozen model's own values.
+With adapters, the cache receives V_eff = M·V (for keys M·K, then RoPE). The truncated cache stores only r coefficients per
+layer and token, S_r V_rᵀ v of the SVD M = U S Vᵀ, and decodes them with U_r. On V_eff this is the projection on U_r. Direct
+PCA stores r coefficients of the frozen model's values.
 """
 
 from collections.abc import Iterable, Mapping
@@ -43,17 +43,34 @@ def study_adapter(
     training: TrainingSettings | None = None,
     force: bool = False,
 ) -> AdapterRecord:
-    """Train on `calibration`, analyze, truncate and score on `sequences`; the model is as before, also after an error.
+    """Train adapters, analyze and truncate them, and score them on held-out text.
 
-    Raises `CorpusError` for texts that overlap (unless `force`), `LayerError`, `UnsupportedArchitectureError` (MLA; keys
-    that are normed after their projection), `StatisticsError` (ranks; text that cannot carry a basis), `TrainingError`,
-    `NonFiniteError`.
+    The model is restored at the end, also after an error.
+
+    Args:
+        session: Model and settings to run it with.
+        sequences: Held-out text.
+        calibration: Text for training and for the bases of PCA.
+        protocol: Reading protocol.
+        target: Tensor that is adapted, `k` or `v`.
+        layers: Indices of adapted layers. Default: all.
+        ranks: Ranks to score. Default: quarters of the full width.
+        training: Training settings. Default: `TrainingSettings()`.
+        force: Accept held-out text that overlaps the calibration text.
+
+    Raises:
+        CorpusError: Texts overlap and `force` is false, or no sequence is long enough.
+        LayerError: A layer does not exist.
+        UnsupportedArchitectureError: The model uses MLA, or normalizes keys after their projection.
+        StatisticsError: A rank does not exist, or the calibration set is too small for a basis.
+        TrainingError: A training setting is out of range, or training diverges.
+        NonFiniteError: Captured tensors or logits are not finite.
     """
     training, watch = training or TrainingSettings(), Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.ids, force=force)
     for text in (calibration, sequences):
         check_fit(session.loaded, text.corpus.max_length, max(int(ids.max()) for ids in text.ids))
-    batches_of(sequences, protocol, training.batch_size)  # refuses a prefix that leaves nothing to score
+    batches_of(sequences, protocol, training.batch_size)  # raises before training if no sequence is long enough
     first = torch.from_numpy(calibration.ids[0])[None].to(session.loaded.device)
     sites = find_sites(session.loaded.model, session.loaded.geometry, target, layers, first)
     settings = PCASettings(target, "layer")
@@ -130,14 +147,14 @@ def study_adapter(
 
 
 def _of_sites(codec: PCACodec, sites: list[Site]) -> PCACodec:
-    """The codec of the sites' layers alone, in their order; other layers stay in 16 bits."""
+    """Restrict a codec to the layers of the sites, in their order; other layers stay in 16 bits."""
     groups = {group.parts[0].layer_idx: group for group in codec.groups}
     rotations = {site.layer_idx: codec.rotations[site.layer_idx] for site in sites if site.layer_idx in codec.rotations}
     return replace(codec, groups=tuple(groups[site.layer_idx] for site in sites), rotations=rotations)
 
 
 def _operator_codec(pca: PCACodec, operators: Mapping[int, Tensor], *, centered: bool) -> PCACodec:
-    """The same layers with U of M = U S Vᵀ for a basis, about the mean of `pca` or about zero."""
+    """Return `pca` with U of M = U S Vᵀ as basis in every layer, about its mean or about zero."""
     groups = []
     for group in pca.groups:
         transform = operator_transform(operators[group.parts[0].layer_idx], group.transform.mean if centered else None)

@@ -1,8 +1,8 @@
-"""Training of residual adapters on a frozen model: no weight of the model gets a gradient or changes.
+"""Train residual adapters on a frozen model, whose own weights get no gradient.
 
-Losses by name: `nll` is the language-model loss of the training text. Two ask for low rank. `nll+tail` adds the share of
-the vectors' variance that lies outside their own top r directions, averaged over layers; `nll@rank` is the loss of the
-model whose vectors are cut to those directions. The directions are those of each batch, about its mean.
+There are three losses: `nll` is the language-model loss of the training text. `nll+tail` adds the share of variance outside
+the top r directions of the adapted vectors, averaged over layers. `nll@rank` is the language-model loss with the vectors
+projected on those directions. The directions are computed per batch, about its mean.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +21,27 @@ from eigencache.models.residual import Residual, Site, inserted
 from eigencache.records.adapter import LossName, Training
 from eigencache.spectral.spectrum import eigenbasis_of
 
-_COMPARED = 16  # sequences whose loss is taken before and after training
+_COMPARED = 16  # sequences for the loss before and after training
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What is trained and how long."""
+    """Settings of a training.
+
+    Args:
+        loss: `nll`, `nll+tail` or `nll@rank`.
+        loss_rank: r of `nll+tail` and `nll@rank`. Default: half of the width.
+        tail_weight: Weight of the tail share in `nll+tail`.
+        inner_rank: Inner rank of the adapters.
+        scale: Factor of the adapters' output.
+        steps: Optimizer steps.
+        learning_rate: Learning rate of Adam, above 0 and at most 1.
+        batch_size: Sequences per step.
+        seed: Seed of the initial weights and of the order of sequences.
+    """
 
     loss: LossName = "nll"
-    loss_rank: int | None = None  # r of nll+tail and nll@rank; default: half of the width
+    loss_rank: int | None = None
     tail_weight: float = 1.0
     inner_rank: int = 16
     scale: float = 1.0
@@ -40,13 +52,21 @@ class TrainingSettings:
 
 
 def new_residuals(sites: list[Site], settings: TrainingSettings) -> dict[int, Residual]:
-    """Layer → an adapter that is the identity. Raises `TrainingError` for ranks and rates that cannot be."""
+    """Return new adapters by layer, which start as the identity.
+
+    Args:
+        sites: Projections to adapt.
+        settings: Settings of the training.
+
+    Raises:
+        TrainingError: A rank or the learning rate is out of range.
+    """
     if not 0 < settings.learning_rate <= 1:
-        raise TrainingError(f"`learning_rate` {settings.learning_rate:g}: give a number above 0 and at most 1")
+        raise TrainingError(f"`learning_rate` {settings.learning_rate:g}: must be above 0 and at most 1")
     narrowest = min(site.width for site in sites)
-    for option, rank in (("`inner_rank`", settings.inner_rank), ("`loss_rank`", settings.loss_rank)):
+    for name, rank in (("inner_rank", settings.inner_rank), ("loss_rank", settings.loss_rank)):
         if rank is not None and not 1 <= rank <= narrowest:
-            raise TrainingError(f"{option} {rank}: vectors of a layer have {narrowest} numbers: give 1 to {narrowest}")
+            raise TrainingError(f"`{name}` {rank}: must be 1 to {narrowest}, the width of a layer's vectors")
     generator = torch.Generator().manual_seed(settings.seed)
     made = {s.layer_idx: Residual(s.width, settings.inner_rank, settings.scale, generator) for s in sites}
     return {s.layer_idx: made[s.layer_idx].to(next(s.module.parameters()).device) for s in sites}
@@ -60,9 +80,18 @@ def train(
     settings: TrainingSettings,
     on_step: Callable[[int, int], None] = lambda *_: None,
 ) -> Training:
-    """Adam on the adapters alone, in place; sequences in an order drawn from the seed, anew in each round.
+    """Train the adapters in place with Adam; each epoch draws a new order of sequences.
 
-    Raises `TrainingError` at the step whose vectors or loss are NaN or infinite.
+    Args:
+        loaded: The frozen model.
+        sites: Adapted projections.
+        residuals: Adapters by layer.
+        sequences: Training text.
+        settings: Settings of the training.
+        on_step: Called with the finished steps and the number of steps.
+
+    Raises:
+        TrainingError: The adapted vectors or the loss become NaN or infinite.
     """
     weights = [weight for residual in residuals.values() for weight in residual.parameters()]
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
@@ -92,16 +121,20 @@ def train(
 
 
 def tail_share(vectors: Tensor, rank: int) -> Tensor:
-    """The share of the variance of vectors [n, p] outside their top `rank` directions; differentiable.
+    """Return the share of variance outside the top `rank` directions, as a differentiable scalar.
 
-    The basis is held fixed in the backward pass: at the optimum of a basis its own change costs nothing (envelope theorem).
+    The basis is constant in the backward pass: at its optimum, its derivative does not contribute (envelope theorem).
+
+    Args:
+        vectors: Vectors [n, p].
+        rank: Number of directions.
     """
     x = vectors.float() - vectors.float().mean(0)
     return 1 - (x @ _leading(x, rank)).square().sum() / x.square().sum()
 
 
 def cut(vectors: Tensor, rank: int) -> Tensor:
-    """Vectors [..., p] projected on their own top `rank` directions about their mean, the basis held fixed."""
+    """Project vectors [..., p] on their top `rank` directions about their mean; the basis is constant in the gradient."""
     x = vectors.float().flatten(0, -2)
     mean = x.mean(0)
     x = x - mean
@@ -112,7 +145,7 @@ def cut(vectors: Tensor, rank: int) -> Tensor:
 def _leading(x: Tensor, rank: int) -> Tensor:
     scatter = (x.mT @ x).detach().double()
     if not scatter.isfinite().all():
-        raise TrainingError("the adapted vectors hold NaN or infinite values: lower `learning_rate` or `scale`")
+        raise TrainingError("the adapted vectors hold NaN or infinite values. Lower `learning_rate` or `scale`.")
     return eigenbasis_of(scatter)[1][:, :rank].to(x.dtype)
 
 
@@ -129,7 +162,7 @@ def _in_training(
 
 
 def _loss(loaded: LoadedModel, made: Mapping[int, Tensor], batch: Batch, settings: TrainingSettings) -> Tensor:
-    """Mean per token of the named loss; padding stands at the right, where no token sees it."""
+    """Return the mean loss per token; padding is on the right, where no token attends to it."""
     ids, mask = batch.input_ids.to(loaded.device), batch.attention_mask.to(loaded.device).bool()
     logits = loaded.model(input_ids=ids, use_cache=False).logits
     targets = ids.masked_fill(~mask, -100)[:, 1:]
@@ -157,7 +190,7 @@ def _mean_loss(
 def _finite(loss: Tensor, where: str) -> float:
     value = float(loss.detach())
     if not np.isfinite(value):
-        raise TrainingError(f"the training loss is {value} at {where}: lower `learning_rate` or `scale`")
+        raise TrainingError(f"the training loss is {value} at {where}. Lower `learning_rate` or `scale`.")
     return value
 
 

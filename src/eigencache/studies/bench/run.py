@@ -118,7 +118,9 @@ def bench_model(
     points = [BenchPoint(**point) for line in kept.done for point in line.get("points", ())]
     scored_methods = {p.method for p in points}
     unfit = {m: why for line in kept.done for m, why in line.get("refused", {}).items()}
-    refused |= {m: unfit.get(m, "it has no operating point at `rates`") for m in methods if m not in scored_methods}
+    refused |= {
+        m: unfit.get(m, "it has no operating point at the requested rates") for m in methods if m not in scored_methods
+    }
     return BenchRecord(
         model=session.loaded.record("the cache itself"),
         corpora={context: text.corpus for context, text in held_out.items()},
