@@ -18,7 +18,7 @@ class BenchPoint(Record):
     method: str
     point: str  # setting of the method, such as its bit width
     seed: int  # of the calibration
-    context: int  # tokens that are held compressed
+    context: int  # compressed tokens
     quality: Quality
     excess: list[float]  # nats above the uncompressed cache, by sequence
 
@@ -32,7 +32,7 @@ class EqualLoss(Record):
     """Rate of a method at a given loss, interpolated between its operating points."""
 
     method: str
-    context: int  # tokens that are held compressed
+    context: int  # compressed tokens
     delta_nll: float  # nats per token
     bits_per_value: float | None  # geometric mean over seeds; their median if some have no crossing; None if that has none
     interval: Interval | None  # 95 %, bootstrap over sequences and seeds

@@ -148,8 +148,8 @@ def _grid(figures: list[Interactive], prefix: str) -> str:
 def _figure(figure: Interactive, key: str) -> str:
     key, title = escape(key, quote=True), escape(figure.title)
     return (
-        f'<figure class="figure"><h3>{title}</h3><p class="says">{escape(figure.says)}</p>'
-        f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}: {escape(figure.says, quote=True)}"></div>'
+        f'<figure class="figure"><h3>{title}</h3><p class="caption">{escape(figure.caption)}</p>'
+        f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}: {escape(figure.caption, quote=True)}"></div>'
         f'<div class="foot"><button type="button" data-csv="{key}">CSV</button></div></figure>'
     )
 

@@ -54,5 +54,5 @@ def test_interactive_figures_hold_numbers_and_have_names_of_their_own(all_record
     for record in all_records:
         figures = model_figures(record)
         assert len({figure.name for figure in figures}) == len(figures)
-        assert all(figure.traces and figure.says for figure in figures)
+        assert all(figure.traces and figure.caption for figure in figures)
     assert {figure.name for figure in cross_figures(all_records)} == {"repetition", "ranks", "ratios"}

@@ -121,7 +121,7 @@ def loss_figure(record: SweepRecord) -> Interactive:
     return Interactive(
         name="loss",
         title="Loss by ratio",
-        says=f"perplexity increase by ratio of the whole cache, with 95 % intervals, up to {SHOWN} %",
+        caption=f"perplexity increase by ratio of the whole cache, with 95 % intervals, up to {SHOWN} %",
         traces=[_trace(series) for series in record.series],
         x="bytes of the 16-bit cache / bytes of the compressed cache",
         y="perplexity increase (%)",

@@ -31,7 +31,7 @@ class Interactive:
 
     name: str  # of its CSV file
     title: str
-    says: str  # one sentence on what it shows
+    caption: str  # one sentence on what it shows
     traces: list[dict[str, Any]]
     x: str  # label of the horizontal axis
     y: str  # label of the vertical axis
@@ -68,8 +68,8 @@ def spectra_figures(record: ProbeRecord) -> list[Interactive]:
             Interactive(
                 name=f"spectrum-{name}",
                 title=f"Spectrum of {name}",
-                says="lines: eigenvalue of each component, centered, heads of a layer concatenated; points: held-out mean "
-                "per octave; dotted: white noise of the same total variance",
+                caption="lines: eigenvalue of each component, centered, heads of a layer concatenated; points: held-out "
+                "mean per octave; dotted: white noise of the same total variance",
                 traces=traces,
                 x="component",
                 y="eigenvalue / mean eigenvalue",
@@ -92,7 +92,7 @@ def energy_figure(record: ProbeRecord) -> Interactive:
     return Interactive(
         name="energy",
         title="Energy of the leading k components",
-        says="mean over layers, centered, heads of a layer concatenated; in-sample energy is biased upward",
+        caption="mean over layers, centered, heads of a layer concatenated; in-sample energy is biased upward",
         traces=traces,
         x="k (components)",
         y="share of energy",
@@ -108,7 +108,7 @@ def head_figures(record: ProbeRecord) -> list[Interactive]:
         Interactive(
             name=f"heads-{one.name}",
             title=f"Effective rank / width of {one.name}",
-            says="per head, centered; !: doubtful, —: withheld",
+            caption="per head, centered; !: doubtful, —: withheld",
             traces=[
                 {
                     "type": "heatmap",
@@ -142,7 +142,7 @@ def spread_figure(record: ProbeRecord) -> Interactive:
     return Interactive(
         name="spread",
         title="Spread of standard deviations over raw dimensions",
-        says="max/min is an extreme-value statistic and grows with the width; the 95th over the 5th percentile does not",
+        caption="max/min is an extreme-value statistic and grows with the width; the 95th over the 5th percentile does not",
         traces=traces,
         x="layer",
         y="largest / smallest std",
@@ -161,7 +161,7 @@ def rotation_figure(record: ProbeRecord) -> Interactive | None:
     return Interactive(
         name="rotation",
         title="Share of the variance after rotation that rotating the mean causes",
-        says="(variance after − variance before rotation) / variance after, by layer",
+        caption="(variance after − variance before rotation) / variance after, by layer",
         traces=[bar],
         x="layer",
         y="share of variance",
@@ -193,14 +193,14 @@ def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
             Interactive(
                 name="repetition",
                 title="Energy@32 of a repeated text",
-                says="the same models; on four repeated sentences, the original probe measures the repetition of its text",
+                caption="same models; on four repeated sentences, the original probe measures the repetition of its text",
                 traces=dots,
                 x="energy@32, mean over layers",
                 y="model and kind",
                 axes={"xaxis": {"range": [0, 1.02]}, "yaxis": {"type": "category", "autorange": "reversed"}},
             )
         )
-    for name, title, says, unit, points in (
+    for name, title, caption, unit, points in (
         (
             "ranks",
             "Effective rank / width",
@@ -217,7 +217,7 @@ def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
             values = [point.measured.value for point in mine]
             traces.append(_dots(tensor, values, [point.label for point in mine], tone(tensor), mark(tensor, True)))
         axes = {"yaxis": {"type": "category", "autorange": "reversed"}}
-        figures.append(Interactive(name, title, says, traces, unit, "model", axes))
+        figures.append(Interactive(name, title, caption, traces, unit, "model", axes))
     return figures
 
 
