@@ -150,12 +150,12 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
 def test_mistakes_of_speed_are_found_before_anything_is_timed(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in mistake(capsys, "bench", "--speed", *arguments)
+    assert said in mistake(capsys, "speed", *arguments)
 
 
 def test_speed_is_printed_and_written(tmp_path: Path) -> None:
     few = ("--contexts", "128", "--prefill", "64", "--repeats", "1", "--live-bits", "3.125", "--generated", "8")
-    result = run("bench", "--speed", "deepseek-v2-lite", *few, "--dtype", "float32", "-o", "speed", folder=tmp_path)
+    result = run("speed", "deepseek-v2-lite", *few, "--dtype", "float32", "-o", "speed", folder=tmp_path)
     out = shown(result)
     assert "deepseek-v2-lite: a whole decode step" in out and "live, 3.125 bits" in out and "live, 16 bits" in out
     assert "deepseek-v2-lite: prefill" in out and "written: speed/README.md" in out and "written: speed/speed.json" in out

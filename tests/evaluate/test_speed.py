@@ -176,10 +176,10 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     )
     assert len(tables["llama: generation, per token"].rows) == len(rows)
     assert plot_roofline(record) is not None
-    written = write_speed(record, tmp_path / "out", "eigencache bench --speed")
+    written = write_speed(record, tmp_path / "out", "eigencache speed")
     assert sorted(path.name for path in written) == ["README.md", "roofline.svg", "speed.json"]
     page = (tmp_path / "out" / "README.md").read_text()
-    assert page.count("| ") > 20 and "![roofline](roofline.svg)" in page and "Printed by `eigencache bench --speed`." in page
+    assert page.count("| ") > 20 and "![roofline](roofline.svg)" in page and "Printed by `eigencache speed`." in page
     assert (tmp_path / "out" / "roofline.svg").read_text().startswith("<svg")
     only = record.model_copy(update={"timings": [t for t in record.timings if t.geometry == "deepseek"]})
     assert plot_roofline(only) is None and len(write_speed(only, tmp_path / "other", "x")) == 2
