@@ -122,7 +122,7 @@ def test_tokens_that_every_window_has_left_behind_are_refused(tokens: slice) -> 
 def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
     codec = tiny_codec("llama")
     blob = codec.encode(read("llama"))
-    with pytest.raises(CodecError, match=r"tokens 5: give a slice, such as slice\(0, 20\)"):
+    with pytest.raises(CodecError, match="`tokens` is 5: it must be a non-empty contiguous slice of the 20 stored tokens"):
         codec.decode(blob, 5)  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="a str is no container: give the bytes"):
         codec.decode("prefix.ekv")  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
 @pytest.mark.parametrize("tokens", [slice(0, 10, 2), slice(9, 3, -1), slice(5, 5), slice(READ, None)])
 def test_what_is_no_stretch_is_refused(tokens: slice) -> None:
     codec = tiny_codec("llama")
-    with pytest.raises(CodecError, match="of 20, a stretch of neighbors can be decoded"):
+    with pytest.raises(CodecError, match="non-empty contiguous slice of the 20 stored tokens"):
         codec.decode(codec.encode(read("llama")), tokens)
 
 
@@ -183,7 +183,7 @@ def test_a_cache_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("other", ["gpt2", "deepseek_v2"])
 def test_the_cache_of_another_model_is_refused(other: str) -> None:
-    with pytest.raises(CodecError, match="the cache has other heads there, this codec was fitted on another model"):
+    with pytest.raises(CodecError, match=r"other heads in layers .*: this codec was fitted on another model"):
         tiny_codec("llama").encode(read(other))
 
 

@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class EncodedSlots(Encoded):
-    """Tensors named `layer.slot.part`, and the vector width of every slot, which follows from the model and costs nothing."""
+    """Tensors named `layer.slot.part`, and the vector width of every slot, which is the model's and costs nothing."""
 
     widths: Mapping[tuple[int, int], int]
 
