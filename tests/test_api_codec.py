@@ -289,7 +289,7 @@ def test_a_loaded_codec_is_saved_as_it_lay_and_nothing_else_is_overwritten(fitte
         assert (tmp_path / "sub" / "again" / path.name).read_bytes() == path.read_bytes()
     shutil.rmtree(tmp_path / "sub")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other things than a codec and is left alone"):
+    with pytest.raises(OutputError, match="holds other files than a codec and was not changed"):
         fitted.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import EigenCard, Expected
+from eigencache.codec.saved.card import Expected
+from eigencache.codec.saved.eigen import EigenCard
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.corpora.overlap import sketch
 from eigencache.errors import CodecError, CorpusError

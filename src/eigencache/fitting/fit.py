@@ -9,7 +9,8 @@ from numbers import Real
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.moments import MEMORY, Progress, silent
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import Expected, LiveCardSettings
+from eigencache.codec.saved.card import Expected
+from eigencache.codec.saved.live import LiveCardSettings
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen

@@ -232,8 +232,7 @@ class Reader:
         self._need(self._offsets[-1], "sections", "fetch or write it again")
         if surplus := len(self._data) - self._offsets[-1]:
             raise OverlongContainerError(
-                f"{what}: {len(self._data)} bytes, expected {self._offsets[-1]}: "
-                f"{surplus} bytes follow the last section"
+                f"{what}: {len(self._data)} bytes, expected {self._offsets[-1]}: {surplus} bytes follow the last section"
             )
 
     def section(self, i: int) -> memoryview:
