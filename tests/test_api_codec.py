@@ -123,7 +123,7 @@ def test_tokens_that_every_window_has_left_behind_are_refused(tokens: slice) -> 
 def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
     codec = tiny_codec("llama")
     blob = codec.encode(read("llama"))
-    with pytest.raises(CodecError, match=r"tokens 5: give a slice, such as slice\(0, 20\)"):
+    with pytest.raises(CodecError, match="`tokens` is 5: it must be a non-empty contiguous slice of the 20 stored tokens"):
         codec.decode(blob, 5)  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="a str is no container: give the bytes"):
         codec.decode("prefix.ekv")  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_what_is_no_slice_and_no_bytes_is_refused() -> None:
 @pytest.mark.parametrize("tokens", [slice(0, 10, 2), slice(9, 3, -1), slice(5, 5), slice(READ, None)])
 def test_what_is_no_stretch_is_refused(tokens: slice) -> None:
     codec = tiny_codec("llama")
-    with pytest.raises(CodecError, match="of 20, a stretch of neighbors can be decoded"):
+    with pytest.raises(CodecError, match="non-empty contiguous slice of the 20 stored tokens"):
         codec.decode(codec.encode(read("llama")), tokens)
 
 
@@ -184,12 +184,12 @@ def test_a_cache_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("other", ["gpt2", "deepseek_v2"])
 def test_the_cache_of_another_model_is_refused(other: str) -> None:
-    with pytest.raises(CodecError, match="the cache has other heads there, this codec was fitted on another model"):
+    with pytest.raises(CodecError, match=r"other heads in layers .*: this codec was fitted on another model"):
         tiny_codec("llama").encode(read(other))
 
 
 def test_bytes_of_another_codec_are_refused() -> None:
-    with pytest.raises(ForeignContainerError, match="decode it with the codec that wrote it"):
+    with pytest.raises(ForeignContainerError, match="use the codec that wrote it"):
         tiny_codec("mistral").decode(tiny_codec("llama").encode(read("llama")))
 
 
@@ -290,7 +290,7 @@ def test_a_loaded_codec_is_saved_as_it_lay_and_nothing_else_is_overwritten(fitte
         assert (tmp_path / "sub" / "again" / path.name).read_bytes() == path.read_bytes()
     shutil.rmtree(tmp_path / "sub")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other things than a codec and is left alone"):
+    with pytest.raises(OutputError, match="holds other files than a codec and was not changed"):
         fitted.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -310,6 +310,6 @@ def test_inside_a_cache_is_made_whatever_way_it_is_asked_for(model, codec: Cache
 def test_a_file_of_the_users_own_beside_the_live_part_is_left_alone(codec: CacheCodec, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "codec")
     (tmp_path / "codec" / LIVE / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other things than a codec and is left alone"):
+    with pytest.raises(OutputError, match="holds other files than a codec and was not changed"):
         codec.save(tmp_path / "codec")
     assert (tmp_path / "codec" / LIVE / "thesis.txt").read_text() == "mine"

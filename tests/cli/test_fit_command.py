@@ -117,7 +117,7 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatc
     Path("mine", "thesis.txt").write_text("mine")
     Path("file").write_text("mine")
     for output, words in (
-        ("mine", "mine: holds other things than a codec and is left alone: name another folder"),
+        ("mine", "mine: holds other files than a codec and was not changed: name another folder"),
         ("file", "file: is a file: name a folder"),
         ("file/new", "file: is a file: name a folder"),
     ):

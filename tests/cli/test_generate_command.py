@@ -10,7 +10,7 @@ from cli_process import run, shown
 from eigencache.cli.app import main
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.card import EigenCard
+from eigencache.codec.saved.eigen import EigenCard
 from eigencache.codec.saved.folder import CARD, LIVE, TENSORS, load_codec, load_live
 from eigencache.evaluate.generation import generate_text
 from eigencache.models.load import load
@@ -191,7 +191,7 @@ def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     tensors = tmp_path / "damaged" / LIVE / TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
     line, _ = mistake(capsys, "generate", "ref-llama", "--codec", tmp_path / "damaged", "--prompt", "def")
-    assert f"{LIVE}/{TENSORS}: is not the file that {CARD} was written with" in line
+    assert f"{LIVE}/{TENSORS}: does not match {CARD} (" in line
 
 
 def test_the_codec_of_another_model_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,10 @@ def test_the_next_evaluation_fits_nothing_and_finds_the_same(saved: Path, tmp_pa
             "absent: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote",
         ),
         (("ref-llama", "--ranks", "16,24", "--save-codec", "new"), "--ranks 16,24: --save-codec new saves one codec"),
-        (("ref-llama", "--ranks", "16", "--save-codec", "."), ".: the shell is in this folder, which a codec would replace"),
+        (
+            ("ref-llama", "--ranks", "16", "--save-codec", "."),
+            ".: would replace the current directory",
+        ),
         (("ref-llama", "--save-codec", "e.json/new"), "e.json: is a file: name a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import Expected
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.eigen import EigenFit, Point
 from eigencache.fitting.heldout_score import CONTEXT, expected_of, score_held_out
+from eigencache.records.fit import Expected
 
 _CLOSE = 0.005  # relative tolerance of the bits
 _ROUNDS = 20

@@ -9,7 +9,7 @@ from numbers import Real
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import Expected, LiveCardSettings
+from eigencache.codec.saved.live import LiveCardSettings
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
@@ -18,6 +18,7 @@ from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
 from eigencache.fitting.live import LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
 from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of, live_fitting_of
+from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.run import Run
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from eigencache.calibration.session import Session
-from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.records.fit import Expected
 from eigencache.records.quality import Quality, ReadingProtocol
 
 CONTEXT = 2048  # default context length, in tokens, at which a size is evaluated

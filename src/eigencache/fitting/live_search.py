@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, score_held_out
 from eigencache.fitting.live import LiveFit
 from eigencache.kernels.packed.format import BLOCK
+from eigencache.records.fit import Expected
 
 TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # rates, in bits per value, that are scored for a loss
 

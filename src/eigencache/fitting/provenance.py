@@ -7,13 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 from eigencache.codec.pca import PCACodec
-from eigencache.codec.saved.card import CodecOrigin, EigenCardSettings, Expected, LiveCardSettings, PCACardSettings
+from eigencache.codec.saved.card import CodecOrigin
+from eigencache.codec.saved.eigen import EigenCardSettings
+from eigencache.codec.saved.live import LiveCardSettings
+from eigencache.codec.saved.pca import PCACardSettings
 from eigencache.corpora.overlap import sketch
 from eigencache.corpora.sequences import Sequences
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
+from eigencache.records.base import Record
+from eigencache.records.fit import Expected
 from eigencache.records.run import Run
 from eigencache.spectral.rope import Rotation, rope_sha256
 
@@ -28,7 +33,7 @@ class FitProvenance(NamedTuple):
         expected: size and loss on the held-out sequences.
     """
 
-    settings: PCACardSettings | EigenCardSettings | LiveCardSettings
+    settings: Record
     origin: CodecOrigin
     windows: np.ndarray
     expected: Expected | None = None

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from eigencache.codec.base import Cached, EncodedBytes, length_of
 from eigencache.codec.baselines.allocation import ComponentGroup
-from eigencache.codec.baselines.asymmetric import refuse_non_finite
 from eigencache.codec.baselines.kvtc_formats import BITS, from_codes, shift_and_scale, to_codes
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.quantization.bitpack import pack, unpack
+from eigencache.codec.quantization.grouped import require_finite
 from eigencache.errors import CodecError
 
 
@@ -91,7 +91,7 @@ class KVTC:
         """One DEFLATE stream per row. Raises `CodecError` for NaN and for a cache of other layers or shapes."""
         for layer_idx, both in cached.items():
             for x in both:
-                refuse_non_finite(x, f"{self.name}: layer {layer_idx}")
+                require_finite(x, f"{self.name}: layer {layer_idx}")
         known = {(part.layer_idx, part.slot) for kind in self.kinds for part in kind.layout.parts}
         for layer_idx in cached:
             if not {(layer_idx, 0), (layer_idx, 1)} <= known:

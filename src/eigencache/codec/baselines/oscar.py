@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached
-from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
 from eigencache.codec.baselines.turboquant import random_orthogonal
+from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize
 from eigencache.codec.sinks_and_window import WithSinksAndWindow
 from eigencache.errors import CodecError
 
@@ -64,11 +64,11 @@ class OSCAR(PerSlot):
         if basis.shape != (x.shape[1], x.shape[3], x.shape[3]):
             raise CodecError(f"{what} has other heads than {self.name} was fitted for")
         y = clipped(x.float() @ basis, self.clips[slot])
-        return quantized(y, self.bits, min(self.group, y.shape[-1]), what)._asdict()
+        return quantize(y, self.bits, min(self.group, y.shape[-1]), what=what)._asdict()
 
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
         """Vectors again."""
-        y = dequantized(Groups(**parts), self.bits, width, min(self.group, width))
+        y = dequantize(QuantizedGroups(**parts), self.bits, width, min(self.group, width))
         return y @ self.bases[layer_idx, slot].to(y.device).mT
 
 

@@ -22,10 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.lloyd_max import borders, gaussian_codebook
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
 from eigencache.codec.quantization.bitpack import pack, unpack
+from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize
 from eigencache.errors import CodecError
 
 Bits = Literal[2, 3, 4]
@@ -62,7 +62,7 @@ class TurboQuant(PerSlot):
         """Codes and norms; for values as uniform integers their codes, lowest values and steps."""
         bits = self.value_bits if slot else self.bits
         if slot and self.values == "uniform":
-            return quantized(x, bits, x.shape[-1], what)._asdict()
+            return quantize(x, bits, x.shape[-1], what=what)._asdict()
         x = x.float()
         norm = x.norm(dim=-1, keepdim=True)
         small = norm.half()
@@ -77,7 +77,7 @@ class TurboQuant(PerSlot):
         """Norm times direction."""
         bits = self.value_bits if slot else self.bits
         if slot and self.values == "uniform":
-            return dequantized(Groups(**parts), bits, width, width)
+            return dequantize(QuantizedGroups(**parts), bits, width, width)
         numbers = gaussian_codebook(bits).to(parts["codes"].device)
         direction = numbers[unpack(parts["codes"], bits, width).long()] / width**0.5
         if self.renormalized:

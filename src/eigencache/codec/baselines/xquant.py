@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached, Encoded, length_of, owned
-from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized, refuse_non_finite
+from eigencache.codec.base import Cached, Encoded, layers_of, length_of, owned
 from eigencache.codec.layout import Part, Rotations, by_layer, columns_of, rotated, slots_of, unrotated
+from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize, require_finite
 from eigencache.errors import CodecError
 
 Weights = Mapping[int, tuple[Tensor, Tensor | None]]  # layer_idx → [keys and values, hidden], and bias or None
@@ -52,24 +52,24 @@ class XQuant:
             if layer_idx not in self.weights:
                 raise CodecError(f"{self.name} has no weights of layer {layer_idx}: it was made for another model")
             for x in both:
-                refuse_non_finite(x, f"{self.name}: layer {layer_idx}")
+                require_finite(x, f"{self.name}: layer {layer_idx}")
         slots = unrotated(cached, self.rotations, start)
         tensors = {}
         for layer_idx in cached:
             columns = torch.cat([columns_of(slots, part).float() for part in self._parts(layer_idx)], -1)
             bias = self.weights[layer_idx][1]
             x = (columns if bias is None else columns - bias.to(columns)) @ self.inverses[layer_idx].to(columns).mT
-            found = quantized(x, self.bits, min(self.group, x.shape[-1]), f"{self.name}: layer {layer_idx}")
+            found = quantize(x, self.bits, min(self.group, x.shape[-1]), what=f"{self.name}: layer {layer_idx}")
             tensors |= {f"{layer_idx}.{part}": owned(tensor) for part, tensor in found._asdict().items()}
         return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values from the inputs, keys rotated, in the model's dtype."""
         columns: list[tuple[Part, Tensor]] = []
-        for layer_idx in dict.fromkeys(int(name.split(".")[0]) for name in encoded.tensors):
+        for layer_idx in layers_of(encoded.tensors):
             weight, bias = self.weights[layer_idx]
-            groups = Groups(*(encoded.tensors[f"{layer_idx}.{part}"] for part in Groups._fields))
-            x = dequantized(groups, self.bits, weight.shape[1], min(self.group, weight.shape[1]))
+            groups = QuantizedGroups(*(encoded.tensors[f"{layer_idx}.{part}"] for part in QuantizedGroups._fields))
+            x = dequantize(groups, self.bits, weight.shape[1], min(self.group, weight.shape[1]))
             y = x @ weight.to(x).mT
             keys, values = (y if bias is None else y + bias.to(y)).chunk(2, -1)
             columns += zip(self._parts(layer_idx), (keys, values), strict=True)
