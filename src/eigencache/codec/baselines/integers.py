@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
+from eigencache.codec.baselines.registry import BaselineInputs, baseline
 from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize
 
 
@@ -45,3 +46,9 @@ class Integers(PerSlot):
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
         """Return the numbers of the slot."""
         return dequantize(QuantizedGroups(**parts), self.bits, width, min(self.group, width))
+
+
+@baseline("int", "asymmetric integers per token and head")
+def integer_codecs(inputs: BaselineInputs) -> dict[str, Integers]:
+    """Return the codecs of 8, 4, 3 and 2 bits."""
+    return {f"{bits}": Integers(bits, inputs.dtype) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]

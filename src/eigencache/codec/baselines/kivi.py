@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eigencache.codec.base import to_sixteen_bit
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
+from eigencache.codec.baselines.registry import BaselineInputs, baseline
 from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize
 from eigencache.codec.sinks_and_window import WithSinksAndWindow
 
@@ -69,3 +70,15 @@ class KIVI(PerSlot):
 def kivi(bits: Literal[2, 4], dtype: torch.dtype, *, residual: int = 128) -> WithSinksAndWindow:
     """Return KIVI as published, with the last `residual` tokens in 16 bits; `dtype` is the model's."""
     return WithSinksAndWindow(KIVI(bits, dtype), dtype, window=residual)
+
+
+@baseline("kivi", "KIVI, last 128 tokens in 16 bits")
+def kivi_codecs(inputs: BaselineInputs) -> dict[str, WithSinksAndWindow]:
+    """Return the codecs of 4 and 2 bits."""
+    return {f"{bits}": kivi(bits, inputs.dtype) for bits in (4, 2)}  # type: ignore[arg-type]
+
+
+@baseline("kivi-no-window", "KIVI without window")
+def kivi_codecs_without_window(inputs: BaselineInputs) -> dict[str, WithSinksAndWindow]:
+    """Return the codecs of 4 and 2 bits that quantize all tokens."""
+    return {f"{bits}": kivi(bits, inputs.dtype, residual=0) for bits in (4, 2)}  # type: ignore[arg-type]
