@@ -124,7 +124,7 @@ class Capture:
     @property
     def readings(self) -> dict[int, str]:
         """Name of the verified reading of the projection, by layer; complete after the first `run`."""
-        return {layer_idx: found.how for layer_idx, found in self._identified.items() if found}
+        return {layer_idx: identified.how for layer_idx, identified in self._identified.items() if identified}
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[CapturedLayer]:
@@ -149,7 +149,7 @@ class Capture:
             raise NoCacheError(f"{self.geometry.model_type} stored no keys and values in its cache")
         for layer_idx in self.layers:
             if layer_idx not in stored:
-                self._say("stored nothing: no cache of its own", layer_idx)
+                self._say("stored nothing in the cache", layer_idx)
         return [self._assemble(i, *stored[i]) for i in self.layers if i in stored]
 
     @property
