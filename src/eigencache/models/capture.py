@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eigencache.errors import LayerError, NoCacheError, UnsupportedArchitectureError
 from eigencache.geometry import MLA, KVGeometry
 from eigencache.models.adapters import Adapter, Reading, adapter_for
+from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, rotate
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -273,38 +274,6 @@ def check_layers(geometry: KVGeometry, layers: Iterable[int] | None) -> tuple[in
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
-    """Return an ordinary dynamic cache, and a dictionary that receives the keys and values stored in it.
-
-    Args:
-        model: The model.
-        track: Retain the gradients of the stored tensors in a backward pass.
-
-    Returns:
-        The cache, and the latest stored (keys, values) by layer.
-    """
-    cache = DynamicCache(config=model.config)
-    stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def tap(layer_idx: int, layer: Any) -> None:
-        store = layer.update
-
-        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if track:
-                keys, values = (x if x.requires_grad else x.detach().requires_grad_() for x in (keys, values))
-                keys.retain_grad()
-                values.retain_grad()
-            stored[layer_idx] = (keys, values)
-            return store(keys, values, *args, **kwargs)
-
-        layer.update = update
-
-    for layer_idx, layer in enumerate(cache.layers):
-        if hasattr(layer, "update"):
-            tap(layer_idx, layer)
-    return cache, stored
 
 
 def _is_tables(value: Any) -> bool:
