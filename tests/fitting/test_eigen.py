@@ -29,8 +29,8 @@ from eigencache.fitting.eigen import Coefficients, EigenFit, EigenSettings, Poin
 from eigencache.fitting.eigen_basis import basis_of
 from eigencache.fitting.eigen_search import at_bits, at_loss, fit_target
 from eigencache.fitting.token_predictor import MAX_FEATURES, fit_text, previous, vocabulary
-from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
+from eigencache.models.tapped_cache import tapped_cache
 from eigencache.records.quality import ReadingProtocol
 from eigencache.spectral.metric import block_product
 from stub_codecs import bundled, random_sequences, tiny_loaded

@@ -17,7 +17,7 @@ from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.live import LiveSettings, fit_live
 from eigencache.fitting.pca import PCACalibration, PCASettings
-from eigencache.models.capture import tapped_cache
+from eigencache.models.tapped_cache import tapped_cache
 from stub_codecs import random_sequences, tiny_loaded
 
 LENGTH, TOKENS = 40, 140  # of calibration and of what is encoded

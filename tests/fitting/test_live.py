@@ -32,8 +32,8 @@ from eigencache.fitting.live import (
 )
 from eigencache.fitting.live_search import TRIED, fit_live_target
 from eigencache.kernels.packed.format import BLOCK, GROUP, Widths
-from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
+from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
 from stub_codecs import random_sequences, tiny_loaded
 from tiny_models import tiny, token_ids

@@ -12,8 +12,8 @@ from torch import Tensor
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.errors import CodecError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.models.caches.measuring_cache import MeasuringCache, plain_cache
-from eigencache.models.capture import tapped_cache
 from eigencache.models.load import LoadedModel
+from eigencache.models.tapped_cache import tapped_cache
 
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")
 

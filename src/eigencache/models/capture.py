@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from eigencache.errors import LayerError, NoCacheError, UnsupportedArchitectureError
 from eigencache.geometry import MLA, KVGeometry
 from eigencache.models.adapters import Adapter, Reading, adapter_for
+from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import PAIRINGS, Angles, Pairing, angles_from, rotate
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -124,7 +125,7 @@ class Capture:
     @property
     def readings(self) -> dict[int, str]:
         """Name of the verified reading of the projection, by layer; complete after the first `run`."""
-        return {layer_idx: found.how for layer_idx, found in self._identified.items() if found}
+        return {layer_idx: identified.how for layer_idx, identified in self._identified.items() if identified}
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[CapturedLayer]:
@@ -149,7 +150,7 @@ class Capture:
             raise NoCacheError(f"{self.geometry.model_type} stored no keys and values in its cache")
         for layer_idx in self.layers:
             if layer_idx not in stored:
-                self._say("stored nothing: no cache of its own", layer_idx)
+                self._say("stored nothing in the cache", layer_idx)
         return [self._assemble(i, *stored[i]) for i in self.layers if i in stored]
 
     @property
@@ -273,38 +274,6 @@ def check_layers(geometry: KVGeometry, layers: Iterable[int] | None) -> tuple[in
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
-    """Return an ordinary dynamic cache, and a dictionary that receives the keys and values stored in it.
-
-    Args:
-        model: The model.
-        track: Retain the gradients of the stored tensors in a backward pass.
-
-    Returns:
-        The cache, and the latest stored (keys, values) by layer.
-    """
-    cache = DynamicCache(config=model.config)
-    stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def tap(layer_idx: int, layer: Any) -> None:
-        store = layer.update
-
-        def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if track:
-                keys, values = (x if x.requires_grad else x.detach().requires_grad_() for x in (keys, values))
-                keys.retain_grad()
-                values.retain_grad()
-            stored[layer_idx] = (keys, values)
-            return store(keys, values, *args, **kwargs)
-
-        layer.update = update
-
-    for layer_idx, layer in enumerate(cache.layers):
-        if hasattr(layer, "update"):
-            tap(layer_idx, layer)
-    return cache, stored
 
 
 def _is_tables(value: Any) -> bool:

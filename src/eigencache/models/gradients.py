@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from eigencache.models.capture import tapped_cache
+from eigencache.models.tapped_cache import tapped_cache
 
 
 def cache_gradients(
