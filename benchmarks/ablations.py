@@ -1,9 +1,9 @@
-"""What each part of `eigen` is worth, on one model: the tables of docs/ablations.md.
+"""Ablations of the `eigen` codec on one model: the tables of docs/ablations.md.
 
-python benchmarks/ablations.py ref-llama --parts basis,text,block,kept,prediction,size,domain --output ablations.json
+    python benchmarks/ablations.py ref-llama --parts basis,text,block,kept,prediction,size,domain --output ablations.json
 
-At equal bytes: every row has the same bits per value, everything counted, unless it says otherwise. ΔNLL and KL are those of
-the scored text behind a prefix that is held encoded; nothing is fitted on it. Text is not predicted but where a row says so.
+Rows are compared at equal bits per value, with all bytes counted, unless a row says otherwise. ΔNLL and KL are measured on
+held-out text after an encoded prefix. Token prediction is off unless a row names it.
 """
 
 import argparse
@@ -31,36 +31,53 @@ from layer_prediction import fit_layer_prediction
 
 PLAIN = EigenSettings(text=False)
 LENGTH, SCORED = 512, 128
+TITLES = {
+    "basis": "Scope × metric × alpha",
+    "text": "Token prediction, with both metrics",
+    "block": "Block size",
+    "kept": "Sinks and window in 8 bits",
+    "prediction": "Layer l predicted from layer l − 1, at ideal size, against the joint transform",
+    "size": "Calibration tokens",
+    "domain": "Fitted on one domain, tested on another",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One row: a codec, and the words that stand before its figures."""
+    """One row of a table: a codec and its label."""
 
     part: str
     words: tuple[str, ...]
-    rate: float  # bits per value that were asked for
+    rate: float  # requested bits per value
     codec: Codec
 
 
 class Ablations:
-    """One model and its calibration text; `rates`: bits per value at which rows are compared."""
+    """The ablations of one model; each part is a method with the name of the part, and its title is in `TITLES`.
+
+    Args:
+        loaded: The model.
+        text: Specification of the calibration text.
+        other: Specification of a text of another domain; None: no such rows.
+        tokens: Calibration tokens.
+        rates: Bits per value at which rows are compared.
+    """
 
     def __init__(self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...]) -> None:
         self.loaded, self.other, self.tokens, self.rates = loaded, other, tokens, rates
         self.source = CalibrationSet(Session(loaded), self.sequences(text, tokens))
 
     def sequences(self, text: str, tokens: int) -> Sequences:
-        """A text in sequences of 512 tokens."""
+        """Return a text in sequences of 512 tokens."""
         return pack(read_text(text), self.loaded.tokenizer, tokens=tokens, max_length=LENGTH)
 
     def cases(self, parts: list[str]) -> Iterator[Case]:
-        """The rows of the parts, by name."""
+        """Yield the rows of the named parts."""
         for part in parts:
             yield from getattr(self, part)()
 
     def basis(self) -> Iterator[Case]:
-        """Scope x metric x alpha."""
+        """Yield all combinations of scope, metric and alpha."""
         metrics = [("frobenius", 1.0), *((m, a) for m in ("attention", "fisher") for a in (0.5, 0.75, 1.0))]
         for scope in ("head", "layer", "kind", "joint"):
             for metric, alpha in metrics:
@@ -69,26 +86,26 @@ class Ablations:
                 yield from self._at("basis", words, settings)
 
     def text(self) -> Iterator[Case]:
-        """Prediction from the text, with both metrics."""
+        """Yield codecs with and without token prediction, in both metrics."""
         for metric in ("frobenius", "fisher"):
             for text in (False, True):
                 settings = EigenSettings(metric=metric, text=text)
                 yield from self._at("text", (metric, "predicted" if text else "not predicted"), settings)
 
     def block(self) -> Iterator[Case]:
-        """Tokens that decode together."""
+        """Yield codecs of different block sizes."""
         for block in (16, 32, 64, 128, 384):
             yield from self._at("block", (f"{block} tokens",), replace(PLAIN, block=block))
             yield from self._at("block", (f"{block} tokens, text",), EigenSettings(block=block))
 
     def kept(self) -> Iterator[Case]:
-        """Sinks and window in 8 bits."""
+        """Yield codecs with different sinks and windows in 8 bits."""
         for sinks, window in ((0, 0), (1, 0), (4, 0), (0, 4), (0, 16), (4, 16)):
             settings = replace(PLAIN, sinks=sinks, window=window)
             yield from self._at("kept", (f"{sinks} sinks, window of {window}",), settings)
 
     def prediction(self) -> Iterator[Case]:
-        """Layer l from layer l - 1 against the joint transform; the former's size is ideal."""
+        """Yield joint transforms and the prediction of each layer from the one before, whose size is ideal."""
         for scope in ("layer", "joint"):
             yield from self._at("prediction", (scope,), replace(PLAIN, scope=scope))
         joint = fit_eigen(self.source, PLAIN)
@@ -103,14 +120,14 @@ class Ablations:
         return fit_layer_prediction(self.source, PLAIN, step)
 
     def size(self) -> Iterator[Case]:
-        """Calibration tokens."""
+        """Yield codecs fitted on different numbers of tokens."""
         for tokens in (8192, 16_384, 32_768, 65_536, 131_072):
             source = CalibrationSet(self.session, self.sequences("stdlib", tokens))
             yield from self._at("size", (f"{tokens:,} tokens",), PLAIN, source)
             yield from self._at("size", (f"{tokens:,} tokens, text",), EigenSettings(), source)
 
     def domain(self) -> Iterator[Case]:
-        """Fitted on one domain, tested on another."""
+        """Yield codecs fitted on different domains."""
         for text in ("stdlib", *([self.other] if self.other else [])):
             source = CalibrationSet(self.session, self.sequences(text, self.tokens))
             name = Path(text).name
@@ -130,7 +147,13 @@ class Ablations:
 
 
 def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict]:
-    """Every case with its bits per value and its quality."""
+    """Return bits per value and quality of every case, as rows for JSON.
+
+    Args:
+        loaded: The model.
+        cases: The rows.
+        text: The scored text.
+    """
     codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
     scores = score_codecs(
         Session(loaded), text, codecs, ReadingProtocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus
@@ -144,39 +167,39 @@ def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict
 
 
 def tables_of(figures: list[dict]) -> Iterator[Table]:
-    """A table per model, part and text: one row per case, a group of columns per rate."""
+    """Yield one table per model, part and text, with one row per case and a group of columns per rate."""
     for model, part, text in dict.fromkeys((f["model"], f["part"], f["text"]) for f in figures):
-        own = [f for f in figures if (f["model"], f["part"], f["text"]) == (model, part, text)]
-        rates = sorted({f["rate"] for f in own})
+        selected = [f for f in figures if (f["model"], f["part"], f["text"]) == (model, part, text)]
+        rates = sorted({f["rate"] for f in selected})
         columns = ["Row", *(f"{name} at {rate:g}" for rate in rates for name in ("Bits", "ΔNLL", "KL"))]
         rows = []
-        for words in dict.fromkeys(tuple(f["words"]) for f in own):
+        for words in dict.fromkeys(tuple(f["words"]) for f in selected):
             cells = [", ".join(words)]
             for rate in rates:
-                found = next((f for f in own if tuple(f["words"]) == words and f["rate"] == rate), None)
-                quality = Quality(**found["quality"]) if found else None
-                cells += (
-                    [f"{found['bits']:.3f}", interval_cell(quality), f"{quality.kl:.4f}"] if found and quality else ["—"] * 3
-                )
+                figure = next((f for f in selected if tuple(f["words"]) == words and f["rate"] == rate), None)
+                if figure is None:
+                    cells += ["—"] * 3
+                    continue
+                quality = Quality(**figure["quality"])
+                cells += [f"{figure['bits']:.3f}", interval_cell(quality), f"{quality.kl:.4f}"]
             rows.append(tuple(cells))
-        said = (getattr(Ablations, part).__doc__ or part).rstrip(".")
-        yield Table(f"{model}: {said}; scored on {text}", tuple(columns), tuple(rows))
+        yield Table(f"{model}: {TITLES[part]}; scored on {text}", tuple(columns), tuple(rows))
 
 
 def main() -> None:
-    """Print the tables, and write them where asked."""
+    """Run the ablations, print their tables and write their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["ref-llama"])
-    parser.add_argument("--parts", default="basis,text,block,kept,prediction,size,domain")
-    parser.add_argument("--rates", default="0.25,0.5")
-    parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--text", default="stdlib:held-out")
-    parser.add_argument("--other", help="a text of another domain, to fit on", default=None)
-    parser.add_argument("--other-held-out", help="text of that domain to score, apart from the former", default=None)
-    parser.add_argument("--tokens", type=int, default=24_576, help="scored sequences hold so many tokens")
+    parser.add_argument("models", nargs="*", default=["ref-llama"], help="models; default: ref-llama")
+    parser.add_argument("--parts", default=",".join(TITLES), help="parts to measure; default: all")
+    parser.add_argument("--rates", default="0.25,0.5", help="bits per value; default: 0.25,0.5")
+    parser.add_argument("--calibration-tokens", type=int, default=65_536, help="calibration tokens; default: 65536")
+    parser.add_argument("--text", default="stdlib:held-out", help="scored text; default: stdlib:held-out")
+    parser.add_argument("--other", help="calibration text of another domain")
+    parser.add_argument("--other-held-out", help="held-out text of the domain of --other, scored by the part `domain`")
+    parser.add_argument("--tokens", type=int, default=24_576, help="scored tokens; default: 24576")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.add_argument("--output", type=Path, help="write all figures as JSON, part by part")
-    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such JSON, and measure nothing")
+    parser.add_argument("--output", type=Path, help="JSON file of the figures, written after every part")
+    parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such JSON files without measuring")
     arguments = parser.parse_args()
     console = Console()
 
@@ -193,13 +216,13 @@ def main() -> None:
         for part in arguments.parts.split(","):
             cases = list(ablations.cases([part]))
             others = [arguments.other_held_out] if part == "domain" and arguments.other_held_out else []
-            found = [
+            rows = [
                 row
                 for text in [arguments.text, *others]
                 for row in scored(ablations.loaded, cases, ablations.sequences(text, arguments.tokens))
             ]
-            show(found)
-            figures += found
+            show(rows)
+            figures += rows
             if arguments.output:
                 arguments.output.write_text(json.dumps(figures, indent=1))
 

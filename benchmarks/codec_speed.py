@@ -1,11 +1,11 @@
-"""How fast one core brings a cache to bytes and back with `eigen`: MB of 16-bit cache a second, whole and entropy stage.
+"""Speed of the `eigen` codec on one core, in MB of 16-bit cache per second: the whole codec and its entropy coder.
 
     python benchmarks/codec_speed.py [MODEL …] [--bits 0.1,0.4,1.6] [--context 512] [--tokens 65536] [--repeats 9] [--parts]
 
-Whole: from keys and values in 16 bits to a container, and back (transform, quantizer, entropy coder, checksums), with and
-without prediction from the text. Entropy stage: from integers to bytes and back, in blocks of 128 tokens. zstd, at its
-level 1 (`zstd -1`), has the same integers in 8 bits, what does not fit apart. The cache is of text kept apart from fitting.
-Medians; in every repeat all that is compared runs in turn. `--parts`: where the time goes, each part alone.
+Whole codec: from keys and values in 16 bits to a container and back (transform, quantizer, entropy coder, checksums), with
+and without token prediction. Entropy coder: from integers to bytes and back, in blocks of 128 tokens. zstd at level 1
+(`zstd -1`) codes the same integers in 8 bits, with larger ones appended. The cache comes from held-out text. Times are
+medians; all methods run in turn in every repetition. `--parts` adds the time of every step.
 """
 
 import argparse
@@ -28,7 +28,18 @@ from eigencache.models.load import BUNDLED, load
 from eigencache.report.core.table import Table
 from entropy import Bytes, fitted_codecs, zstandard
 
-COLUMNS = ("Model, bits asked", "Kept", "Encode", "Decode", "rANS enc", "rANS dec", "zstd enc", "zstd dec", "enc ÷", "dec ÷")
+COLUMNS = (
+    "Model, bits requested",
+    "Kept",
+    "Encode",
+    "Decode",
+    "rANS enc",
+    "rANS dec",
+    "zstd enc",
+    "zstd dec",
+    "enc ÷",
+    "dec ÷",
+)
 STEPS = (
     "encode",
     "to vectors",
@@ -48,7 +59,13 @@ _CPU = torch.device("cpu")
 
 
 def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
-    """A cache of so many tokens, put together again from all coefficients of sequences kept apart."""
+    """Return a cache of held-out tokens, decoded from all their coefficients.
+
+    Args:
+        fit: A fit with coefficients of held-out sequences.
+        tokens: Number of tokens.
+        dtype: Dtype of the cache.
+    """
     x = fit.transform.mean + fit.transform.decode(fit.held.y[:tokens], 1.0)
     if fit.text is not None and fit.held.ranks is not None:
         x = x + fit.text.predict(fit.held.ranks[None, :tokens], fit.settings.block)[0]
@@ -58,17 +75,24 @@ def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
 
 
 def integers(codec: EigenCodec, cached: Cached, start: int) -> list[np.ndarray]:
-    """What the entropy coder is given, block by block."""
+    """Return the input of the entropy coder by block, each [coefficients, tokens]."""
     symbols = codec._symbols(codec._stored(cached, start))[0].numpy()
-    return [np.ascontiguousarray(symbols[at : at + codec.block].T) for at in range(0, len(symbols), codec.block)]
+    return [np.ascontiguousarray(symbols[first : first + codec.block].T) for first in range(0, len(symbols), codec.block)]
 
 
 def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
-    """Seconds of all that the table shows."""
+    """Return the seconds of every column of the table.
+
+    Args:
+        codec: A fitted codec.
+        cached: The cache to encode.
+        start: Position of its first token.
+        repeats: Timed repetitions.
+    """
     blocks, coder = integers(codec, cached, start), codec._coder
     zstd = Bytes(len(blocks[0]), zstandard.ZstdCompressor(level=1).compress, zstandard.ZstdDecompressor().decompress)
     encoded = codec.encode(cached, start)
-    coded, zipped = ([one.encode(block) for block in blocks] for one in (coder, zstd))
+    coded, zipped = ([stage.encode(block) for block in blocks] for stage in (coder, zstd))
     pairs, zipped_pairs = ([*zip(data, (b.shape[1] for b in blocks), strict=True)] for data in (coded, zipped))
     for (data, tokens), block in zip(pairs, blocks, strict=True):
         assert np.array_equal(coder.decode(data, tokens), block)
@@ -87,7 +111,7 @@ def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: in
 
 
 def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
-    """Seconds of the steps of both ways, each alone."""
+    """Return the seconds of every single step of encoding and decoding; arguments as for `whole_and_entropy`."""
     layout, transform, quantizer, text = codec.layout, codec.transform, codec.quantizer, codec.text
     x = codec._stored(cached, start) - transform.mean
     y = transform.encode(x, codec.step)
@@ -111,12 +135,12 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(BUNDLED))
-    parser.add_argument("--bits", default="0.1,0.4,1.6", help="per value, of the whole container")
-    parser.add_argument("--context", type=int, default=512, help="tokens that are encoded at a time")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--parts", action="store_true")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bits", default="0.1,0.4,1.6", help="bits per value of the container; default: 0.1,0.4,1.6")
+    parser.add_argument("--context", type=int, default=512, help="tokens encoded at a time; default: 512")
+    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens; default: 65536")
+    parser.add_argument("--repeats", type=int, default=9, help="timed repetitions; the median is reported; default: 9")
+    parser.add_argument("--parts", action="store_true", help="also time every step")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, steps, kept = [], [], []
@@ -136,19 +160,17 @@ def main() -> None:
                 rows.append((label, width, *(f"{s:,.0f}" for s in speeds.values()), *(f"{r:.2f}" for r in ratios)))
                 kept.append({"label": label, "kept": width, "tokens": args.context, "mb_per_s": speeds, "seconds": seconds})
                 if args.parts:
-                    found = parts(codec, cached, fit.sinks, args.repeats)
-                    times = {"encode": seconds["encode"], "decode": seconds["decode"]} | found
+                    times = {"encode": seconds["encode"], "decode": seconds["decode"]}
+                    times |= parts(codec, cached, fit.sinks, args.repeats)
                     times |= {"rANS enc": seconds["rans encode"], "rANS dec": seconds["rans decode"]}
                     kept[-1]["parts"] = times
-                    steps.append((label, *(f"{1e3 * times[at]:.2f}" if at in times else "—" for at in STEPS)))
-    note = (
-        f"CPU, one thread, torch {torch.__version__}; {args.context} tokens at a time; MB of 16-bit cache a second, medians"
-    )
-    note += f" of {args.repeats}; ÷: rANS over zstd 1, above 1 rANS is faster"
+                    steps.append((label, *(f"{1e3 * times[step]:.2f}" if step in times else "—" for step in STEPS)))
+    note = f"CPU, one thread, torch {torch.__version__}; {args.context} tokens at a time; MB of 16-bit cache per second, "
+    note += f"medians of {args.repeats}; ÷: speed of rANS / speed of zstd 1"
     console = Console()
-    console.print(Table("eigen: speed of a core", COLUMNS, tuple(rows), notes=(note,)))
+    console.print(Table("eigen: speed on one core", COLUMNS, tuple(rows), notes=(note,)))
     if steps:
-        console.print(Table("Where the time goes, ms", ("Model, bits asked", *STEPS), tuple(steps)))
+        console.print(Table("Time of every step, ms", ("Model, bits requested", *STEPS), tuple(steps)))
     if args.output:
         args.output.write_text(json.dumps(kept, indent=1) + "\n")
 

@@ -1,13 +1,13 @@
-"""Entropy coders on the integers of a fitted `eigen` codec: bytes over the ideal static model's, and speed, all exact.
+"""Comparison of entropy coders on the integers of a fitted `eigen` codec: bytes relative to the ideal length, and speed.
 
     python benchmarks/entropy.py [MODEL …] [--bits 0.1,0.4,1.6] [--tokens 65536] [--repeats 3] [--contexts] [--output JSON]
 
-The integers are those of the coefficients of sequences kept apart; digits of tokens are left out. Every coder gets int32
-[coefficients, tokens] and gives bytes that decode on their own: of blocks of 128 tokens, as random access needs them, and
-of the whole text. The ideal length is Σ −log₂ of the shares that integers have in the text the codec was fitted on, one
-distribution per class of coefficients. Speed is of one thread and counts the way from integers to bytes and back, with
-what a coder needs to be handed; tables and models are made beforehand. `--contexts` gives ideal lengths when a token's
-earlier coefficients choose among 6 tables per class.
+The integers are the quantized coefficients of held-out sequences, without the digits of tokens. Every coder maps int32
+[coefficients, tokens] to bytes that decode independently: blocks of 128 tokens, as random access needs, and the whole text.
+The ideal length is Σ −log₂ p, with p the share of an integer in the calibration text, one distribution per class of
+coefficients. Speed is measured on one thread, from integers to bytes and back, including conversions; tables and models are
+built before. All coders are verified to be lossless. `--contexts` computes ideal lengths with 6 tables per class, which the
+earlier coefficients of a token select.
 """
 
 import argparse
@@ -40,20 +40,23 @@ try:
     import pcodec
     import zstandard
 except ImportError as error:
-    raise SystemExit(
-        f"{error}: the coders compared with are installed by `pip install pcodec constriction zstandard`"
-    ) from error
+    raise SystemExit(f"{error}: install the other coders with `pip install pcodec constriction zstandard`") from error
 
 DEFAULTS = EigenSettings()
 BLOCK = 128
 CONTEXTS = 6
-_MEMORY = 0.9  # of the running magnitude, from one coefficient to the next
-_UNSEEN = 0.5  # counts of all that a text did not hold
-_BACKING = 32  # counts that a class lends to each of its contexts
+_MEMORY = 0.9  # decay of the running magnitude from one coefficient to the next
+_UNSEEN = 0.5  # count of all integers that do not occur in the calibration text
+_BACKING = 32  # prior count of every context, distributed like its class
 
 
 class Models:
-    """Shares of the integers of every class, of a text; what it did not hold is an escape of 32 bits."""
+    """Shares of the integers of every class in a calibration text; an integer that does not occur is an escape of 32 bits.
+
+    Args:
+        fitted: Integers of the calibration text [coefficients, tokens].
+        table_of: Class of every coefficient [coefficients].
+    """
 
     def __init__(self, fitted: np.ndarray, table_of: np.ndarray) -> None:
         self.table_of, self.halves, self.shares = table_of, [], []
@@ -65,14 +68,14 @@ class Models:
             self.shares.append(counts / counts.sum())
 
     def indexed(self, symbols: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the integers of one class stand in its shares, and those that are escaped."""
+        """Return the indices of the integers of one class in its shares, and the escaped integers."""
         values, half = symbols[self.table_of == table].ravel(), self.halves[table]
         inside = np.abs(values) <= half
         seen = self.shares[table][np.where(inside, values + half, -1)] > 0
         return np.where(inside & seen, values + half, 2 * half + 1), values[~(inside & seen)]
 
     def bits(self, symbols: np.ndarray) -> float:
-        """Ideal length of integers [coefficients, tokens]."""
+        """Return the ideal length of integers [coefficients, tokens] in bits."""
         total = 0.0
         for table, shares in enumerate(self.shares):
             index, escaped = self.indexed(symbols, table)
@@ -82,7 +85,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Bytes:
-    """A coder of bytes on int8, coefficient by coefficient; −128 stands for what follows at the end in 32 bits."""
+    """A byte coder on int8 integers, coefficient by coefficient; −128 marks an integer that is appended in 32 bits."""
 
     width: int
     compress: Callable[[bytes], bytes]
@@ -107,7 +110,7 @@ class Bytes:
 
 
 class Pcodec:
-    """Level 8 on int16 where all fit, else int32: one stream per class of coefficients, each with its length before it."""
+    """pcodec at level 8 on int16 (int32 if necessary): one stream per class of coefficients, preceded by its length."""
 
     def __init__(self, table_of: np.ndarray) -> None:
         self.rows = rows_of(table_of)
@@ -121,16 +124,16 @@ class Pcodec:
 
     def decode(self, data: bytes, tokens: int) -> np.ndarray:
         """As `EntropyCoder`."""
-        symbols, at = np.empty((sum(map(len, self.rows)), tokens), np.int32), 0
+        symbols, start = np.empty((sum(map(len, self.rows)), tokens), np.int32), 0
         for rows in self.rows:
-            end = at + 4 + int.from_bytes(data[at : at + 4], "little")
-            symbols[rows] = pcodec.standalone.simple_decompress(data[at + 4 : end]).reshape(-1, tokens)
-            at = end
+            end = start + 4 + int.from_bytes(data[start : start + 4], "little")
+            symbols[rows] = pcodec.standalone.simple_decompress(data[start + 4 : end]).reshape(-1, tokens)
+            start = end
         return symbols
 
 
 class Constriction:
-    """The ANS coder of `constriction` with one categorical model per class, 24 bits a share; escapes come first, counted."""
+    """The ANS coder of `constriction` with a categorical model of 24-bit shares per class, preceded by the escapes."""
 
     def __init__(self, models: Models) -> None:
         self.models, self.rows = models, rows_of(models.table_of)
@@ -150,20 +153,23 @@ class Constriction:
         """As `EntropyCoder`."""
         escaped = np.frombuffer(data, np.int32, int.from_bytes(data[:4], "little"), 4)
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + escaped.nbytes))
-        symbols, at = np.empty((len(self.models.table_of), tokens), np.int32), 0
+        symbols, used = np.empty((len(self.models.table_of), tokens), np.int32), 0
         for rows, half, model in zip(self.rows, self.models.halves, self.coded, strict=True):
             index = coder.decode(model, len(rows) * tokens)
             values = index - np.int32(half)
             if count := int((index > 2 * half).sum()):
-                values[index > 2 * half] = escaped[at : at + count]
-                at += count
+                values[index > 2 * half] = escaped[used : used + count]
+                used += count
             symbols[rows] = values.reshape(-1, tokens)
         return symbols
 
 
 @dataclass(frozen=True)
 class Result:
-    """One coder on one set of integers. `excess`: bytes over the ideal length, less 1; speeds in 10⁶ integers a second."""
+    """Result of one coder on one set of integers.
+
+    `excess` is bytes / ideal length − 1. Speeds are in 10⁶ integers per second.
+    """
 
     model: str
     bits_asked: float
@@ -180,18 +186,18 @@ class Result:
 
 
 def rows_of(table_of: np.ndarray) -> list[np.ndarray]:
-    """The coefficients of every class."""
+    """Return the indices of the coefficients of every class."""
     return [np.flatnonzero(table_of == table) for table in range(int(table_of.max()) + 1)]
 
 
 def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DEFAULTS) -> EigenFit:
-    """A fit on so many tokens of `stdlib`."""
+    """Return a fit on a number of tokens of `stdlib`."""
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=tokens, max_length=calibration_length(loaded))
     return fit_eigen(CalibrationSet(Session(loaded), text), settings)
 
 
 def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarray]:
-    """Integers [coefficients, tokens] of what was fitted on and of what was kept apart, without digits of tokens."""
+    """Return the integers [coefficients, tokens] of calibration text and held-out text, without digits of tokens."""
     pairs = zip(fit.transform.bases, codec.transform.bases, strict=True)
     kept = torch.cat([torch.isin(whole.scale, part.scale) for whole, part in pairs])
     assert int(kept.sum()) == codec.transform.coefficients
@@ -202,7 +208,7 @@ def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarra
 
 
 def without_tokens(codec: EigenCodec) -> EntropyTables:
-    """The tables of coefficients alone: the first rows, with a table each, are digits of tokens."""
+    """Return the tables without those of the digits of tokens, which are the first rows with one table each."""
     tables, count = codec.tables, codec.text.digits.count if codec.text else 0
     return EntropyTables(
         tables.table_of[count:] - count, tables.shifts[count:], tables.halves[count:], tables.starts[count:]
@@ -210,7 +216,7 @@ def without_tokens(codec: EigenCodec) -> EntropyTables:
 
 
 def coders(tables: EntropyTables, lanes: int, models: Models) -> Iterator[tuple[str, EntropyCoder]]:
-    """Every coder that is compared, by name."""
+    """Yield all coders by name."""
     yield f"rANS, {lanes} lanes (ours)", RansCoder(tables, lanes)
     yield "constriction ANS", Constriction(models)
     yield "pcodec 8, per class", Pcodec(tables.table_of)
@@ -221,7 +227,7 @@ def coders(tables: EntropyTables, lanes: int, models: Models) -> Iterator[tuple[
 
 
 def timed(work: Callable[[], list], repeats: int) -> tuple[list, float]:
-    """What it gives, and the median of its seconds; the first time is not counted."""
+    """Return the result of a function and its median time in seconds, without the first call."""
     result, seconds = work(), []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -231,17 +237,31 @@ def timed(work: Callable[[], list], repeats: int) -> tuple[list, float]:
 
 
 def measured(coder: EntropyCoder, symbols: np.ndarray, block: int, repeats: int) -> tuple[int, float, float]:
-    """Bytes, and seconds of encoding and decoding; what is decoded is what was encoded."""
-    blocks = [np.ascontiguousarray(symbols[:, at : at + block]) for at in range(0, symbols.shape[1], block)]
-    data, encoding = timed(lambda: [coder.encode(one) for one in blocks], repeats)
+    """Return bytes, seconds of encoding and seconds of decoding; asserts that decoding is exact.
+
+    Args:
+        coder: The coder.
+        symbols: Integers [coefficients, tokens].
+        block: Tokens per block.
+        repeats: Timed repetitions.
+    """
+    blocks = [np.ascontiguousarray(symbols[:, start : start + block]) for start in range(0, symbols.shape[1], block)]
+    data, encoding = timed(lambda: [coder.encode(integers) for integers in blocks], repeats)
     pairs = list(zip(data, blocks, strict=True))
-    again, decoding = timed(lambda: [coder.decode(one, whole.shape[1]) for one, whole in pairs], repeats)
-    assert all(np.array_equal(one, whole) for one, whole in zip(again, blocks, strict=True))
+    decoded, decoding = timed(lambda: [coder.decode(coded, integers.shape[1]) for coded, integers in pairs], repeats)
+    assert all(np.array_equal(result, integers) for result, integers in zip(decoded, blocks, strict=True))
     return sum(map(len, data)), encoding, decoding
 
 
 def compare(name: str, fit: EigenFit, bits: float, repeats: int) -> Iterator[Result]:
-    """Every coder at one rate, in blocks and as a whole."""
+    """Yield the results of every coder at one rate, in blocks and for the whole text.
+
+    Args:
+        name: Name of the model.
+        fit: A fit of the model.
+        bits: Bits per value.
+        repeats: Timed repetitions.
+    """
     codec = at_bits(fit, bits).codec
     tables = without_tokens(codec)
     fitted, symbols = integers_of(fit, codec)
@@ -258,23 +278,23 @@ def compare(name: str, fit: EigenFit, bits: float, repeats: int) -> Iterator[Res
 
 
 def losses(fit: EigenFit, bits: float) -> tuple[str, ...]:
-    """Where our bytes go beyond the ideal length, each as a share of it."""
+    """Return the components of our bytes beyond the ideal length, as shares of it, for a row of a table."""
     codec = at_bits(fit, bits).codec
     tables = without_tokens(codec)
     fitted, symbols = integers_of(fit, codec)
     ideal, coder = Models(fitted, tables.table_of).bits(symbols), RansCoder(tables, codec.lanes)
-    blocks = [symbols[:, at : at + BLOCK] for at in range(0, symbols.shape[1], BLOCK)]
+    blocks = [symbols[:, start : start + BLOCK] for start in range(0, symbols.shape[1], BLOCK)]
     coded = 8 * sum(len(coder.encode(np.ascontiguousarray(block))) for block in blocks)
     in_tables = tables.bits(symbols)
     high = symbols >> tables.shifts[tables.table_of][:, None]
     escaped = int((np.abs(high) > tables.halves[tables.table_of][:, None]).sum())
-    states = len(blocks) * codec.lanes * 16  # a state holds 16 bits of what was coded, and takes 32
+    states = len(blocks) * codec.lanes * 16  # a state of 32 bits has 16 bits of coded data
     parts = (in_tables - ideal, states, coded - in_tables - states)
     return (*(f"{part / ideal:+.2%}" for part in parts), f"{escaped / symbols.size:.1e}", f"{coded / ideal - 1:+.2%}")
 
 
 def contexts_of(symbols: np.ndarray, means: np.ndarray) -> Iterator[np.ndarray]:
-    """Per coefficient, how large a token's earlier ones were, of what they are on average [tokens]."""
+    """Yield for each coefficient the running magnitude of the earlier ones of a token, relative to their means [tokens]."""
     running = np.ones(symbols.shape[1])
     for row, mean in zip(symbols, means, strict=True):
         yield running
@@ -282,34 +302,40 @@ def contexts_of(symbols: np.ndarray, means: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def in_contexts(fitted: np.ndarray, symbols: np.ndarray, table_of: np.ndarray) -> float:
-    """Ideal length in bits when the running magnitude of a token's earlier integers chooses one of 6 tables."""
+    """Return the ideal length in bits if the running magnitude of the earlier integers of a token selects one of 6 tables.
+
+    Args:
+        fitted: Integers of the calibration text [coefficients, tokens].
+        symbols: Integers of the held-out text [coefficients, tokens].
+        table_of: Class of every coefficient [coefficients].
+    """
     means = np.abs(fitted).mean(1) + 1e-3
-    seen, met = (np.stack(list(contexts_of(part, means))) for part in (fitted, symbols))
+    fitted_contexts, contexts = (np.stack(list(contexts_of(part, means))) for part in (fitted, symbols))
     total = 0.0
     for rows in rows_of(table_of):
         values, half = fitted[rows].ravel(), int(np.abs(fitted[rows]).max()) + 1
-        edges = np.quantile(seen[rows], np.linspace(0, 1, CONTEXTS + 1)[1:-1])
-        chosen = np.searchsorted(edges, seen[rows].ravel())
+        edges = np.quantile(fitted_contexts[rows], np.linspace(0, 1, CONTEXTS + 1)[1:-1])
+        chosen = np.searchsorted(edges, fitted_contexts[rows].ravel())
         counts = np.bincount(values + half, minlength=2 * half + 1)
         shares = np.append(counts, _UNSEEN) / (counts.sum() + _UNSEEN)
-        own = np.stack([np.bincount(values[chosen == i] + half, minlength=2 * half + 2) for i in range(CONTEXTS)])
-        own = (own + _BACKING * shares) / (own.sum(1, keepdims=True) + _BACKING)
-        found = symbols[rows].ravel()
-        index = np.where(np.abs(found) <= half, found + half, -1)
+        tables = np.stack([np.bincount(values[chosen == i] + half, minlength=2 * half + 2) for i in range(CONTEXTS)])
+        tables = (tables + _BACKING * shares) / (tables.sum(1, keepdims=True) + _BACKING)
+        coded = symbols[rows].ravel()
+        index = np.where(np.abs(coded) <= half, coded + half, -1)
         index = np.where(shares[index] > 0, index, -1)
-        total += -np.log2(own[np.searchsorted(edges, met[rows].ravel()), index]).sum() + 32 * (index == -1).sum()
+        total += -np.log2(tables[np.searchsorted(edges, contexts[rows].ravel()), index]).sum() + 32 * (index == -1).sum()
     return float(total)
 
 
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(BUNDLED))
-    parser.add_argument("--bits", default="0.1,0.4,1.6", help="per value, of the whole container")
-    parser.add_argument("--tokens", type=int, default=65_536, help="of calibration; one in 8 is kept apart and coded")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--contexts", action="store_true", help="ideal lengths with adaptive contexts, and no coders")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED), help="models; default: all bundled models")
+    parser.add_argument("--bits", default="0.1,0.4,1.6", help="bits per value of the container; default: 0.1,0.4,1.6")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens, one in 8 held out and coded; default: 65536")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the median is reported; default: 3")
+    parser.add_argument("--contexts", action="store_true", help="compute ideal lengths with contexts, without coders")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, rates, results = Console(), [float(bits) for bits in args.bits.split(",")], []
@@ -325,22 +351,22 @@ def main() -> None:
                 adaptive = in_contexts(fitted, symbols, table_of) / values
                 contexts.append((f"{name}, {bits:g}", f"{static:.4f}", f"{adaptive:.4f}", f"{adaptive / static - 1:+.2%}"))
                 continue
-            found = list(compare(name, fit, bits, args.repeats))
-            results += found
+            measurements = list(compare(name, fit, bits, args.repeats))
+            results += measurements
             spent.append((f"{name}, {bits:g}", *losses(fit, bits)))
-            console.print(table_of_results(found))
+            console.print(table_of_results(measurements))
     if args.contexts:
-        columns = ("Model, bits asked", "Static, bits per value", "6 contexts", "Change")
-        console.print(Table("Ideal length of coefficients, static and in contexts", columns, tuple(contexts)))
+        columns = ("Model, bits requested", "Static, bits per value", "6 contexts", "Change")
+        console.print(Table("Ideal length of coefficients, with static tables and with contexts", columns, tuple(contexts)))
     else:
-        columns = ("Model, bits asked", "EntropyTables", "States", "Rest", "Share escaped", "Together")
-        console.print(Table(f"rANS in blocks of {BLOCK}, over the ideal length", columns, tuple(spent)))
+        columns = ("Model, bits requested", "Tables", "States", "Other", "Share escaped", "Total")
+        console.print(Table(f"rANS in blocks of {BLOCK}: bytes beyond the ideal length", columns, tuple(spent)))
     if args.output:
         args.output.write_text(json.dumps([asdict(result) for result in results] or contexts, indent=1) + "\n")
 
 
 def table_of_results(results: list[Result]) -> Table:
-    """All coders at one rate of one model, a row each."""
+    """Return a table of all coders at one rate of one model."""
     first, half = results[0], len(results) // 2
     rows = []
     for block, whole in zip(results[:half], results[half:], strict=True):
@@ -351,8 +377,8 @@ def table_of_results(results: list[Result]) -> Table:
     title = (
         f"{first.model} at {first.bits_asked:g} bits per value: {first.coefficients} coefficients of {first.tokens:,} tokens"
     )
-    ideal = f"bytes over the ideal static model's, which are {first.ideal_bits_per_value:.4f} bits per value"
-    return Table(title, columns, tuple(rows), notes=(f"{ideal}; million integers a second, one thread, medians",))
+    ideal = f"bytes beyond the ideal length of static tables, {first.ideal_bits_per_value:.4f} bits per value"
+    return Table(title, columns, tuple(rows), notes=(f"{ideal}; million integers per second, one thread, medians",))
 
 
 if __name__ == "__main__":

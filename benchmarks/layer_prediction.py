@@ -1,7 +1,7 @@
-"""Layer after layer, not all at once: keys and values predicted from the decoded layer before, the rest coded.
+"""A codec that predicts each layer from the decoded layer before and codes the residual.
 
-What the joint transform is compared with in docs/ablations.md. Closed loop: prediction is from what a decoder has. Its size
-is the ideal length of its static tables, no headers and no states counted, which favors it.
+docs/ablations.md compares it with the joint transform. Prediction is closed-loop: it uses the vectors that the decoder has.
+The size is the ideal code length of the static tables without headers and coder states, which favors this codec.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from eigencache.fitting.eigen_basis import basis_of, scaled_metrics
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One layer: what predicts it from the decoded layer before [before, width], and the codec of the rest."""
+    """One layer: its columns, weights [before, width] that predict it from the layer before, and a codec of the residual."""
 
     columns: Tensor
     weights: Tensor | None
@@ -29,7 +29,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class LayerPrediction:
-    """Stages in the order of layers, one step for all."""
+    """A codec of stages in the order of layers, with one quantization step for all."""
 
     layout: Layout
     mean: Tensor
@@ -38,7 +38,7 @@ class LayerPrediction:
     nbytes: int = 0
 
     def encode(self, cached: Cached, start: int) -> EncodedBytes:
-        """What a decoder would have, kept in the open, and a string as long as its code per row."""
+        """Encode and decode a cache; return zero bytes of the ideal length for every row, and store the decoded cache."""
         x = self.layout.vectors(cached, start) - self.mean
         decoded, bits = torch.zeros_like(x), torch.zeros(len(x))
         before = None
@@ -54,12 +54,18 @@ class LayerPrediction:
         return EncodedBytes(tuple(bytes(int(b / 8)) for b in bits), start, length_of(cached))
 
     def decode(self, encoded: EncodedBytes) -> dict[int, tuple[Tensor, Tensor]]:
-        """What was decoded while encoding."""
+        """Return the cache that `encode` decoded."""
         return by_layer(self.__dict__["decoded"], torch.float32)
 
 
 def fit_layer_prediction(source: CalibrationSet, settings: EigenSettings, step: float) -> LayerPrediction:
-    """Stages fitted one after the other, each on what those before it decode at this step."""
+    """Fit the stages in order, each on the layer before as decoded at this step.
+
+    Args:
+        source: Calibration data.
+        settings: Settings of the codec of every stage.
+        step: Quantization step.
+    """
     layout, metrics = source.samples.layout, source.metric(settings.metric)
     mean = source.samples.vectors.mean(0)
     x, held = source.samples.vectors - mean, source.held.vectors - mean
@@ -92,14 +98,14 @@ def fit_layer_prediction(source: CalibrationSet, settings: EigenSettings, step: 
         )
         codec = fit.at_step(step).codec
         stages.append(Stage(columns, weights, codec))
-        again = [_again(codec, part) for part in (rest, held_rest)]
+        decoded = [_decoded(codec, part) for part in (rest, held_rest)]
         before, held_before = (
-            a if weights is None else a + b @ weights for a, b in zip(again, (before, held_before), strict=True)
+            a if weights is None else a + b @ weights for a, b in zip(decoded, (before, held_before), strict=True)
         )
     return LayerPrediction(layout, mean, tuple(stages), f"layer from layer {step:.3g}")
 
 
-def _again(codec: EigenCodec, rest: Tensor) -> Tensor:
+def _decoded(codec: EigenCodec, rest: Tensor) -> Tensor:
     q = codec.quantizer.quantize(codec.transform.encode(rest, codec.step))
     return codec.transform.decode(codec.quantizer.dequantize(q), codec.step)
 

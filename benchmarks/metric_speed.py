@@ -1,9 +1,10 @@
-"""Time of measuring a metric over that of a plain forward pass on the same tokens, in one run.
+"""Time of measuring a metric, relative to a plain forward pass on the same tokens.
 
     python benchmarks/metric_speed.py [--tokens 32768] [--repeats 3] [MODEL …]
 
-The plain pass is that of `probe_speed.py`, in batches of 4 as the metrics are measured; the ratio is that of the fastest
-repeats. Fisher: a forward pass with logits and a backward pass through activations. Attention: queries and keys alone.
+The plain forward pass is that of `probe_speed.py` in batches of 4, the batch size of the metrics. The ratio is that of the
+fastest repetitions. `fisher` is a forward pass with logits and a backward pass through activations; `attention` needs only
+queries and keys.
 """
 
 import argparse
@@ -28,7 +29,7 @@ BATCH_SIZE = 4
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return the seconds that a function takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -37,16 +38,16 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(BUNDLED))
-    parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("models", nargs="*", default=list(BUNDLED), help="models; default: all bundled models")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens; default: 32768")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions; the fastest counts; default: 3")
     args = parser.parse_args()
     rows = []
     for name in args.models:
         loaded = load(name)
         sequences = pack(read_text("stdlib"), loaded.tokenizer, tokens=args.tokens, max_length=loaded.default_length)
         rotations = rotations_of(loaded)
-        plain_pass(loaded, sequences, BATCH_SIZE)  # warm
+        plain_pass(loaded, sequences, BATCH_SIZE)  # warm-up
         times = [
             (
                 plain_pass(loaded, sequences, BATCH_SIZE),
@@ -59,7 +60,7 @@ def main() -> None:
         rows.append((name, f"{sequences.corpus.tokens:,}", f"{fisher / plain:.2f}", f"{attention / plain:.2f}"))
     note = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, fastest of {args.repeats}"
     columns = ("Model", "Tokens", "Fisher", "Attention")
-    Console().print(Table("Metrics over plain forward pass", columns, tuple(rows), notes=(note,)))
+    Console().print(Table("Time of metrics / time of a plain forward pass", columns, tuple(rows), notes=(note,)))
 
 
 if __name__ == "__main__":

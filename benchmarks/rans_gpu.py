@@ -1,10 +1,11 @@
-"""Decoding entropy-coded blocks on a GPU, in GB/s of the 16-bit cache they stand for, over the copy bandwidth of one run.
+"""Decoding entropy-coded blocks on a GPU, in GB/s of the 16-bit cache that they represent, against the copy bandwidth.
 
     python benchmarks/rans_gpu.py [--tokens 8192 16384 32768 65536] [--lanes 16] [--repeats 20]
 
-Blocks of 128 tokens of a cache as that of Llama 3 8B, 65,536 numbers a token, of which 6 % are coded coefficients, at
-about 1.2 bits; 16 different blocks, over and over. `Kernel`: words and tables on the GPU, integers written there. `All`:
-from bytes in memory to checked integers on the GPU. `Copy`: of the 16-bit cache within the GPU. Fastest of repeats.
+The blocks have 128 tokens of a cache like that of Llama 3 8B: 65,536 numbers per token, of which 6 % are coded coefficients
+of about 1.2 bits. 16 different blocks are repeated. `Kernel`: words and tables are on the GPU, integers are written there.
+`All`: from bytes in memory to checked integers on the GPU. `Copy`: the 16-bit cache is copied within the GPU. Times are the
+fastest of all repeats.
 """
 
 import argparse
@@ -17,15 +18,15 @@ from rich.console import Console
 from eigencache.codec.eigen.entropy_coder import RansCoder
 from eigencache.codec.eigen.entropy_tables import EntropyTables, fit_tables
 from eigencache.errors import CodecError
-from eigencache.kernels.rans.backend import chosen
+from eigencache.kernels.rans.backend import choose_backend
 from eigencache.report.core.table import Table
 
 NUMBERS, COEFFICIENTS, BLOCK, DIFFERENT, CLASSES = 65_536, 3_932, 128, 16, 40
-SCALES = np.geomspace(3, 0.02, COEFFICIENTS)  # in steps; Laplacian
+SCALES = np.geomspace(3, 0.02, COEFFICIENTS)  # of Laplace distributions, in quantization steps
 
 
 def coded_blocks(lanes: int) -> tuple[EntropyTables, list[bytes]]:
-    """Tables, and different blocks."""
+    """Return tables and `DIFFERENT` encoded blocks."""
     rng = np.random.default_rng(0)
     symbols = np.rint(rng.laplace(size=(COEFFICIENTS, DIFFERENT * BLOCK)) * SCALES[:, None]).astype(np.int32)
     tables = fit_tables(symbols, np.arange(COEFFICIENTS) * CLASSES // COEFFICIENTS)
@@ -34,7 +35,7 @@ def coded_blocks(lanes: int) -> tuple[EntropyTables, list[bytes]]:
 
 
 def fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds on the GPU's clock, which waits for what the host does between; after a run that is not counted."""
+    """Return the shortest time in seconds by the GPU's clock, the host's work included, after one run to warm up."""
     work()
     times = []
     for _ in range(repeats):
@@ -51,15 +52,15 @@ def fastest(work: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8_192, 16_384, 32_768, 65_536])
-    parser.add_argument("--lanes", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8_192, 16_384, 32_768, 65_536], help="context lengths")
+    parser.add_argument("--lanes", type=int, default=16, help="states of a block; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=20, help="runs per measurement; default: %(default)s")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("there is no CUDA device: what is measured here is a GPU")
+        parser.error("there is no CUDA device: this benchmark measures a GPU")
     device = torch.device("cuda")
     try:
-        chosen("triton", device)
+        choose_backend("triton", device)
     except CodecError as error:
         parser.error(str(error))
     from eigencache.kernels.rans.triton import decode_blocks, launch, upload_blocks

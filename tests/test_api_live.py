@@ -1,4 +1,4 @@
-"""`fit(live=…)`, `CompressedCache`, `compressed`: a model generates from packed bytes while asked to, then as before."""
+"""`fit(live=…)`, `CompressedCache`, `compressed`: a model generates from packed blocks inside, and as before afterwards."""
 
 import contextlib
 import shutil
@@ -32,7 +32,7 @@ TEXT = "def mean(numbers):\n    return sum(numbers) / len(numbers)\n\n\n" * 12
 
 @pytest.fixture(scope="module")
 def own() -> LoadedModel:
-    """A model of one's own: a compressed cache changes what its attention goes through."""
+    """A model of this module alone, because compressed caches add hooks to it."""
     return load("ref-llama", device="cpu")
 
 
@@ -52,7 +52,7 @@ def codec(own: LoadedModel) -> CacheCodec:
 
 @pytest.fixture
 def model(own: LoadedModel) -> Iterator[Any]:
-    """The model as it was loaded, whatever a test does to it."""
+    """The model, which is restored after each test."""
     before = own.model.config._attn_implementation or "eager"
     yield own.model
     for name in ("forward", "generate"):
@@ -75,7 +75,7 @@ def ids(own: LoadedModel) -> torch.Tensor:
 
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:
-    """Four tokens, with the cache they were generated from."""
+    """Generate four tokens, and return them with their cache."""
     return model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, **GREEDY | options)
 
 
@@ -194,13 +194,13 @@ def test_one_inside_another_ends_as_before_too(model, codec: CacheCodec, ids) ->
     is_as_before(model, ids, attention, logits)
 
 
-# What is refused
+# Refusals
 
 
 def test_a_codec_without_a_live_part_is_refused_and_the_model_left_alone(model, codec: CacheCodec, ids) -> None:
     attention, logits = model.config._attn_implementation, forward(model, ids, use_cache=True).logits
     for without in (CacheCodec(codec.loaded, codec.codec, codec.fitted), codec.codec, None):
-        words = r"this codec has no part for a live cache: fit it with `--live` \(fit\(..., live=True\) in Python\)"
+        words = r"`codec` has no live codec: fit it again with `live`"
         with pytest.raises(CodecError, match=words):
             CompressedCache(model, without)
         with pytest.raises(CodecError, match=words), eigencache.compressed(model, without):
@@ -214,13 +214,13 @@ def test_another_model_is_refused_and_left_alone(codec: CacheCodec) -> None:
     words = "the model is not the one that this codec was fitted on: other weights, another configuration"
     with pytest.raises(CodecError, match=words), eigencache.compressed(other, codec):
         pytest.fail("nothing is run")
-    words = r"layers \[3, 4, 5, 6\]: the model caches none there, this codec was fitted on another model"
+    words = r"the codec has layers \[3, 4, 5, 6\], in which the model has no cache. It was fitted on another model"
     with pytest.raises(CodecError, match=words), eigencache.compressed(other, codec.live):
         pytest.fail("nothing is run")
     assert other.config._attn_implementation == before and "generate" not in vars(other)
 
 
-# In a folder
+# Saved codecs
 
 
 def test_what_was_saved_and_loaded_packs_the_same_bytes(model, codec: CacheCodec, own, folder: Path, ids) -> None:
@@ -242,7 +242,7 @@ def test_a_folder_without_a_live_part_is_loaded_without_one(model, own, folder: 
     shutil.copytree(folder, tmp_path / "stored", ignore=shutil.ignore_patterns(LIVE))
     again = CacheCodec.load(tmp_path / "stored", own.model, own.tokenizer)
     assert again.live is None
-    with pytest.raises(CodecError, match="has no part for a live cache"):
+    with pytest.raises(CodecError, match="has no live codec"):
         CompressedCache(model, again)
 
 
@@ -255,7 +255,7 @@ def test_a_codec_without_a_live_part_replaces_one_with_it_whole(codec: CacheCode
     assert files(place) == {name: data for name, data in files(folder).items() if not name.startswith(LIVE)}
 
 
-# What is asked for
+# Goals of the fit
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,6 @@ def test_inside_a_cache_is_made_whatever_way_it_is_asked_for(model, codec: Cache
 def test_a_file_of_the_users_own_beside_the_live_part_is_left_alone(codec: CacheCodec, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "codec")
     (tmp_path / "codec" / LIVE / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other things than a codec and is left alone"):
+    with pytest.raises(OutputError, match="holds other files than a codec and was not changed"):
         codec.save(tmp_path / "codec")
     assert (tmp_path / "codec" / LIVE / "thesis.txt").read_text() == "mine"

@@ -99,13 +99,16 @@ def test_a_few_tokens_behind_padding_need_their_positions(codec: CacheCodec, ids
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"attention_mask": torch.ones(1, 5)}, r"`attention_mask` is \[1, 5\]: the cache holds 1 row of 190 tokens"),
-        ({"attention_mask": torch.ones(190, 1)}, r"`attention_mask` is \[190, 1\]"),
+        (
+            {"attention_mask": torch.ones(1, 5)},
+            r"`attention_mask` is of shape \[1, 5\], but the cache has 1 row of 190 tokens",
+        ),
+        ({"attention_mask": torch.ones(190, 1)}, r"`attention_mask` is of shape \[190, 1\]"),
         ({"attention_mask": torch.zeros(1, 190)}, "0 everywhere"),
-        ({"attention_mask": torch.arange(190, 0, -1)[None] > 9}, "padding behind a token"),
-        ({"position_ids": torch.arange(9)[None]}, r"`position_ids` are \[1, 9\]"),
-        ({"position_ids": torch.zeros(1, 190, dtype=torch.int64)}, "do not go up by 1"),
-        ({"position_ids": torch.arange(-1, 189)[None]}, "do not go up by 1"),
+        ({"attention_mask": torch.arange(190, 0, -1)[None] > 9}, "padding after a token"),
+        ({"position_ids": torch.arange(9)[None]}, r"`position_ids` are of shape \[1, 9\]"),
+        ({"position_ids": torch.zeros(1, 190, dtype=torch.int64)}, "must increase by 1"),
+        ({"position_ids": torch.arange(-1, 189)[None]}, "must increase by 1"),
     ],
 )
 def test_masks_and_positions_that_do_not_fit_are_refused(arguments: dict, words: str, codec, ids) -> None:

@@ -1,4 +1,4 @@
-"""What a model caches is told from its configuration alone, and it is what its cache then holds."""
+"""The geometry read from a configuration equals what the cache of the model holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def geometry_of(model_type: str, **options: Any) -> KVGeometry:
     return geometry_from_config(CONFIG_MAPPING[model_type](**options))
 
 
-# attention, layers with a cache, KV heads, head_dim, rotary_dim (None: no rotation), numbers cached per token
+# attention, layers with a cache, KV heads, head_dim, rotary_dim (None: no rotation), values cached per token
 EXPECTED: dict[str, tuple[str, dict[str, Any], tuple]] = {
     "gpt2": ("gpt2", {}, ("MHA", 12, 12, 64, None, 12 * 2 * 768)),
     "gpt_neox": ("gpt_neox", {}, ("MHA", 44, 64, 96, 24, 44 * 2 * 6144)),
@@ -151,11 +151,11 @@ def test_rotation_by_several_position_axes_is_refused() -> None:
 
 
 def test_a_cache_of_its_own_kind_is_refused() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="deepseek_v4 keeps a cache of its own kind"):
+    with pytest.raises(UnsupportedArchitectureError, match="deepseek_v4 uses a cache of another kind than keys and values"):
         geometry_of("deepseek_v4")
 
 
-# One layer of mistral_large4 does not rotate and stores no rotary key, which its geometry does not tell apart.
+# One layer of mistral_large4 does not rotate and stores no rotary key; its geometry does not distinguish that layer.
 CACHED = sorted(set(tiny_models.available()) - set(tiny_models.NO_CACHE_NAMES) - {"qwen3_5_text", "mistral_large4"})
 
 

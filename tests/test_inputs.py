@@ -1,4 +1,4 @@
-"""Models, tokenizers and texts in every form that callers have them in, and one line for what is none of them."""
+"""Models, tokenizers and texts are accepted in every documented form; anything else is refused with one line."""
 
 import re
 from pathlib import Path
@@ -42,15 +42,15 @@ def test_rows_and_columns_of_a_dataset_are_texts() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (None, "`text` is a NoneType: give a name such as 'stdlib', a path, or an iterable of strings"),
+        (None, "`text` is a NoneType: pass a name such as 'stdlib', a path, or an iterable of strings"),
         (b"bytes", "`text` is a bytes"),
         ({"train": []}, "`text` is a dict"),
         (3, "`text` is a int"),
-        ([b"bytes"], "document 0 is a bytes: give"),
+        ([b"bytes"], "document 0 is a bytes: pass"),
         (["one", {"content": "two"}], 'document 1 is a dict without a string "text"'),
-        (["one", "two \ud800"], r"document 1: character 4 is no text ('\ud800'): decode the file it came from with errors="),
-        ([], "no text in it"),
-        (["", " "], "no text in it"),
+        (["one", "two \ud800"], r"document 1: character 4 ('\ud800') cannot be encoded as UTF-8: decode its source"),
+        ([], "the text is empty or only whitespace"),
+        (["", " "], "the text is empty or only whitespace"),
         ([Path("absent.txt")], "absent.txt"),
     ],
 )
@@ -71,11 +71,9 @@ def test_a_model_and_a_tokenizer_may_be_names_paths_or_objects() -> None:
 
 def test_what_is_no_model_is_named() -> None:
     known = bundled("ref-llama")
-    with pytest.raises(
-        ModelError, match="`model` is a LlamaConfig: give a loaded model of transformers, a name or a folder"
-    ):
+    with pytest.raises(ModelError, match="`model` is a LlamaConfig: pass a loaded transformers model, a name or a folder"):
         model_of(known.model.config, known.tokenizer)
-    with pytest.raises(ModelError, match="`tokenizer` is missing: a loaded model needs its own"):
+    with pytest.raises(ModelError, match="`tokenizer` is missing: pass it as the argument after"):
         model_of(known.model)
     base = AutoModel.from_pretrained(bundled_path("ref-llama"))
     with pytest.raises(
@@ -94,7 +92,7 @@ def test_prefix_tuning_is_refused_before_the_work() -> None:
 
 def test_a_goal_of_words_and_a_folder_in_place_of_a_codec_are_named() -> None:
     known = bundled("ref-llama")
-    with pytest.raises(BudgetError, match="bits '2': must be a number, not a str"):
+    with pytest.raises(BudgetError, match="`bits`='2' must be a number above 0, not a str"):
         eigencache.fit(known.model, known.tokenizer, bits="2")  # type: ignore[arg-type]
-    with pytest.raises(CodecError, match=r"here: a live cache takes a codec, not its folder: give CacheCodec.load\("):
+    with pytest.raises(CodecError, match=r"`codec` is the path .*here, not a codec: load it with CacheCodec.load\("):
         eigencache.CompressedCache(known.model, Path("here"))

@@ -1,4 +1,4 @@
-"""A caller's autocast or inference mode changes nothing: not the bytes, and not what a later call makes of them."""
+"""Autocast and inference mode of the caller change neither the bytes nor the results of later calls."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_bytes_and_what_comes_of_them_are_those_of_any_mode(
     ids = torch.randint(1, 4000, (1, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = own.model(ids, use_cache=True).past_key_values
-    fresh = CacheCodec(own, copy.deepcopy(codec.codec))  # nothing of it has been used
+    fresh = CacheCodec(own, copy.deepcopy(codec.codec))  # has no cached constants yet
     with mode():
         inside = fresh.encode(cache)
         decoded = fresh.decode(inside)

@@ -18,8 +18,8 @@ from eigencache.cli.app import main
 from eigencache.kernels import compiled
 from eigencache.kernels.packed import vnni
 from eigencache.models.load import load
-from eigencache.studies.eigen_fit import EigenSettings
-from eigencache.studies.fit import LiveGoal
+from eigencache.fitting.eigen import EigenSettings
+from eigencache.fitting.fit import LiveGoal
 
 
 def run(arguments):

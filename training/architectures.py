@@ -1,6 +1,6 @@
-"""The four bundled models: KV width relative to the hidden size as in the family each stands for.
+"""Architectures of the four bundled models, with the ratio of KV width to hidden size of the family that each represents.
 
-| name | stands for | KV width / hidden size | of the family |
+| name | features | KV width / hidden size | of the family |
 |---|---|---|---|
 | ref-gpt2 | MHA, learned positions | 2.0 | GPT-2: 2.0 |
 | ref-llama | GQA, RoPE | 0.5 | Llama-3-8B: 0.5 |
@@ -21,7 +21,7 @@ _SHARED = {
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of one bundled model by its name."""
+    """Return the configuration of a bundled model by its name."""
     match name:
         case "ref-gpt2":
             return GPT2Config(
@@ -45,4 +45,4 @@ def config_of(name: str) -> PreTrainedConfig:
                 qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
                 n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=1, first_k_dense_replace=6,
             )  # fmt: skip
-    raise SystemExit(f"no bundled model is called {name!r}")
+    raise SystemExit(f"{name}: no such bundled model: use ref-gpt2, ref-llama, ref-qwen2 or ref-deepseek")

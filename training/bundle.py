@@ -1,9 +1,9 @@
-"""Put trained models into the package: weights, tokenizer and a card whose figures are measured here and now.
+"""Copy trained models into the package: weights, tokenizer and a model card with measured figures.
 
     python training/bundle.py --models build/models --data build/training
 
-Reads what `train.py` and `prepare.py` wrote; writes src/eigencache/bundled/NAME. The scores are those that
-`eigencache score` prints.
+Reads the output of `train.py` and `prepare.py`, and writes src/eigencache/bundled/NAME. The figures of the card equal the
+output of `eigencache score`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from eigencache.models.load import BUNDLED, bundled_path, load
 from eigencache.studies.model_quality import score_model
 
 MAX_BYTES = 12_000_000
-MIN_COPY_ACCURACY = 0.9  # what a bundled model should reach
+MIN_COPY_ACCURACY = 0.9  # below it the card calls the model under-trained
 END_OF_TEXT = "<|endoftext|>"
 CARD = """---
 license: apache-2.0
@@ -28,8 +28,8 @@ tags: [eigencache, reference]
 ---
 # {name}
 
-A small {architecture} that stands for its family in measurements of the KV cache: {geometry}.
-It is real and small: trained, not a useful language model. {copying}
+A small {architecture} that represents its family in measurements of the KV cache: {geometry}.
+It is trained, but too small to be a useful language model. {copying}
 
 | | |
 |---|---|
@@ -45,7 +45,13 @@ The held-out figures are printed by `eigencache score {name}`. The recipe is in 
 
 
 def bundle(name: str, models: Path, data: Path) -> None:
-    """Copy one model into the package, score it there and write its card."""
+    """Copy a model into the package, score it and write its card.
+
+    Args:
+        name: Name of the model.
+        models: Folder of trained models, the output of `train.py`.
+        data: Folder of the training text, the output of `prepare.py`.
+    """
     target, source = bundled_path(name), models / name
     target.mkdir(exist_ok=True)
     for file in ("config.json", "generation_config.json", "model.safetensors"):
@@ -56,7 +62,7 @@ def bundle(name: str, models: Path, data: Path) -> None:
     (target / "model.safetensors").chmod(0o644)
     size = (target / "model.safetensors").stat().st_size
     if size > MAX_BYTES:
-        raise SystemExit(f"{name}: {size:,} bytes of weights, more than {MAX_BYTES:,}")
+        raise SystemExit(f"{name}: the weights have {size:,} bytes, the maximum is {MAX_BYTES:,}: reduce the architecture")
     loaded = load(name)
     score = score_model(loaded, pack(read_text("stdlib:held-out"), loaded.tokenizer, tokens=131_072, max_length=2048))
     training, sources = (json.loads(path.read_text()) for path in (source / "training.json", data / "sources.json"))
@@ -89,9 +95,9 @@ def bundle(name: str, models: Path, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(BUNDLED))
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("names", nargs="*", default=list(BUNDLED), help="models to copy; default: all four")
+    parser.add_argument("--models", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument("--data", type=Path, required=True, help="output folder of prepare.py")
     args = parser.parse_args()
     for name in args.names:
         bundle(name, args.models, args.data)

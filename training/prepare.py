@@ -1,10 +1,10 @@
-"""Collect Python sources, drop what resembles a held-out module, train the tokenizer, write token files.
+"""Collect Python sources, drop files that resemble a held-out module, train the tokenizer and write token ids.
 
     python training/prepare.py --out build/training [--download]
 
-Sources: the calibration modules of the standard library and the packages of `packages.txt` (wheels in
-OUT/wheels; `--download` fetches them). Files are deduplicated by content; a file that shares more than a
-tenth of its long lines with a held-out module is dropped (vendored copies, backports).
+Sources are the calibration modules of the standard library and the packages of `packages.txt` (wheels in OUT/wheels, fetched
+by `--download`). Files are deduplicated by content. A file that shares more than a tenth of its long lines with a held-out
+module, such as a vendored copy or a backport, is dropped.
 Writes OUT/tokenizer.json, OUT/train.bin (uint16 token ids) and OUT/sources.json (counts and hashes).
 """
 
@@ -27,13 +27,13 @@ VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_CHARS = 300_000
 MIN_FILE_CHARS = 200
-MAX_PACKAGE_CHARS = 4_000_000  # no package dominates
+MAX_PACKAGE_CHARS = 4_000_000  # limits the share of one package
 LONG_LINE = 40
 MAX_SHARED_LINES = 0.1
 
 
 def download(wheels: Path) -> None:
-    """Fetch the packages of packages.txt as wheels; a package that has none is named and left out."""
+    """Download the packages of packages.txt as wheels; a package without a wheel is reported and skipped."""
     names = (Path(__file__).parent / "packages.txt").read_text().split("\n")
     for name in tqdm([n for n in names if n and not n.startswith("#")], desc="wheels"):
         command = [
@@ -49,16 +49,16 @@ def download(wheels: Path) -> None:
             name,
         ]
         if subprocess.run(command, capture_output=True).returncode:
-            print(f"no wheel for {name}: left out")
+            print(f"{name}: no wheel, skipped")
 
 
 def long_lines(text: str) -> set[str]:
-    """The distinct stripped lines that are long enough to say where a file comes from."""
+    """Return the distinct stripped lines that are long enough to identify the origin of a file."""
     return {line for line in map(str.strip, text.split("\n")) if len(line) >= LONG_LINE}
 
 
 def wheel_sources(wheel: Path, rng: random.Random) -> list[str]:
-    """The Python sources of one wheel, shuffled and capped, without its tests."""
+    """Return the Python sources of a wheel without tests, shuffled and limited in size."""
     texts, total = [], 0
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in sorted(archive.namelist()) if n.endswith(".py") and "/tests/" not in n and "/test/" not in n]
@@ -72,7 +72,7 @@ def wheel_sources(wheel: Path, rng: random.Random) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer of VOCAB_SIZE entries; id 0 ends a text."""
+    """Train a byte-level BPE tokenizer with VOCAB_SIZE entries; id 0 is the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,9 +84,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--download", action="store_true", help="fetch the wheels of packages.txt first")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--download", action="store_true", help="download the wheels of packages.txt first")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of files; default: 0")
     args = parser.parse_args()
     wheels = args.out / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,13 @@
-"""Train one bundled model: steps, not wall-clock; resumable; the last part on sequences of 2,048 tokens.
+"""Train one bundled model for a fixed number of steps; a stopped run resumes from its checkpoint to the same weights.
 
     python training/train.py ref-llama --data build/training --tokens 12e6
     python training/train.py ref-llama --data build/training --tokens 12e6 --start build/models/ref-llama --seed 1
 
-Muon for the matrices, AdamW for the rest, bf16 autocast, constant learning rate and then a linear
-decay. One sequence in five carries in-context copying (a real span, then the same span again; or random
-tokens repeated), so that induction is learnt. Every batch is a function of (seed, step) alone: a run
-that is stopped continues from its last checkpoint to the same weights. Writes OUT/NAME in Hugging
-Face format, bf16, and OUT/NAME/training.json. `--start` trains finished weights further: a whole new schedule,
-which wants another seed, and both runs are recorded.
+Muon for the matrices, AdamW for other weights, bf16 autocast, a constant learning rate followed by a linear decay. Sequences
+have 256, 1,024 and finally 2,048 tokens. One sequence in five has in-context copying (a real span twice, or repeated random
+tokens), so that the model learns induction. A batch depends on (seed, step) alone. Writes OUT/NAME in the format of
+transformers, bf16, and OUT/NAME/training.json. `--start` trains a finished model further with a new schedule, which needs a
+new seed; both runs are recorded.
 """
 
 import argparse
@@ -25,25 +24,37 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from architectures import MAX_LENGTH, config_of
 
-LENGTHS = ((0.70, 256), (0.85, 1024), (1.0, MAX_LENGTH))  # until this share of the run, this sequence length
-DECAY_FROM = 0.4  # the learning rate falls linearly to zero over the rest
+LENGTHS = ((0.70, 256), (0.85, 1024), (1.0, MAX_LENGTH))  # (end as a share of the run, sequence length)
+DECAY_FROM = 0.4  # share of the run after which the learning rate decays linearly to zero
 WARMUP_STEPS = 50
 MUON_LR, ADAMW_LR = 0.02, 3e-3
 CHECKPOINT_EVERY = 500
 
 
 def length_at(progress: float) -> int:
-    """The sequence length at a share of the run."""
+    """Return the sequence length at a share of the run."""
     return next(length for until, length in LENGTHS if progress < until)
 
 
 def rate_at(step: int, steps: int) -> float:
-    """The learning rate's factor: warm-up, constant, linear decay."""
+    """Return the factor of the learning rate: warm-up, constant, linear decay."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / (1 - DECAY_FROM))
 
 
 def batch_at(data: np.ndarray, step: int, steps: int, tokens_per_step: int, vocab_size: int, seed: int) -> Tensor:
-    """Token ids [sequences, length + 1] of one step, one sequence in five with in-context copying."""
+    """Return the token ids of one step, with in-context copying in one sequence of five.
+
+    Args:
+        data: Training text as token ids [tokens].
+        step: Index of the step.
+        steps: Number of steps of the run.
+        tokens_per_step: Tokens of a batch.
+        vocab_size: Number of token ids.
+        seed: Seed of the run.
+
+    Returns:
+        [sequences, length + 1].
+    """
     rng = np.random.default_rng([seed, step])
     length = length_at(step / steps)
     rows = []
@@ -51,17 +62,17 @@ def batch_at(data: np.ndarray, step: int, steps: int, tokens_per_step: int, voca
         row = data[start : start + length + 1].astype(np.int64)
         kind = rng.random()
         span = int(rng.integers(8, (min(length, 512) + 1) // 2))
-        if kind < 0.1:  # a real span, twice, somewhere in the text
-            at = int(rng.integers(0, length + 1 - 2 * span)) if length + 1 > 2 * span else 0
-            row[at + span : at + 2 * span] = row[at : at + span]
-        elif kind < 0.2:  # random tokens, over and over
+        if kind < 0.1:  # a real span twice, at a random position
+            first = int(rng.integers(0, length + 1 - 2 * span)) if length + 1 > 2 * span else 0
+            row[first + span : first + 2 * span] = row[first : first + span]
+        elif kind < 0.2:  # repeated random tokens
             row = np.resize(rng.integers(1, vocab_size, span), length + 1)
         rows.append(row)
     return torch.from_numpy(np.stack(rows))
 
 
 def positions_of(ids: Tensor, step: int, seed: int) -> Tensor:
-    """Positions [sequences, length]; every second sequence starts anywhere, so that learned positions are all trained."""
+    """Return positions [sequences, length]; half of the sequences start at random, so that all positions are trained."""
     rng = np.random.default_rng([seed, step, 1])
     length = ids.shape[1] - 1
     start = rng.integers(0, MAX_LENGTH - length + 1, len(ids)) * (rng.random(len(ids)) < 0.5)
@@ -69,7 +80,7 @@ def positions_of(ids: Tensor, step: int, seed: int) -> Tensor:
 
 
 def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, norms and biases."""
+    """Return Muon for the hidden matrices and AdamW for embeddings, norms and biases."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         embedding = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
@@ -83,13 +94,13 @@ def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="ref-gpt2, ref-llama, ref-qwen2 or ref-deepseek")
-    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("build/models"))
-    parser.add_argument("--tokens", type=float, default=12e6)
-    parser.add_argument("--tokens-per-step", type=int, default=MAX_LENGTH)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a finished model's folder to train further, with a seed it has not seen")
-    parser.add_argument("--threads", type=int, default=1, help="one thread and two processes beat two threads")
+    parser.add_argument("--data", type=Path, required=True, help="output folder of prepare.py")
+    parser.add_argument("--out", type=Path, default=Path("build/models"), help="output folder; default: build/models")
+    parser.add_argument("--tokens", type=float, default=12e6, help="training tokens; default: 12e6")
+    parser.add_argument("--tokens-per-step", type=int, default=MAX_LENGTH, help=f"tokens per batch; default: {MAX_LENGTH}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches; default: 0")
+    parser.add_argument("--start", type=Path, help="folder of a finished model to train further; needs a new --seed")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1 (run one process per core)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,8 +1,9 @@
-"""The instrument and the codec for the KV cache of language models.
+"""Measure and compress the KV cache of language models.
 
-from eigencache import probe
-r = probe("ref-llama")
-r.layer(3).values.effective_rank
+Example:
+    >>> import eigencache
+    >>> probe = eigencache.probe("ref-llama")
+    >>> probe.layer(3).values.effective_rank
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ __all__ = ["CacheCodec", "CompressedCache", "Probe", "__version__", "compressed"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public API on first use: `import eigencache` alone loads neither torch nor transformers."""
+    """Import the public API on first use, so that `import eigencache` loads neither torch nor transformers."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""`python -m eigencache` is the command line."""
+"""Run the command line: `python -m eigencache`."""
 
 from eigencache.cli.app import main
 

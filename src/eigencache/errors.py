@@ -1,84 +1,89 @@
-"""Every failure a user can cause has its own exception, all of them below `EigencacheError`.
+"""Exceptions for every failure that a user can cause, all derived from `EigencacheError`.
 
-The command line prints the message of an `EigencacheError` as one line and exits with code 2; a
-traceback therefore always means a defect of the program, never a mistake of its user.
+The command line prints the message of an `EigencacheError` as one line and exits with code 2. A traceback is therefore
+always a defect of the program and never a mistake of its user. A message names parameters in backticks, `max_nll`; the
+command line replaces them by its flags.
 """
 
 
 class EigencacheError(Exception):
-    """A failure with one clear line for the user: what was wrong, where, and what to do."""
+    """Base class. The message is one line: what is wrong, the value, the file or parameter, and what to do."""
 
 
 class ModelError(EigencacheError):
-    """A model could not be found, read or run."""
+    """The model cannot be found, loaded or run."""
 
 
 class NoCacheError(ModelError):
-    """The model has no key-value cache that could be looked at."""
+    """The model has no key-value cache."""
 
 
 class UnsupportedArchitectureError(ModelError):
-    """The architecture caches something this version cannot interpret."""
+    """The architecture, or a module of it, is not supported for the requested operation."""
 
 
 class LayerError(EigencacheError):
-    """A layer was named that does not exist or holds no cache."""
+    """A requested layer does not exist or has no cache."""
 
 
 class CorpusError(EigencacheError):
-    """A text could not be found or read, or there is too little of it."""
+    """The text cannot be found or read, is too short, or overlaps the calibration text."""
 
 
 class TokenizerMismatchError(EigencacheError):
-    """The tokenizer produces ids that the model does not know."""
+    """The tokenizer has token ids that the model does not embed."""
 
 
 class NonFiniteError(EigencacheError):
-    """NaN or infinite activations were captured; the message names layer, kind and head."""
+    """The captured activations contain NaN or infinite values; the message names layer, kind and head."""
 
 
 class RecordError(EigencacheError):
-    """A results file is missing, damaged, or of another schema version."""
+    """A results file is missing or damaged, or has another schema version."""
 
 
 class OutputError(EigencacheError):
     """An output path cannot be written."""
 
 
+class MissingPackageError(EigencacheError):
+    """An optional package is not installed; the message names the command that installs it."""
+
+
 class StatisticsError(EigencacheError):
-    """A statistic was asked of data that cannot support it."""
+    """The data are too few, or not finite, for the requested statistic."""
 
 
 class CodecError(EigencacheError):
-    """A codec and a cache do not fit each other, or a cache cannot be encoded without loss of a value."""
+    """The codec does not match the cache or the model, or a value of the cache cannot be represented."""
 
 
 class ContainerError(CodecError):
-    """An encoded sequence cannot be written or read."""
+    """A container, the bytes of one encoded sequence, cannot be written or read."""
 
 
 class NotAContainerError(ContainerError):
-    """The bytes do not begin as an encoded sequence does."""
+    """The bytes do not begin with the magic number of a container."""
 
 
 class ContainerVersionError(ContainerError):
-    """The container is of a version this release does not read."""
+    """The format version of the container is not supported by this release."""
 
 
 class TruncatedContainerError(ContainerError):
-    """The container ends before its header or its sections do."""
+    """The container ends inside its header or one of its sections."""
 
 
 class OverlongContainerError(ContainerError):
-    """Bytes follow the container's last section."""
+    """The container has bytes after its last section."""
 
 
 class ContainerHeaderError(ContainerError):
-    """The header's checksum is wrong, or its fields contradict each other or exceed a cap."""
+    """The checksum of the header is wrong, or its fields contradict each other or exceed a limit."""
 
 
 class ContainerChecksumError(ContainerError):
-    """A section of the container is damaged; the message says which."""
+    """The checksum of a section is wrong; the message names the section."""
 
 
 class ForeignContainerError(ContainerError):
@@ -86,8 +91,8 @@ class ForeignContainerError(ContainerError):
 
 
 class BudgetError(EigencacheError):
-    """A budget is no loss that could be allowed."""
+    """Invalid or unreachable loss budget."""
 
 
 class TrainingError(EigencacheError):
-    """An adapter cannot be trained as asked, or its training diverged."""
+    """The training options of an adapter are invalid, or its training diverged."""

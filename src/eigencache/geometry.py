@@ -1,9 +1,9 @@
-"""What a model caches, read from its configuration alone: layers, heads, widths, frames, MLA ranks, RoPE.
+"""Geometry of a KV cache, read from the model configuration: layers, heads, widths, frames, MLA ranks and RoPE.
 
-Frames (THEORY 1). A key has a frame before rotation (`pre_rope`) and one after (`post_rope`); everything that is
-never rotated has the frame `unrotated`, keys of models with learned positions included. The name of a captured
-tensor is its kind and frame in one word: `keys_pre_rope`, `keys_post_rope`, `keys`, `values`, `latent`,
-`key_rope_pre_rope`, `key_rope_post_rope`, `keys_nope`.
+Frames (THEORY 1): a key before rotation has the frame `pre_rope`, after rotation `post_rope`. Tensors that are never
+rotated have the frame `unrotated`, including the keys of models with learned positions. The name of a captured tensor
+joins kind and frame: `keys_pre_rope`, `keys_post_rope`, `keys`, `values`, `latent`, `key_rope_pre_rope`,
+`key_rope_post_rope`, `keys_nope`.
 """
 
 from collections import Counter
@@ -28,17 +28,17 @@ _WITHOUT_CACHE = {
     "dummy": "shares the cache of another layer",
 }
 _NEVER_ATTENDS = {"mamba": "mamba", "mamba2": "mamba2", "falcon_mamba": "mamba", "rwkv": "recurrent", "xlstm": "recurrent"}
-_OWN_CACHE = {"compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
+_SPECIAL_CACHE = {"compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
 _LEARNED_OR_NO_ROTATION = {"gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "gpt_neo", "biogpt", "xglm", "openai-gpt"}
 
 
 def tensor_name(kind: str, frame: str) -> str:
-    """`keys`, `pre_rope` → `keys_pre_rope`; the frame `unrotated` adds nothing to the kind's name."""
+    """Return the name of a captured tensor: `keys`, `pre_rope` → `keys_pre_rope`; `keys`, `unrotated` → `keys`."""
     return kind if frame == "unrotated" else f"{kind}_{frame}"
 
 
 def kind_and_frame(name: str) -> tuple[str, str]:
-    """The inverse of `tensor_name`: `keys_pre_rope` → (`keys`, `pre_rope`)."""
+    """Return kind and frame of a tensor name, the inverse of `tensor_name`: `keys_pre_rope` → (`keys`, `pre_rope`)."""
     for frame in ("pre_rope", "post_rope"):
         if name.endswith(f"_{frame}"):
             return name.removesuffix(f"_{frame}"), frame
@@ -50,7 +50,7 @@ class _Frozen(BaseModel):
 
 
 class Rope(_Frozen):
-    """Rotary position embedding: `rotary_dim` of the head's numbers are rotated, the others pass."""
+    """Rotary position embedding: the first `rotary_dim` dimensions of a head are rotated, the others are unchanged."""
 
     rope_type: str
     theta: float | None
@@ -59,7 +59,7 @@ class Rope(_Frozen):
 
 
 class MLA(_Frozen):
-    """Multi-head latent attention: per token a latent of `kv_lora_rank` and one rotary key, shared by all heads."""
+    """Multi-head latent attention: each token caches one latent of `kv_lora_rank` and one rotary key for all heads."""
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -68,7 +68,7 @@ class MLA(_Frozen):
 
 
 class Layer(_Frozen):
-    """One layer: how it attends, or why it caches nothing. Widths are numbers per token."""
+    """One layer of a model: its attention and widths (values per token), or the reason why it has no cache."""
 
     layer_idx: int
     attention: Literal["full", "sliding", "chunked", "none"]
@@ -82,12 +82,12 @@ class Layer(_Frozen):
 
     @property
     def cached(self) -> bool:
-        """Whether the layer holds keys and values."""
+        """Whether the layer has a cache."""
         return self.attention != "none"
 
 
 class KVGeometry(_Frozen):
-    """What one token costs in the cache of a model, layer by layer, in numbers and bytes."""
+    """Geometry of the cache of a model: what one token stores in each layer."""
 
     model_type: str
     attention: Literal["MHA", "GQA", "MQA", "MLA"]
@@ -106,32 +106,32 @@ class KVGeometry(_Frozen):
 
     @property
     def cached_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that hold a cache."""
+        """Indices of the layers that have a cache."""
         return tuple(layer.layer_idx for layer in self.layers if layer.cached)
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Layers without a cache, with the reason."""
+        """Reason by layer index, for the layers without a cache."""
         return {layer.layer_idx: layer.why_none for layer in self.layers if not layer.cached}
 
     @property
     def values_per_token(self) -> int:
-        """Numbers held per token over all layers: K and V, or latent and rotary key for MLA."""
+        """Values stored per token over all layers: keys and values, or latent and rotary key for MLA."""
         latent = sum(layer.mla.kv_lora_rank + layer.mla.qk_rope_head_dim for layer in self.layers if layer.mla)
         return latent or self.expanded_values_per_token
 
     @property
     def expanded_values_per_token(self) -> int:
-        """Numbers per token of the keys and values that attention reads (for MLA: after expansion)."""
+        """Values per token of the keys and values that attention reads (for MLA: after expansion of the latent)."""
         return sum(layer.num_key_value_heads * (layer.head_dim + layer.v_head_dim) for layer in self.layers if layer.cached)
 
     @property
     def width_ratio(self) -> float:
-        """Numbers cached per token and layer over `hidden_size` (THEORY 5): above 1, half is redundant by algebra."""
+        """Values cached per token and layer, divided by `hidden_size`; above 1 they are linearly dependent (THEORY 5)."""
         return self.values_per_token / (len(self.cached_layers) * self.hidden_size)
 
     def describe(self) -> str:
-        """One line: attention, layers, heads, widths, rotation, and which layers hold no cache."""
+        """Return one line: attention, layers, heads, widths, rotation, and the layers without a cache."""
         parts = [self.attention, f"{len(self.cached_layers)} layers with a cache"]
         if self.mla:
             parts.append(f"latent {self.mla.kv_lora_rank} + rotary key {self.mla.qk_rope_head_dim}")
@@ -150,11 +150,11 @@ class KVGeometry(_Frozen):
 
 
 def _rope(config: Any, layer: Layer) -> Rope | None:
-    """The rotation in this layer, or None for learned positions, ALiBi and models without positions."""
+    """Return the rotation of a layer; None for learned positions, ALiBi and models without positions."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if getattr(config, "alibi", False) or config.model_type in _LEARNED_OR_NO_ROTATION:
         return None
-    if not getattr(config, "use_mem_rope", True):  # zamba2 states a rotation also where it uses none
+    if not getattr(config, "use_mem_rope", True):  # zamba2 configures a rotation even if it does not use one
         return None
     if not parameters and getattr(config, "rope_theta", None) is None and getattr(config, "rotary_dim", None) is None:
         return None
@@ -163,8 +163,8 @@ def _rope(config: Any, layer: Layer) -> Rope | None:
         parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
     if "mrope_section" in parameters:
         raise UnsupportedArchitectureError(
-            f"{config.model_type} rotates keys by several position axes (mRoPE, sections {parameters['mrope_section']}): "
-            "its keys cannot be brought before rotation by this version; use a text-only model of the family"
+            f"{config.model_type} rotates keys along several position axes (mRoPE, sections {parameters['mrope_section']}), "
+            "which this version cannot undo: use a text-only model of the family"
         )
     partial = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
     rotary_dim = getattr(config, "rotary_dim", None) or int(layer.head_dim * partial)
@@ -174,13 +174,13 @@ def _rope(config: Any, layer: Layer) -> Rope | None:
 
 
 def _of_layer(config: Any, layer_idx: int) -> Any:
-    """The configuration of one layer: widths and heads differ between layers in some models."""
+    """Return the configuration of one layer; widths and heads differ between layers in some models."""
     per_layer = getattr(config, "per_layer_config", None)
     return per_layer[layer_idx] if per_layer else config
 
 
 def _layer_types(config: Any) -> list[str]:
-    """One type name per layer, from whichever field the configuration states it in."""
+    """Return one type name per layer, from the field that the configuration uses."""
     count = config.num_hidden_layers
     if never := _NEVER_ATTENDS.get(config.model_type):
         return [never] * count
@@ -192,14 +192,14 @@ def _layer_types(config: Any) -> list[str]:
 
 
 def _shares_cache(config: Any, layer_idx: int) -> bool:
-    """Whether the layer reads what an earlier one stored: the last ones in Gemma 3n and 4, listed in Mistral Large 4."""
+    """Return whether a layer reads the cache of an earlier layer (last layers of Gemma 3n and 4; Mistral Large 4)."""
     sources = getattr(config, "kv_source_layers", None)
-    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    return sources[layer_idx] != layer_idx if sources else layer_idx >= own
+    first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return sources[layer_idx] != layer_idx if sources else layer_idx >= first_shared
 
 
 def _key_value_heads(config: Any) -> int:
-    """KV heads that the cache holds; falcon's newer architecture stores a copy for every query head."""
+    """Return the number of KV heads in the cache; falcon's newer architecture stores one copy per query head."""
     if config.model_type == "falcon":
         return 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
     if config.model_type == "gpt_bigcode" and config.multi_query:
@@ -214,7 +214,7 @@ def _mla(config: Any) -> MLA | None:
 
 
 def _layer(config: Any, layer_idx: int, kind: str) -> Layer:
-    """One layer that holds a cache, from the configuration of that layer and its type's name."""
+    """Return the geometry of a layer with a cache, from its configuration and the name of its type."""
     attention = "sliding" if "sliding" in kind else "chunked" if "chunked" in kind else "full"
     windows = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
     heads, mla = config.num_attention_heads, _mla(config)
@@ -232,16 +232,23 @@ def _layer(config: Any, layer_idx: int, kind: str) -> Layer:
 
 
 def geometry_from_config(config: Any) -> KVGeometry:
-    """The geometry of a Hugging Face configuration; no weights are needed.
+    """Return the geometry of the cache from a Hugging Face configuration; no weights are needed.
 
-    Raises `NoCacheError` when no layer caches keys and values, and `UnsupportedArchitectureError` for mRoPE and
-    for caches that hold something else than keys and values.
+    Args:
+        config: A `transformers` configuration; for a multimodal model, its text decoder is used.
+
+    Raises:
+        NoCacheError: No layer caches keys and values.
+        UnsupportedArchitectureError: The model uses mRoPE or a cache that does not consist of keys and values.
     """
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     types = ["dummy" if _shares_cache(config, i) else kind for i, kind in enumerate(_layer_types(config))]
-    if own := _OWN_CACHE.intersection(types):
-        raise UnsupportedArchitectureError(f"{config.model_type} keeps a cache of its own kind ({', '.join(sorted(own))})")
-    if not any(kind not in _WITHOUT_CACHE for kind in types):
+    if special := _SPECIAL_CACHE.intersection(types):
+        raise UnsupportedArchitectureError(
+            f"{config.model_type} uses a cache of another kind than keys and values ({', '.join(sorted(special))}): "
+            "this version does not support it"
+        )
+    if all(kind in _WITHOUT_CACHE for kind in types):
         reasons = ", ".join(sorted({_WITHOUT_CACHE[kind] for kind in types}))
         raise NoCacheError(f"{config.model_type} has no KV cache: all of its {len(types)} layers are {reasons}")
     layers, notes = [], []

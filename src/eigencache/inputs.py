@@ -1,4 +1,4 @@
-"""What callers hand over as model, tokenizer and text, in the forms that PyTorch users have them in."""
+"""Conversion of the arguments of the Python API: models, tokenizers and texts in the forms that PyTorch users have."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from eigencache.errors import CorpusError, ModelError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence, wrapped_tokenizer
 
-_TEXT_USAGE = "give a name such as 'stdlib', a path, or an iterable of strings"
+_TEXT_USAGE = "pass a name such as 'stdlib', a path, or an iterable of strings"
 
 
 def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
-    """Return a model that is given as a name, a folder or an object, with its tokenizer.
+    """Return a loaded model with its tokenizer.
 
     Args:
-        model: a name or a path, or a loaded model of transformers.
-        device: where to load a model that is given by its name; a loaded model stays where it is.
-        dtype: the number format to load it in.
-        tokenizer: a name or a path, a tokenizer of transformers, or a `tokenizers.Tokenizer`; needed for a model object.
+        model: Bundled name, hub name, path, a loaded transformers model, or a `LoadedModel`, which is returned unchanged.
+        tokenizer: Name, path, transformers tokenizer or `tokenizers.Tokenizer`. Required when `model` is a model object;
+            default: the tokenizer of the named model.
+        device: Device to load a named model to. A model object stays on its device.
+        dtype: Number format to load a named model in.
+
+    Returns:
+        The model in eval mode, its tokenizer and its geometry.
 
     Raises:
-        ModelError: `model` is something else, such as a configuration, comes without a tokenizer, or cannot be loaded.
-        TokenizerMismatchError: the tokenizer has ids that the model does not embed.
+        ModelError: `model` has another type (for example a configuration), has no tokenizer, or cannot be loaded.
+        TokenizerMismatchError: The tokenizer has ids that the model does not embed.
     """
     if isinstance(model, LoadedModel):
         return model
@@ -39,9 +43,9 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
             return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
         model = load(model, device=device, dtype=dtype).model
     if not isinstance(model, nn.Module):
-        raise ModelError(f"`model` is a {type(model).__name__}: give a loaded model of transformers, a name or a folder")
+        raise ModelError(f"`model` is a {type(model).__name__}: pass a loaded transformers model, a name or a folder")
     if tokenizer is None:
-        raise ModelError("`tokenizer` is missing: a loaded model needs its own, give it as the argument behind the model")
+        raise ModelError("`tokenizer` is missing: pass it as the argument after the loaded model")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif isinstance(tokenizer, Tokenizer):
@@ -53,14 +57,17 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
 
 
 def text_of(text: Any) -> Text:
-    """Return the documents of a text that is given as a spec, as a path, as itself or as an iterable.
+    """Return a text as documents with a content hash.
 
     Args:
-        text: a spec as of `--text`; a path; a string with a line break, which is the text itself; or an iterable of
-            strings, of paths, or of rows with a field "text", as a `datasets.Dataset` gives them.
+        text: A text specification (`resolve.read_text`), a path, a string with a line break (the text itself), or an
+            iterable of strings, paths or rows with a field "text", such as a `datasets.Dataset`.
+
+    Returns:
+        The documents in order. Their titles are file names or "document N".
 
     Raises:
-        CorpusError: naming the document that is something else, or that cannot be written as UTF-8.
+        CorpusError: A document has another type or cannot be encoded as UTF-8; the message names the document.
     """
     if isinstance(text, Text):
         return text
@@ -72,23 +79,24 @@ def text_of(text: Any) -> Text:
         text = [text]
     if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
         raise CorpusError(f"`text` is a {type(text).__name__}: {_TEXT_USAGE}")
-    documents = [document for index, one in enumerate(text) for document in _documents(index, one)]
+    documents = [document for index, item in enumerate(text) for document in _documents(index, item)]
     return Text.scan("documents passed from Python", lambda: documents)
 
 
-def _documents(index: int, one: Any) -> Iterable[Document]:
-    """The documents of one item of an iterable."""
-    if isinstance(one, Path):
-        return list(read_text(str(one)).documents)
-    found = one.get("text") if isinstance(one, Mapping) else one
-    if not isinstance(found, str):
-        has = f'a {type(one).__name__} without a string "text"' if isinstance(one, Mapping) else f"a {type(one).__name__}"
+def _documents(index: int, item: Any) -> Iterable[Document]:
+    """Return the documents of one item of an iterable."""
+    if isinstance(item, Path):
+        return list(read_text(str(item)).documents)
+    content = item.get("text") if isinstance(item, Mapping) else item
+    if not isinstance(content, str):
+        kind = type(item).__name__
+        has = f'a {kind} without a string "text"' if isinstance(item, Mapping) else f"a {kind}"
         raise CorpusError(f"document {index} is {has}: {_TEXT_USAGE}")
     try:
-        found.encode()
+        content.encode()
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"document {index}: character {error.start} is no text ({found[error.start]!r}): decode the file it came from "
-            "with errors='replace'"
+            f"document {index}: character {error.start} ({content[error.start]!r}) cannot be encoded as UTF-8: decode its "
+            "source file with errors='replace'"
         ) from error
-    return [Document(f"document {index}", found)]
+    return [Document(f"document {index}", content)]

@@ -1,4 +1,4 @@
-"""Modes of PyTorch that a caller may be in, and that the project's own mathematics does not depend on."""
+"""Isolation from the PyTorch modes of the caller: compilation, inference mode, autocast, default device and dtype."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def uncompiled(function: _F) -> _F:
-    """Return the function as `torch.compile` leaves it alone, with all that it calls."""
+    """Exclude a function, and everything that it calls, from `torch.compile`."""
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Leave inference mode, autocast, and default devices and dtypes other than CPU and float32; no-grad mode is kept.
+    """Leave inference mode and autocast, and set the default device to the CPU and the default dtype to float32.
 
-    Tensors that are made inside can be kept: they serve calls in any mode, at full precision. Costs microseconds where a
-    caller is in none of these modes.
+    No-grad mode is kept. Tensors created inside have full precision and can be used later in any mode. The modes of the
+    caller are restored on exit. Cost: microseconds for a caller that is in none of these modes.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
@@ -40,7 +40,7 @@ def own_modes() -> Iterator[None]:
 
 
 def constant(make: _F) -> _F:
-    """Decorate a function whose result is kept for later calls: it runs in `own_modes` and without gradients."""
+    """Decorate a function whose result is cached for later calls: run it in `own_modes` and without gradients."""
 
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:

@@ -78,7 +78,7 @@ def test_every_key_head_has_a_moment_of_its_own_and_progress_is_said() -> None:
 
 
 def test_latents_are_refused() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=r"deepseek_v2: moments of attended values .* not of latents"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"deepseek_v2: moments of attended values .* MLA caches latents"):
         attended_moments(Session(tiny_loaded("deepseek_v2")), UNEVEN)
 
 
@@ -90,5 +90,5 @@ def test_a_layer_whose_queries_are_not_captured_is_named(monkeypatch: pytest.Mon
                 yield SimpleNamespace(layer_idx=layer.layer_idx, tensors=seen)
 
     monkeypatch.setattr(attention_moments, "Capture", Blind)
-    with pytest.raises(UnsupportedArchitectureError, match="llama: queries of layer 1 are not captured"):
+    with pytest.raises(UnsupportedArchitectureError, match="llama: queries of layer 1 cannot be captured"):
         attended_moments(Session(tiny_loaded("llama")), UNEVEN)

@@ -19,8 +19,8 @@ NAMES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek
 MEMORY = 2**30
 
 
-def sampled(loaded, sequences, memory: int = MEMORY, **options) -> SampledVectors:
-    return sample_vectors(Session(loaded, memory=memory), sequences, rotations_of(loaded), **options)
+def sampled(loaded, sequences, memory: int = MEMORY, what: str = "vectors", **options) -> SampledVectors:
+    return sample_vectors(Session(loaded, memory=memory, **options), sequences, rotations_of(loaded), what=what)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +68,7 @@ def test_what_does_not_fit_into_memory_is_thinned_out_over_the_whole_text(loaded
     samples = sampled(one, text, memory=per_token * 16 * 4)
     assert samples.lengths == (16,) * 4
     assert torch.equal(samples.ids, torch.cat([torch.from_numpy(text.ids[i]) for i in (0, 3, 6, 9)]))
-    with pytest.raises(StatisticsError, match="hold 15 tokens; raise the memory or shorten the sequences"):
+    with pytest.raises(StatisticsError, match=r"holds only 15 tokens\. Raise `memory` or lower `max_length`"):
         sampled(one, text, memory=per_token * 15)
 
 
@@ -104,7 +104,7 @@ def test_first_tokens_are_taken_from_every_sequence_and_short_ones_vanish(loaded
     assert rest.lengths == (3, 1) and torch.equal(rest.vectors, samples.vectors[[2, 3, 4, 9]])
     assert torch.equal(rest.ids, samples.ids[[2, 3, 4, 9]])
     assert samples.without_first(0) is samples
-    with pytest.raises(StatisticsError, match="no sequence is longer than 5 sinks"):
+    with pytest.raises(StatisticsError, match="No sequence is longer than 5 sinks"):
         samples.without_first(5)
 
 
@@ -124,6 +124,6 @@ def test_progress_counts_sequences(loaded, sequences) -> None:
 def test_a_slot_without_numbers_is_refused_by_layer() -> None:
     stored = {0: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 2)), 3: (torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 0))}
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"layers \[3\] cache vectors of 0 numbers, as MLA without a rotary"
+        UnsupportedArchitectureError, match=r"Layers \[3\] cache vectors of dimension 0, as MLA without a rotary"
     ):
         layout_of(stored, {}, mla=True)

@@ -38,7 +38,7 @@ def test_it_prints_both_tables_and_writes_json_and_plot(
     assert all(abs(o.energy[32] - 0.5) < 0.01 for o in record.operators)  # 32 of 64, near the identity
     assert abs(record.of("operator-svd")[1].quality.delta_nll) < 1e-3
     assert "M = I + s·W_out W_in" in text
-    assert "read through the cache" in text
+    assert "cached as r coefficients per layer" in text
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -41,7 +41,7 @@ def test_the_folder_holds_page_plot_and_record_and_nothing_else(board: tuple[Pat
     assert all(f"written: deep/board/{name}" in out for name in names)
     readme = (folder / "README.md").read_text()
     assert "Printed by `eigencache bench ref-deepseek --lengths 64,72 --scored 16" in readme
-    assert readme.count("| int |") == 4 and "oscar: not for this model: it caches a latent" in readme
+    assert readme.count("| int |") == 4 and "oscar does not support this model: it caches a latent" in readme
 
 
 def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) -> None:
@@ -55,7 +55,7 @@ def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) 
 
 def test_tables_and_stages_are_printed(board: tuple[Path, str, str]) -> None:
     _, out, err = board
-    assert "ref-deepseek, 48 tokens held: bits per value at equal loss" in out and "56 tokens held" in out
+    assert "ref-deepseek, context 48 tokens: bits per value at equal ΔNLL" in out and "context 56 tokens" in out
     for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens: scoring"):
         assert f"ref-deepseek: {stage}" in err, stage
 
@@ -138,8 +138,8 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("ref-llama",), "ref-llama: no geometry of that name: there are llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
-        (("llama-3-8b", "--live-bits", "3"), "3 bits: widths are known for 2.5, 3.125, 4, 8"),
+        (("ref-llama",), "ref-llama: no geometry of that name: use llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
+        (("llama-3-8b", "--live-bits", "3"), "3 bits per value are not available: use 2.5, 3.125, 4, 8"),
         (("llama-3-8b", "--live-bits", "-1"), "--live-bits -1: every number must be above 0"),
         (("llama-3-8b", "--contexts", "1024,0"), "--contexts 0: must be 1 or more"),
         (("llama-3-8b", "--batches", "1.5"), "--batches 1.5: give numbers with commas between them"),
@@ -150,12 +150,12 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
 def test_mistakes_of_speed_are_found_before_anything_is_timed(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in mistake(capsys, "bench", "--speed", *arguments)
+    assert said in mistake(capsys, "speed", *arguments)
 
 
 def test_speed_is_printed_and_written(tmp_path: Path) -> None:
     few = ("--contexts", "128", "--prefill", "64", "--repeats", "1", "--live-bits", "3.125", "--generated", "8")
-    result = run("bench", "--speed", "deepseek-v2-lite", *few, "--dtype", "float32", "-o", "speed", folder=tmp_path)
+    result = run("speed", "deepseek-v2-lite", *few, "--dtype", "float32", "-o", "speed", folder=tmp_path)
     out = shown(result)
     assert "deepseek-v2-lite: a whole decode step" in out and "live, 3.125 bits" in out and "live, 16 bits" in out
     assert "deepseek-v2-lite: prefill" in out and "written: speed/README.md" in out and "written: speed/speed.json" in out

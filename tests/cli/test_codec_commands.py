@@ -20,8 +20,8 @@ def test_sweep_prints_both_tables_and_writes_json_and_plot(model: str, target: s
     record = SweepRecord.load(tmp_path / "s.json")
     assert [point.rank for point in record.series[0].points] == [8, record.series[0].width]
     assert abs(record.series[0].points[-1].quality.delta_nll) < 1e-3
-    assert "quality through the cache against rank" in text
-    assert "how far compression is safe" in text
+    assert "loss by rank" in text
+    assert "largest ratio within a perplexity increase" in text
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial"))
 
@@ -56,7 +56,7 @@ def test_evaluate_prints_every_part(tmp_path: Path) -> None:
         "e.json",
     )
     text = shown(run("evaluate", "ref-llama", *options, *FEW, folder=tmp_path))
-    for heading in ("likelihood through the cache", "greedy generation", "retrieval", "bytes of one sequence"):
+    for heading in (": likelihood", "greedy generation", "retrieval", "bytes of one sequence"):
         assert heading in text
     assert EvaluationRecord.load(tmp_path / "e.json").model.name == "ref-llama"
 

@@ -112,7 +112,10 @@ def test_an_unwritable_output_is_refused_before_any_work(tmp_path: Path) -> None
     assert "capturing" not in result.stderr
     assert "is a folder" in error_of(run("probe", "ref-llama", "--plot", tmp_path))
     result = run("probe", "ref-llama", "--plot", tmp_path / "x.foo")
-    assert "figures are written as .png, .svg, .pdf, not as .foo" in error_of(result) and "capturing" not in result.stderr
+    assert (
+        "a figure cannot be written with suffix .foo: use .png, .svg, .pdf" in error_of(result)
+        and "capturing" not in result.stderr
+    )
     assert "is a file" in error_of(run("report", "ref-llama", "-o", tmp_path / "file"))
 
 
@@ -155,7 +158,7 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
 
 
 def test_sequences_longer_than_the_learned_positions_are_refused() -> None:
-    assert "use --max-length" in error_of(run("probe", "ref-gpt2", "--max-length", 4096, "--tokens", 8192))
+    assert "Use --max-length" in error_of(run("probe", "ref-gpt2", "--max-length", 4096, "--tokens", 8192))
 
 
 def test_damaged_and_missing_records_are_named(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> N
     assert {path.name for path in folder.rglob("*")} == {"deep", "codec", CARD, TENSORS}
     for words in ("ref-deepseek: eigen · layer · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
         assert words in out, words
-    assert "that nothing was fitted on" in out and out.rstrip().endswith("written: deep/codec")
-    for stage in ("tokenizing", "vectors", "vectors kept apart", "decomposing", "scoring 1 codecs"):
+    assert "held-out tokens; the first half" in out and out.rstrip().endswith("written: deep/codec")
+    for stage in ("tokenizing", "vectors", "held-out vectors", "decomposing", "scoring 1 codecs"):
         assert f"ref-deepseek: {stage}" in err, stage
 
 
@@ -94,13 +94,13 @@ def test_help_explains_options_and_shows_examples(capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--bits", "1", "--ratio", "8"), "bits and ratio: give one of bits, ratio and max_nll"),
-        (("--bits", "1", "--max-nll", "0.1"), "bits and max_nll: give one of"),
-        (("--bits", "0"), "bits 0: must be a number above 0"),
-        (("--ratio", "-1"), "ratio -1: must be a number above 0"),
-        (("--max-nll", "nan"), "max_nll nan: must be a number above 0"),
-        (("--scope", "row"), "scope row: choose one of"),
-        (("--kept-bits", "4"), "kept bits 4: choose one of 8, 16"),
+        (("--bits", "1", "--ratio", "8"), "cannot be combined. Give only one of --bits, --ratio and --max-nll."),
+        (("--bits", "1", "--max-nll", "0.1"), "--bits and --max-nll cannot be combined"),
+        (("--bits", "0"), "--bits=0 must be a number above 0"),
+        (("--ratio", "-1"), "--ratio=-1 must be a number above 0"),
+        (("--max-nll", "nan"), "--max-nll=nan must be a number above 0"),
+        (("--scope", "row"), "--scope row does not exist. Use one of"),
+        (("--kept-bits", "4"), "--kept-bits 4 does not exist. Use one of 8, 16."),
     ],
     ids=" ".join,
 )
@@ -117,7 +117,7 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatc
     Path("mine", "thesis.txt").write_text("mine")
     Path("file").write_text("mine")
     for output, words in (
-        ("mine", "mine: holds other things than a codec and is left alone: name another folder"),
+        ("mine", "mine: holds other files than a codec and was not changed: name another folder"),
         ("file", "file: is a file: name a folder"),
         ("file/new", "file: is a file: name a folder"),
     ):
@@ -136,9 +136,9 @@ def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--tokens", "1024", "--max-length", "128"), "8 sequences: 16 are needed, some of them kept apart: raise --tokens"),
-        ((*FEW, *PLAIN, "--bits", "100"), "100 bits per value of 2,048 tokens cannot be had, "),
-        ((*FEW, *PLAIN, "--bits", "0.3", "--window", "1000"), "or keep fewer --sinks and a shorter --window"),
+        (("--tokens", "1024", "--max-length", "128"), "8 sequences are too few: 16 are needed"),
+        ((*FEW, *PLAIN, "--bits", "100"), "--bits=100 is above the maximum of "),
+        ((*FEW, *PLAIN, "--bits", "0.3", "--window", "1000"), ", or fewer --sinks and a shorter --window."),
         (("--text", "absent.txt"), "absent.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -10,7 +10,7 @@ from cli_process import run, shown
 from eigencache.cli.app import main
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.card import EigenCard
+from eigencache.codec.saved.eigen import EigenCard
 from eigencache.codec.saved.folder import CARD, LIVE, TENSORS, load_codec, load_live
 from eigencache.evaluate.generation import generate_text
 from eigencache.models.load import load
@@ -21,9 +21,7 @@ FEW = ("--tokens", "8192", "--max-length", "256")
 PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--bits", "1")
 VALUES = 7 * 2 * 2 * 32  # that a token of ref-llama has: layers, keys and values, heads, numbers
 PROMPT = "def mean(numbers):\n    return sum(numbers) / len(numbers)\n\n\n" * 7 + "def median("
-COST = re.compile(
-    r"^(.+): ([\d,]+) bytes for ([\d,]+) tokens, ([\d.]+) x smaller than 16 bits; prompt ([\d.]+) s(.*)$", re.M
-)
+COST = re.compile(r"^(.+): ([\d,]+) bytes for ([\d,]+) tokens, ratio to 16 bits ([\d.]+); prompt ([\d.]+) s(.*)$", re.M)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +72,8 @@ def test_fit_shows_both_codecs_and_writes_the_live_one_beside_the_other(fitted: 
     assert found == {f"codec/{CARD}", f"codec/{TENSORS}", f"codec/{LIVE}/{CARD}", f"codec/{LIVE}/{TENSORS}"}
     stored, live = out.index("ref-llama: eigen · joint · frobenius"), out.index("ref-llama: live · ")
     assert stored < live < out.index("written: codec")
-    assert out.count("that nothing was fitted on") == out.count("bytes are held once for all sequences") == 2
-    assert "bits per packed value" in out[live:] and "last tokens in 16 bits" in out[live:]
+    assert out.count("held-out tokens; the first half") == out.count("bytes, stored once for all sequences") == 2
+    assert "bits per packed value" in out[live:] and "most recent tokens are stored in 16 bits" in out[live:]
 
 
 def test_each_folder_holds_what_was_asked_for(fitted: tuple[Path, str]) -> None:
@@ -105,11 +103,12 @@ def test_text_goes_to_stdout_with_its_cost_and_the_plain_cache_beside_it(fitted:
     ):
         assert (name, shown_nbytes, tokens) == (what, f"{nbytes:,}", f"{held:,}")
         assert float(ratio) == pytest.approx(2 * VALUES * held / nbytes, abs=0.006)
-        assert re.fullmatch(r", [\d.]+ tokens per second(; blocks read by (vnni|cpu))?", speed)
-        assert ("blocks read" in speed) == (name == "compressed cache")
+        assert re.fullmatch(r", [\d.]+ tokens per second(; backend (vnni|cpu))?", speed)
+        assert ("backend" in speed) == (name == "compressed cache")
     assert float(compressed[3]) > 1.5
     assert re.search(
-        r"^(all 20 tokens are the same|the same for \d+ tokens, then they part:\n  compressed: .+\n  plain:      .+)$",
+        r"^(all 20 tokens are equal|the first \d+ tokens are equal, then the texts differ:\n"
+        r"  compressed: .+\n  plain:      .+)$",
         out,
         re.M,
     )
@@ -192,7 +191,7 @@ def test_damage_is_named(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     tensors = tmp_path / "damaged" / LIVE / TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
     line, _ = mistake(capsys, "generate", "ref-llama", "--codec", tmp_path / "damaged", "--prompt", "def")
-    assert f"{LIVE}/{TENSORS}: is not the file that {CARD} was written with" in line
+    assert f"{LIVE}/{TENSORS}: does not match {CARD} (" in line
 
 
 def test_the_codec_of_another_model_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,5 +231,5 @@ def test_widths_that_a_live_codec_does_not_have_are_refused(bits: str, tmp_path:
     monkeypatch.chdir(tmp_path)
     few = ("--tokens", "1024", "--max-length", "64", *PLAIN)
     line, _ = mistake(capsys, "fit", "ref-llama", *few, "-o", "new", "--live", "--live-bits", bits)
-    assert f"{bits} bits per value: a live codec has widths up to 8 bits: ask for more than 0, at most 8" in line
+    assert f"A live codec cannot have {bits} bits per value. Use more than 0 and at most 8." in line
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ def test_a_probe_of_a_model_leads_to_measured_advice_and_leaves_no_partial_file(
     assert advice.subject == "probe.json"
     assert advice.chosen
     assert advice.chosen.describe() in said
-    assert "on the half of the sequences that had no part in the choice" in said
+    assert "on held-out sequences that the choice did not use" in said
     assert all(line in said for line in advice.unknown)
     assert "probe: values" in said
     assert "written: advice.json" in said
@@ -47,15 +47,15 @@ def test_a_sweep_is_advised_from_as_it_is(swept: Path) -> None:
     assert "(budget --budget-ppl 1%, 0.00995 nats per token)" in said
     assert "not measured: K\n" in said
     none = shown(run("recommend", "sweep.json", "--budget-nll", 0, folder=swept))
-    assert "nothing that was measured qualifies within the budget (--budget-nll 0" in none
+    assert "no measured setting meets the budget (--budget-nll 0" in none
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--budget-nll", "0.01", "--budget-ppl", "1%"), "--budget-nll and --budget-ppl: give one of them"),
-        (("--budget-ppl", "much"), "--budget-ppl much: give a share"),
-        (("--budget-nll=-1",), "--budget-nll -1: a budget below zero"),
+        (("--budget-ppl", "much"), "--budget-ppl much: give a perplexity increase"),
+        (("--budget-nll=-1",), "--budget-nll -1: a budget must not be negative"),
         (("--tokens", "4096"), "--tokens: sweep.json is a sweep, and nothing is measured anew"),
     ],
 )

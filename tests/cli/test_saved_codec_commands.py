@@ -56,7 +56,10 @@ def test_the_next_evaluation_fits_nothing_and_finds_the_same(saved: Path, tmp_pa
             "absent: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote",
         ),
         (("ref-llama", "--ranks", "16,24", "--save-codec", "new"), "--ranks 16,24: --save-codec new saves one codec"),
-        (("ref-llama", "--ranks", "16", "--save-codec", "."), ".: the shell is in this folder, which a codec would replace"),
+        (
+            ("ref-llama", "--ranks", "16", "--save-codec", "."),
+            ".: would replace the current directory",
+        ),
         (("ref-llama", "--save-codec", "e.json/new"), "e.json: is a file: name a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -99,6 +102,6 @@ def test_nan_in_calibration_is_located_and_nothing_saved(tmp_path: Path) -> None
 def test_too_little_calibration_text_is_refused_with_n_eff(tmp_path: Path) -> None:
     options = ("--scope", "all", "--calibration-tokens", "384", "--save-codec", "new")
     says = error_of(run("evaluate", "ref-llama", *FEW, *options, folder=tmp_path))
-    assert "independent vectors cannot carry a basis of 448 dimensions: raise --tokens" in says
+    assert "independent vectors cannot carry a basis of 448 dimensions. Raise --tokens" in says
     assert "all layers: n_eff of " in says
     assert not list(tmp_path.iterdir())

@@ -99,7 +99,7 @@ def test_layers_that_hold_the_last_tokens_only_are_filled_from_the_mean(name: st
             expected[:, :4, at : at + part.width] = mean[at : at + part.width]
         at += part.width
     torch.testing.assert_close(layout.vectors(cut, start, mean), expected, rtol=0, atol=1e-5)
-    with pytest.raises(CodecError, match=f"layer {sliding} holds 5 tokens, others 9"):
+    with pytest.raises(CodecError, match=f"layer {sliding} holds 5 tokens, other layers hold 9"):
         layout.vectors(cut, start)
 
 

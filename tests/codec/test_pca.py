@@ -111,7 +111,7 @@ def test_rows_can_be_chosen_without_decoding() -> None:
 
 @pytest.mark.parametrize("rank", [0, 17])
 def test_a_rank_that_no_group_has_is_refused(rank: int) -> None:
-    with pytest.raises(CodecError, match=f"rank {rank}: v has ranks 1 to 16"):
+    with pytest.raises(CodecError, match=f"rank {rank} is out of range: v has ranks 1 to 16"):
         value_codec("layer").truncated(rank)
 
 
@@ -129,3 +129,9 @@ def test_what_does_not_fit_into_16_bits_is_refused_and_views_count_in_full() -> 
         SixteenBit().encode({0: (torch.full((1, 1, 1, 1), 1e6), torch.zeros(1, 1, 1, 1))}, 0)
     whole = torch.zeros(100)
     assert Encoded({"a": whole[:1], "b": whole[1:2]}, 0, 1).nbytes == 400
+
+
+def test_other_bit_widths_are_refused() -> None:
+    codec = value_codec("layer").truncated(2, bits=3)  # type: ignore[arg-type]
+    with pytest.raises(CodecError, match="`bits` is 3: use 16, 8 or 4"):
+        codec.encode(cache(9), 0)

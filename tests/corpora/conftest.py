@@ -1,4 +1,4 @@
-"""A byte-level tokenizer of 400 entries, trained here, and a guard that no test reaches the hub."""
+"""A byte-level tokenizer of 400 entries, trained here, and a guard against access to the hub."""
 
 import sys
 
@@ -27,7 +27,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_text():
-    """A `Text` of the given documents."""
+    """Make a `Text` of the given documents."""
 
     def make(*documents: str, name: str = "given") -> corpora_text.Text:
         return corpora_text.Text.scan(name, lambda: [corpora_text.Document(str(i), d) for i, d in enumerate(documents)])
@@ -37,5 +37,5 @@ def make_text():
 
 @pytest.fixture(autouse=True)
 def no_datasets(monkeypatch):
-    """The package `datasets` is not installed, unless a test puts a fake in its place."""
+    """Hide the package `datasets`, unless a test replaces it by a fake."""
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -54,9 +54,9 @@ def test_enough_text_gives_no_warning():
             "REPETITIVE TEXT: 1,024 tokens hold only 1,041 distinct 8-token contexts (96 % repeats): "
             "ranks measured on it describe the text, not the model",
         ),
-        ({"distinct": 999}, "TOO LITTLE TEXT: only 999 distinct 8-token contexts (1,000 are the least): "),
+        ({"distinct": 999}, "TOO LITTLE TEXT: only 999 distinct 8-token contexts (minimum 1,000): "),
         ({"copies": 3}, "COPIED SEQUENCES: 3 of 128 equal an earlier one: held-out figures are not held out"),
-        ({"sequences": 15}, "FEW SEQUENCES: 15 (16 are the least): intervals cannot be given"),
+        ({"sequences": 15}, "FEW SEQUENCES: 15 (minimum 16): no intervals are given"),
     ],
 )
 def test_each_lack_gives_one_sentence_with_its_figures(changed, warning):

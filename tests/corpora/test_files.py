@@ -67,10 +67,10 @@ def test_an_existing_file_comes_before_a_glob(folder):
     ("spec", "message"),
     [
         ("docs/*.rst", r"^docs/\*\.rst: no file matches this pattern"),
-        ("docs/*.png", r"^docs/\*\.png: no text file in it \(skipped: 1 not UTF-8 text\)"),
+        ("docs/*.png", r"^docs/\*\.png: contains no text file \(skipped: 1 not UTF-8 text\)"),
         ("docs/a/*", r"^docs/a/rows\.jsonl, line 1: no field"),
         ("docs/a", r"^docs/a/rows\.jsonl, line 1: no field"),
-        ("bare", r"^bare: no text file in it \(skipped: 1 hidden\)"),
+        ("bare", r"^bare: contains no text file \(skipped: 1 hidden\)"),
     ],
 )
 def test_a_folder_or_glob_without_readable_text_is_refused_by_name(folder, spec, message):
@@ -83,7 +83,7 @@ def test_a_folder_or_glob_without_readable_text_is_refused_by_name(folder, spec,
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CorpusError, match=r"pipe: neither a file nor a folder"):
+    with pytest.raises(CorpusError, match=r"pipe: is a pipe or device"):
         read_text(str(tmp_path / "pipe"))
 
 

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from eigencache.corpora import hub as hub_module
 from eigencache.corpora.hub import articles
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.text import Document
@@ -22,17 +23,32 @@ class FakeDataset(list):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A `datasets` package that serves `hub.rows`, or raises them, and remembers what was asked for."""
-    state = SimpleNamespace(rows=FakeDataset({"text": row} for row in WIKITEXT_ROWS), asked=[])
+    """A `datasets` package that returns or raises `hub.rows` and records its calls, and a hub that answers."""
+    settings = SimpleNamespace(HF_HUB_OFFLINE=False)
+    rows = FakeDataset({"text": row} for row in WIKITEXT_ROWS)
+    state = SimpleNamespace(rows=rows, asked=[], offline=[], config=settings)
 
     def load_dataset(name, config, *, split):
         state.asked.append((name, config, split))
+        state.offline.append(settings.HF_HUB_OFFLINE)
         if isinstance(state.rows, Exception):
             raise state.rows
         return state.rows
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=settings))
+    monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_module, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
     return state
+
+
+@pytest.fixture
+def no_network(hub, monkeypatch):
+    """Make every connection to the hub fail."""
+
+    def head(url, timeout):
+        raise hub_module.HTTPError("Name or service not known")
+
+    monkeypatch.setattr(hub_module, "get_session", lambda: SimpleNamespace(head=head))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +104,33 @@ def test_what_cannot_be_loaded_is_refused_with_spec_and_reason(hub, error):
     assert str(caught.value) == message
 
 
+def test_a_reachable_hub_changes_no_setting_of_datasets(hub):
+    read_text("wikitext2")
+    assert hub.offline == [False] and hub.config.HF_HUB_OFFLINE is False
+
+
+def test_without_a_network_the_local_cache_is_used_and_the_setting_restored(hub, no_network):
+    assert read_text("wikitext2").name == "wikitext2:test"
+    assert hub.offline == [True] and hub.config.HF_HUB_OFFLINE is False
+
+
+def test_without_a_network_and_a_cached_copy_the_error_names_the_network(hub, no_network):
+    hub.rows = ConnectionError("offline mode")
+    with pytest.raises(CorpusError) as caught:
+        read_text("wikitext2")
+    assert str(caught.value) == (
+        "wikitext2:test: the hub cannot be reached (Name or service not known), and the data set is not in the local cache: "
+        "check the network, or pass a local file"
+    )
+    assert hub.offline == [True] and hub.config.HF_HUB_OFFLINE is False
+
+
+def test_offline_mode_of_the_user_needs_no_connection(hub, no_network, monkeypatch):
+    monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", True)
+    assert read_text("wikitext2").name == "wikitext2:test"
+    assert hub.offline == [False]  # `datasets` has the setting from the environment
+
+
 def test_a_data_set_without_a_text_column_is_refused_with_its_columns(hub):
     hub.rows = FakeDataset([{"content": "a", "id": 1}])
     with pytest.raises(CorpusError, match=r'^hf:me/data::train: no column "text" \(its columns: content, id\)'):
@@ -96,11 +139,13 @@ def test_a_data_set_without_a_text_column_is_refused_with_its_columns(hub):
 
 def test_a_row_that_is_no_string_is_refused_with_its_number(hub):
     hub.rows = FakeDataset([{"text": "a"}, {"text": ["b"]}])
-    with pytest.raises(CorpusError, match=r'^hf:me/data::train: column "text" holds a list in row 1'):
+    with pytest.raises(CorpusError, match=r'^hf:me/data::train: column "text" contains a list in row 1'):
         read_text("hf:me/data")
 
 
 @pytest.mark.parametrize("spec", ["hf", "hf:", "hf::en"])
 def test_a_missing_name_is_refused_with_an_example(spec):
-    with pytest.raises(CorpusError, match=r"^hf:.* no data set is named: write hf:NAME\[:CONFIG\[:SPLIT\]\], such as hf:"):
+    with pytest.raises(
+        CorpusError, match=r"^hf:.* the name of the data set is missing: write hf:NAME\[:CONFIG\[:SPLIT\]\], such as hf:"
+    ):
         read_text(spec)

@@ -23,17 +23,17 @@ def test_a_line_is_a_document(tmp_path, suffix):
     ("line", "defect"),
     [
         (b"{text: 1}", r"not JSON \(.* at column 2\)"),
-        (b'["text"]', "a list where an object is needed"),
-        (b"3", "a number where an object is needed"),
+        (b'["text"]', "a list instead of an object"),
+        (b"3", "a number instead of an object"),
         (b'{"content": "a", "id": 1}', r"""no field "text" \(its fields: 'content', 'id'\)"""),
         (b"{}", r'no field "text" \(its fields: none\)'),
-        (b'{"text": null}', 'field "text" is null where a string is needed'),
+        (b'{"text": null}', 'field "text" is null, a string is required'),
         (b'{"text": ["a"]}', 'field "text" is a list'),
         (b'{"text": true}', 'field "text" is a boolean'),
-        (b'{"text": "\\ud800"}', 'field "text" holds half of a surrogate pair'),
+        (b'{"text": "\\ud800"}', 'field "text" contains half of a surrogate pair'),
         (b'{"text": "\xe9"}', "not UTF-8 .byte 0xe9"),
-        (b"[" * 200_000, "JSON that cannot be read"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "JSON that cannot be read"),
+        (b"[" * 200_000, "JSON that cannot be parsed"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "JSON that cannot be parsed"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path, line, defect):

@@ -1,4 +1,4 @@
-"""A text that repeats another is told by its share of long windows, exactly on planted copies."""
+"""A text that repeats another is recognized by its share of long windows, exactly for planted copies."""
 
 import numpy as np
 import pytest

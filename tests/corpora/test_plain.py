@@ -73,7 +73,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_file_and_offset(tmp_path, small
 def test_a_binary_file_is_refused_with_file_and_offset(tmp_path, small_pieces):
     path = tmp_path / "a.bin"
     path.write_bytes(b"a" * 20 + b"\0")
-    with pytest.raises(NotTextError, match=r"a\.bin: a binary file \(NUL byte at offset 20\): pass a file of text"):
+    with pytest.raises(NotTextError, match=r"a\.bin: is a binary file \(NUL byte at offset 20\): pass a text file"):
         read_text(str(path))
 
 

@@ -14,7 +14,7 @@ DOCUMENTS = st.lists(st.text(min_size=1, max_size=60).filter(str.strip), min_siz
 
 
 class Letters:
-    """A tokenizer that makes every character one token, its code point."""
+    """A tokenizer with one token per character, its code point."""
 
     def __init__(self, bos_token_id=None, eos_token_id=None):
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
@@ -125,10 +125,10 @@ def test_a_text_that_ends_early_is_a_warning_with_both_figures(make_text):
         (100, None, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
         (100, 1024, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
         (31, None, 512, "given: text has 31 tokens, fewer than one sequence of 512: give more text"),
-        (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or shorten `max_length`"),
-        (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or shorten `max_length`"),
-        (100, None, 7, "`max_length` 7: a sequence must hold at least 8 tokens"),
-        (100, None, -1, "`max_length` -1: a sequence must hold at least 8 tokens"),
+        (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or lower `max_length`"),
+        (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or lower `max_length`"),
+        (100, None, 7, "`max_length` 7 is too small: a sequence needs at least 8 tokens"),
+        (100, None, -1, "`max_length` -1 is too small: a sequence needs at least 8 tokens"),
     ],
 )
 def test_less_than_one_sequence_is_refused_with_figures(make_text, length, tokens, max_length, message):
@@ -194,5 +194,5 @@ def test_batches_hold_every_sequence_once_in_order_padded_at_the_right(make_text
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_nothing_is_refused_at_once(make_text, batch_size):
     packed = pack(make_text(varied(64)), Letters(), tokens=None, max_length=64)
-    with pytest.raises(CorpusError, match=f"a batch of {batch_size} sequences"):
+    with pytest.raises(CorpusError, match=f"`batch_size` {batch_size} is too small"):
         packed.batches(batch_size, pad_id=0)

@@ -19,7 +19,7 @@ def test_identity_never_parts_and_zeros_ruin() -> None:
     text = random_sequences(64, 64, vocabulary=4000)
     seen: list[tuple[int, int]] = []
     same, half, zeros = measure_divergence(
-        Session(bundled("ref-llama"), batch_size=2, on_progress=lambda done, of: seen.append((done, of))),
+        Session(bundled("ref-llama"), batch_size=2, on_progress=lambda _, done, of: seen.append((done, of))),
         text,
         {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()},
         prompts=3,

@@ -9,7 +9,6 @@ import torch
 
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.session import Session
-from eigencache.codec.saved.card import Expected
 from eigencache.codec.saved.folder import load_codec, save_codec
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
@@ -17,6 +16,7 @@ from eigencache.errors import CodecError, ModelError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.fitting.provenance import eigen_fitting_of, fitting_of
+from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from stub_codecs import Identity, Zeros, bundled
 

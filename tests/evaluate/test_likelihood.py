@@ -122,12 +122,11 @@ def test_what_is_held_is_counted_over_all_rows() -> None:
 
 def test_batches_can_be_left_out() -> None:
     loaded, sequences = tiny_loaded("llama"), random_sequences(24, 24, 24, 20)
-    options = {"codecs": {}, "protocol": PROTOCOLS[0], "batch_size": 2}
-    whole = list(score_through_cache(Session(loaded), sequences, **options))
+    options = {"codecs": {}, "protocol": PROTOCOLS[0]}
+    session = Session(loaded, batch_size=2)
+    whole = list(score_through_cache(session, sequences, **options))
     assert len(whole) == 3  # two of 24, one of 24, one of 20
-    assert [s.losses for s in score_through_cache(Session(loaded), sequences, **options, skip=1)] == [
-        s.losses for s in whole[1:]
-    ]
+    assert [s.losses for s in score_through_cache(session, sequences, **options, skip=1)] == [s.losses for s in whole[1:]]
 
 
 def test_pieces_cover_the_text_once() -> None:

@@ -20,7 +20,7 @@ CODECS = {"identity": Identity(), "16 bit": SixteenBit(), "zeros": Zeros()}
 def test_copying_survives_identity_and_is_ruined_by_zeros() -> None:
     seen: list[tuple[int, int]] = []
     (found,) = evaluate_retrieval(
-        Session(bundled("ref-llama"), on_progress=lambda done, of: seen.append((done, of))),
+        Session(bundled("ref-llama"), on_progress=lambda _, done, of: seen.append((done, of))),
         CODECS,
         tasks=["copy"],
         lengths=[96],

@@ -85,12 +85,12 @@ def test_neighboring_bundles_have_unlike_widths_and_means_that_turn_change_nothi
     shapes: synthetic.Shapes = [((5, 128), (5, 128))]
     codec = noise_codec(shapes, bits, torch.float32, turning=True)
     keys, values = codec.layers[0]
-    assert codec.sinks == 4 and codec.bits_per_value == bits and values.turning is None
+    assert codec.sinks == 4 and codec.bits_per_value == bits and values.rotated_mean is None
     assert [w.bits > 128 * bits for w in keys.widths] == [bits < 8, False] * 2 + [False]
     assert len(set(keys.widths)) == (1 if bits == 8 else 3)
     x, positions = torch.randn(1, 5, 640, 128), torch.arange(640)[None]
-    assert keys.turning is not None
-    turned = x + keys.turning.at(positions)
+    assert keys.rotated_mean is not None
+    turned = x + keys.rotated_mean.rotated_to(positions)
     lost = keys.decode(keys.encode(turned, positions), positions) - turned
     assert float(lost.square().mean()) < {2.5: 0.5, 3.125: 0.3, 4.0: 0.15, 8.0: 1e-3}[bits]
 
@@ -113,9 +113,9 @@ def test_a_generation_goes_on_with_what_a_cache_holds(name: str) -> None:
 
 
 def test_other_bits_and_geometries_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"3 bits: widths are known for 2\.5, 3\.125, 4, 8"):
+    with pytest.raises(ModelError, match=r"3 bits per value are not available: use 2\.5, 3\.125, 4, 8"):
         noise_codec([((1, 64), (1, 64))], 3.0, torch.float32)
-    with pytest.raises(ModelError, match="gpt-5: no geometry of that name: there are "):
+    with pytest.raises(ModelError, match="gpt-5: no geometry of that name: use "):
         synthetic.random_model("gpt-5", 1, 64, dtype=torch.float32)
 
 
@@ -164,8 +164,8 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     tables = {table.title: table for table in speed_tables(record)}
     assert list(tables) == [
         "llama: attention of a decode step", "llama: a whole decode step",
-        "llama: generation, a token of it", "llama: prefill", "llama: prefill, 40 tokens at a time",
-        "deepseek: a whole decode step", "deepseek: generation, a token of it", "deepseek: prefill",
+        "llama: generation, per token", "llama: prefill", "llama: prefill, 40 tokens at a time",
+        "deepseek: a whole decode step", "deepseek: generation, per token", "deepseek: prefill",
         "deepseek: prefill, 40 tokens at a time",
     ]  # fmt: skip
     rows = tables["llama: a whole decode step"].rows
@@ -174,12 +174,12 @@ def test_a_record_has_every_case_and_its_tables_their_ratios(record: SpeedRecord
     assert (
         plain and live and any(r[:3] == ("130", "2", "live, 3.125 bits") and r[-1] == f"{plain / live:.2f} x" for r in rows)
     )
-    assert len(tables["llama: generation, a token of it"].rows) == len(rows)
+    assert len(tables["llama: generation, per token"].rows) == len(rows)
     assert plot_roofline(record) is not None
-    written = write_speed(record, tmp_path / "out", "eigencache bench --speed")
+    written = write_speed(record, tmp_path / "out", "eigencache speed")
     assert sorted(path.name for path in written) == ["README.md", "roofline.svg", "speed.json"]
     page = (tmp_path / "out" / "README.md").read_text()
-    assert page.count("| ") > 20 and "![roofline](roofline.svg)" in page and "Printed by `eigencache bench --speed`." in page
+    assert page.count("| ") > 20 and "![roofline](roofline.svg)" in page and "Printed by `eigencache speed`." in page
     assert (tmp_path / "out" / "roofline.svg").read_text().startswith("<svg")
     only = record.model_copy(update={"timings": [t for t in record.timings if t.geometry == "deepseek"]})
     assert plot_roofline(only) is None and len(write_speed(only, tmp_path / "other", "x")) == 2

@@ -109,7 +109,7 @@ def test_coefficients_that_are_not_worth_their_bits_are_left_out_of_the_transfor
 
 
 def test_a_step_that_codes_nothing_is_refused() -> None:
-    with pytest.raises(StatisticsError, match="no coefficient is worth a bit: ask for more bits"):
+    with pytest.raises(StatisticsError, match=r"no coefficient is worth a bit at the step 100. Use more `bits`"):
         planted().at_step(100.0)
 
 
@@ -125,7 +125,9 @@ def test_a_target_in_bits_is_met_and_real_containers_agree(bits: float, context:
 
 @pytest.mark.parametrize("bits", [1e-4, 100.0])
 def test_a_target_that_no_step_meets_is_refused_with_what_can_be_had(bits: float) -> None:
-    with pytest.raises(BudgetError, match=r"bits per value of 2,048 tokens cannot be had, .* can: ask for another number"):
+    limit = "below the minimum of (.*) bits" if bits < 1 else "above the maximum of (.*) bits"
+    remedy = r"Use \1 or more, or fewer `sinks`" if bits < 1 else r"Use \1 or less\."
+    with pytest.raises(BudgetError, match=rf"{limit} per value at a context of 2,048 tokens\. {remedy}"):
         at_bits(planted(), bits)
 
 
@@ -137,7 +139,7 @@ def test_a_target_is_refused_where_coefficients_hold_rounding_and_a_vector_stand
     narrow = replace(
         fit, eigenvalues=y.double().square().mean(0), fitted=Coefficients(y, None), held=Coefficients(far, None)
     )
-    with pytest.raises(BudgetError, match="cannot be had"):
+    with pytest.raises(BudgetError, match="above the maximum of"):
         at_bits(narrow, 100.0)
 
 
@@ -348,9 +350,9 @@ def test_settings_reach_the_codec() -> None:
 
 
 def test_too_little_text_is_refused() -> None:
-    with pytest.raises(StatisticsError, match="15 sequences: 16 are needed"):
+    with pytest.raises(StatisticsError, match="15 sequences are too few: 16 are needed"):
         fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 15)))
-    with pytest.raises(StatisticsError, match="no sequence is longer than 20 sinks"):
+    with pytest.raises(StatisticsError, match="No sequence is longer than 20 sinks"):
         fit_eigen(
             CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 16)),
             EigenSettings(metric="frobenius", sinks=20),
@@ -432,7 +434,7 @@ def test_a_coarse_step_that_is_within_the_loss_by_luck_is_not_taken(monkeypatch)
 
 def test_a_loss_that_no_step_keeps_is_refused(monkeypatch) -> None:
     stubbed(monkeypatch, lambda step: 0.25)
-    with pytest.raises(BudgetError, match=r"`max_nll` 0.1: even the finest step loses 0.2500 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll`=0\.1 nats cannot be met: the finest step loses 0\.2500 nats"):
         at_loss(planted(), Session(None), 0.1)  # type: ignore[arg-type]
 
 
@@ -450,5 +452,5 @@ def test_a_loss_is_kept_on_the_sequences_kept_apart_and_a_size_comes_with_its_lo
 
 @pytest.mark.parametrize("targets", [{}, {"bits": 1.0, "max_nll": 0.1}])
 def test_one_target_is_asked_for(targets: dict[str, float]) -> None:
-    with pytest.raises(BudgetError, match="not several and not none"):
+    with pytest.raises(BudgetError, match="Give exactly one of `bits` and `max_nll`"):
         fit_target(planted(), Session(None), **targets)  # type: ignore[arg-type]

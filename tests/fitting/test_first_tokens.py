@@ -31,7 +31,7 @@ def source() -> CalibrationSet:
 
 def pca(sinks: int | None) -> PCACodec:
     settings = PCASettings("kv") if sinks is None else PCASettings("kv", sinks=sinks)
-    return PCACalibration(Session(source().loaded), source().sequences).fit(settings).truncated(6)
+    return PCACalibration(Session(source().session.loaded), source().sequences).fit(settings).truncated(6)
 
 
 def eigen(sinks: int | None) -> EigenCodec:
@@ -47,8 +47,8 @@ def live(sinks: int | None) -> LiveCodec:
 def cache_with_sink() -> Cached:
     """A cache whose first token has a tenth of the others' key and value, in directions of its own."""
     ids = torch.randint(1, 100, (1, TOKENS), generator=torch.Generator().manual_seed(3))
-    cache, stored = tapped_cache(source().loaded.model)
-    source().loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache, stored = tapped_cache(source().session.loaded.model)
+    source().session.loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
     generator = torch.Generator().manual_seed(4)
     for both in stored.values():
         for x in both:
@@ -78,7 +78,7 @@ def test_a_sink_of_small_norm_is_exact_by_default_and_ruined_when_it_is_packed(m
 
 def test_what_is_stored_exactly_is_counted() -> None:
     given, numbers = cache_with_sink(), sum(x[:, :, 0].numel() for both in cache_with_sink().values() for x in both)
-    assert FIRST_EXACT == 4 and source().loaded.geometry.values_per_token == numbers
+    assert FIRST_EXACT == 4 and source().session.loaded.geometry.values_per_token == numbers
     with_sinks = pca(None)
     without = replace(with_sinks, sinks=0)
     assert with_sinks.encode(given, 0).nbytes == with_sinks.payload_nbytes(TOKENS, 0)

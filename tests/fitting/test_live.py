@@ -144,7 +144,7 @@ def test_large_means_are_found_in_their_pairs_and_nowhere_else(pairing: Pairing,
         expected[head, at] = mean[head, at]
     assert torch.equal(found.mean != 0, expected != 0)
     torch.testing.assert_close(found.mean, expected, rtol=0, atol=0.12)
-    left = x - found.at(positions[None])[0]
+    left = x - found.rotated_to(positions[None])[0]
     assert float(left[:, :, : 2 * PAIRS].square().mean()) < 1.8 * scale**2
 
 
@@ -171,7 +171,7 @@ def test_a_large_bias_of_a_models_keys_is_taken_out_of_the_layer_that_has_it() -
     assert turning.mean[1, [3, 11]].tolist() == pytest.approx([60, -40], abs=5)
     plain = fitted("qwen2").slots[1, 0]
     assert float(fit.slots[1, 0].costs[0].sum()) < 5 * float(plain.costs[0].sum())
-    assert [heads.turning is None for both in fit.safe().layers.values() for heads in both] == [
+    assert [heads.rotated_mean is None for both in fit.safe().layers.values() for heads in both] == [
         True,
         True,
         False,
@@ -242,7 +242,7 @@ def test_bits_are_at_most_what_was_asked_for_and_short_of_it_by_one_group(name: 
 
 @pytest.mark.parametrize("bits", [0.0, -1.0, 8.01, 9.0, float("nan")])
 def test_bits_that_no_width_gives_are_refused(bits: float) -> None:
-    with pytest.raises(BudgetError, match=r"bits per value: a live codec has widths up to 8 bits: ask for more than 0"):
+    with pytest.raises(BudgetError, match=r"A live codec cannot have .* bits per value. Use more than 0 and at most 8"):
         fitted("llama").at_bits(bits)
 
 
@@ -302,7 +302,7 @@ def heads_of_first(fit: LiveFit) -> int:
 def in_blocks(name: str) -> tuple[Cached, Tensor]:
     """All that everything was fitted on, a block for each sequence, which ends in zeros; and the positions."""
     sequences = source(name).fitted_on
-    found = stored(source(name).loaded, torch.from_numpy(np.stack(sequences.ids)))
+    found = stored(source(name).session.loaded, torch.from_numpy(np.stack(sequences.ids)))
 
     def filled(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(x, (0, 0, 0, BLOCK - x.shape[2]))
@@ -337,7 +337,7 @@ def test_what_decoding_loses_is_what_the_fit_says_it_costs(name: str, alpha: flo
             assert error == pytest.approx(float(costs.gather(0, (widths[at] // 2)[None]).sum()), rel=5e-3), at
     nothing = fit._codec(fit._widths(1e30), "nothing")
     assert nothing.bits_per_value == 0
-    with pytest.raises(BudgetError, match="fewer than one group of coefficients takes"):
+    with pytest.raises(BudgetError, match=r"too few for one group of 8 coefficients. Use more"):
         fit.at_bits(1e-3)
     for at, error in weighed_errors(name, nothing, alpha).items():
         assert error == pytest.approx(float(fit.slots[at].costs[0].sum()), rel=1e-3), at
@@ -374,12 +374,11 @@ class Scored:
     def __init__(self, loss: Callable[[float], float]) -> None:
         self.loss = loss
         self.codecs: Mapping[str, LiveCodec] = {}
-        self.given: tuple[Any, ...] = ()
+        self.session: Session | None = None
+        self.held_out: Sequences | None = None
 
-    def __call__(
-        self, loaded: LoadedModel, apart: Sequences, codecs: Mapping[str, LiveCodec], *given: Any
-    ) -> dict[str, Any]:
-        self.codecs, self.given = codecs, (loaded, apart, *given)
+    def __call__(self, session: Session, held_out: Sequences, codecs: Mapping[str, LiveCodec]) -> dict[str, Any]:
+        self.session, self.held_out, self.codecs = session, held_out, codecs
         quality = {"tokens": 100, "delta_nll_interval": (-0.5, 0.5), "kl": 0.25, "top1_agreement": 0.75}
         return {n: SimpleNamespace(delta_nll=self.loss(c.bits_per_value), **quality) for n, c in codecs.items()}
 
@@ -393,9 +392,9 @@ def reached(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], **g
     monkeypatch.setattr(live_search, "score_held_out", scored)
     own = source("llama")
     apart = replace(own.held_out, corpus=own.held_out.corpus.model_copy(update={"max_length": 256}))
-    found = fit_live_target(fitted("llama"), Session(own.loaded, batch_size=3), apart, context=1000, **goal)
-    assert scored.given[0] is own.loaded and scored.given[2] == 3
-    assert all(np.array_equal(a, b) for a, b in zip(scored.given[1].ids, own.held_out.ids, strict=True))
+    found = fit_live_target(fitted("llama"), Session(own.session.loaded, batch_size=3), apart, context=1000, **goal)
+    assert scored.session and scored.session.loaded is own.session.loaded and scored.session.batch_size == 3
+    assert scored.held_out and all(np.array_equal(a, b) for a, b in zip(scored.held_out.ids, own.held_out.ids, strict=True))
     return found, scored
 
 
@@ -403,7 +402,7 @@ def reached(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], **g
     "goal", [{"bits": 2.0, "max_nll": 0.1}, {"bits": 2.0, "safe": True}, {"max_nll": 0.1, "safe": True}]
 )
 def test_several_goals_are_refused(goal: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BudgetError, match="give one of a number of bits, a loss and safe, not several"):
+    with pytest.raises(BudgetError, match="Give only one of `bits`, `max_nll` and `safe`"):
         reached(monkeypatch, lambda _: 0.0, **goal)
 
 
@@ -447,25 +446,26 @@ def test_a_codec_below_one_that_loses_more_is_not_trusted(monkeypatch: pytest.Mo
 
 
 def test_a_loss_that_even_8_bits_exceed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BudgetError, match=r"`max_nll` 0\.02: even 8 bits lose 0\.0500 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll`=0\.02 nats cannot be met: 8 bits lose 0\.0500 nats"):
         reached(monkeypatch, lambda _: 0.05, max_nll=0.02)
-    with pytest.raises(BudgetError, match=r"`max_nll` 0\.01: even 8 bits lose 0\.0700 nats: allow more"):
+    with pytest.raises(BudgetError, match=r"`max_nll`=0\.01 nats cannot be met: 8 bits lose 0\.0700 nats"):
         reached(monkeypatch, lambda bits: 0.07 if bits > 7 else 0.0)
     assert TRIED[-1] == 8 and list(TRIED) == sorted(TRIED)
 
 
 def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     own = source("llama")
-    with pytest.raises(StatisticsError, match="no block of 64 is packed, 4 being kept apart: raise `max_length` to 136"):
-        fit_live_target(fitted("llama"), Session(own.loaded), own.held_out, bits=2.0)
+    words = r"Sequences of 40 tokens are too short: no block of 64 tokens is ever packed\. Use `max_length` ≥ 136\."
+    with pytest.raises(StatisticsError, match=words):
+        fit_live_target(fitted("llama"), Session(own.session.loaded), own.held_out, bits=2.0)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_above_0_is_refused(loss: float) -> None:
     with pytest.raises(BudgetError, match="must be a number above 0"):
-        fit_live_target(fitted("llama"), Session(source("llama").loaded), source("llama").held_out, max_nll=loss)
+        fit_live_target(fitted("llama"), Session(source("llama").session.loaded), source("llama").held_out, max_nll=loss)
 
 
 def test_more_sinks_than_tokens_are_refused() -> None:
-    with pytest.raises(StatisticsError, match="no sequence is longer than 100 sinks"):
+    with pytest.raises(StatisticsError, match=r"No sequence is longer than 100 sinks. Lower `sinks`"):
         fitted("llama", LiveSettings(sinks=100))

@@ -28,7 +28,7 @@ def calibration(loaded, sequences):
 
 def divergence(calibration: PCACalibration, codec, sequences) -> float:
     text, protocol = sequences(40, 40, seed=1), ReadingProtocol(kind="prefix", length=20)
-    scored = list(score_through_cache(Session(calibration.loaded), text, {"codec": codec}, protocol))
+    scored = list(score_through_cache(Session(calibration.session.loaded), text, {"codec": codec}, protocol))
     losses = [loss for batch in scored for loss in batch.losses["codec"]]
     return sum(loss.kl for loss in losses) / sum(loss.tokens for loss in losses)
 
@@ -37,7 +37,7 @@ def divergence(calibration: PCACalibration, codec, sequences) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_full_rank_changes_nothing_and_low_rank_does(name: str, metric: str, calibration, sequences) -> None:
     calibrated = calibration(name)
-    for target in targets_of(calibrated.loaded):
+    for target in targets_of(calibrated.session.loaded):
         scopes = SCOPES if name in ("llama", "deepseek_v2") else ("head",)
         for scope in scopes:
             for frame in ("pre", "post"):
@@ -49,10 +49,10 @@ def test_full_rank_changes_nothing_and_low_rank_does(name: str, metric: str, cal
 @pytest.mark.parametrize("name", NAMES)
 def test_the_architecture_alone_tells_the_full_rank(name: str, calibration) -> None:
     calibrated = calibration(name)
-    for target in targets_of(calibrated.loaded):
+    for target in targets_of(calibrated.session.loaded):
         for scope in SCOPES:
             settings = PCASettings(target, scope)
-            assert width_of(calibrated.loaded.geometry, settings) == calibrated.fit(settings).rank
+            assert width_of(calibrated.session.loaded.geometry, settings) == calibrated.fit(settings).rank
 
 
 def test_uncentered_and_tempered_and_controls_are_other_bases(calibration, sequences) -> None:
@@ -73,7 +73,7 @@ def test_uncentered_and_tempered_and_controls_are_other_bases(calibration, seque
 def test_pooled_heads_share_one_basis(calibration) -> None:
     calibrated = calibration("llama")
     pooled, apart = (calibrated.fit(PCASettings("v", basis=basis)) for basis in ("pooled", "fitted"))
-    heads = calibrated.loaded.geometry.num_key_value_heads
+    heads = calibrated.session.loaded.geometry.num_key_value_heads
     assert apart.nbytes == heads * pooled.nbytes
 
 

@@ -12,7 +12,6 @@ from eigencache.calibration.calibration_set import CalibrationSet, calibration_l
 from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.layout import Layout, Part
-from eigencache.codec.saved.card import Expected
 from eigencache.codec.saved.folder import load_codec, save_codec
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
@@ -20,6 +19,7 @@ from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.provenance import eigen_fitting_of
 from eigencache.models.codec_check import codec_for
 from eigencache.models.load import LoadedModel
+from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from eigencache.spectral.metric import block_product
 from stub_codecs import random_sequences, tiny_loaded

@@ -11,7 +11,7 @@ import torch
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import EigenCard, Expected
+from eigencache.codec.saved.eigen import EigenCard
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.corpora.overlap import sketch
 from eigencache.errors import CodecError, CorpusError
@@ -19,6 +19,7 @@ from eigencache.evaluate.prefix import read_prefix
 from eigencache.fitting.eigen import EigenSettings, Point, fit_eigen
 from eigencache.fitting.provenance import eigen_fitting_of
 from eigencache.models.codec_check import check_belongs, codec_for
+from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import EvaluationRecord, ReadingProtocol
 from eigencache.studies.evaluation import evaluate_codecs

@@ -1,4 +1,8 @@
-"""Random caches of known shapes: grouped-query attention, and latent with rotary key as MLA has them."""
+"""Random caches of known shapes (grouped-query attention, latent and rotary key of MLA), and inputs of baselines."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +62,43 @@ def relative_error(cached: Cache, decoded: Cache) -> float:
     """Squared error over energy."""
     error = sum(float((decoded[i][s].float() - cached[i][s].float()).square().sum()) for i in cached for s in (0, 1))
     return error / sum(float(x.float().square().sum()) for both in cached.values() for x in both)
+
+
+@dataclass(eq=False)
+class RandomInputs:
+    """The `BaselineInputs` of a model that has never existed: random vectors, moments and weights of the given shapes."""
+
+    shapes: dict
+    dtype: torch.dtype
+    rates: tuple[float, ...] = (2.0, 4.0)
+    fits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[int, tuple[int, int]]:
+        return {i: (first[1], second[1]) for i, (first, second) in self.shapes.items()}
+
+    @property
+    def cached(self) -> Cache:
+        return cache(self.shapes, 200, seed=5)
+
+    @property
+    def by_slot(self) -> list[tuple[Layout, Tensor]]:
+        rotated_slot = 1 if self.shapes is SHAPES["mla"] else 0
+        return [(layout, layout.vectors(self.cached, 0).flatten(0, 1)) for layout in layouts(self.shapes, rotated_slot)]
+
+    @property
+    def moments(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        return moments(self.shapes, 0), moments(self.shapes, 1)
+
+    @property
+    def projections(self) -> tuple[dict, int, dict]:
+        heads, width = next(iter(self.shapes.values()))[0]
+        generator = torch.Generator().manual_seed(2)
+        rows = 2 * heads * width
+        weights = {i: (torch.linalg.qr(torch.randn(rows, rows, generator=generator)).Q, None) for i in self.shapes}
+        return weights, heads, {i: (0, rotation(width)) for i in self.shapes}
+
+    def once(self, name: str, fit: Callable[[], Any]) -> Any:
+        if name not in self.fits:
+            self.fits[name] = fit()
+        return self.fits[name]

@@ -1,4 +1,4 @@
-"""Live codecs that lose next to nothing, and a cache of the same bytes that unpacks them."""
+"""Live codecs with almost no loss, and a cache that unpacks the same bytes for plain attention."""
 
 import copy
 import functools
@@ -16,17 +16,18 @@ from eigencache.codec.live.rotated_mean import KeyMean
 from eigencache.geometry import geometry_from_config
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer, updated
+from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.pending import pending
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
 from tiny_models import VOCAB, tiny
 
-LONG = 208  # three blocks and some
+LONG = 208  # three blocks and a part of one
 
 
 @functools.cache
 def long_model(name: str) -> PreTrainedModel:
-    """A tiny model of its own, whose attention a test may replace, with learned positions for 256 tokens."""
+    """Return a copy of a tiny model with learned positions for 256 tokens, whose attention a test may replace."""
     model = copy.deepcopy(tiny(name))
     positions = model.config.max_position_embeddings
     for child in model.modules():
@@ -41,12 +42,12 @@ def long_model(name: str) -> PreTrainedModel:
 
 
 def long_ids(batch: int = 2, length: int = LONG, seed: int = 5) -> torch.Tensor:
-    """Random ids that avoid the lowest ones."""
+    """Return random token ids without the lowest ones."""
     return torch.randint(4, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def cached_by(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
-    """What a plain cache holds of ids."""
+    """Return a plain cache after a pass over the ids."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -54,7 +55,7 @@ def cached_by(model: PreTrainedModel, ids: torch.Tensor) -> DynamicCache:
 
 
 def fine_codec(model: PreTrainedModel, *, sinks: int = 0, window: int = 0, bundled: bool = False) -> LiveCodec:
-    """8 bits over the range of every number of every head; `bundled`: all heads of a layer in one basis."""
+    """Return a codec with 8 bits over the range of every number; `bundled`: all heads of a layer share a basis."""
     cache = cached_by(model, long_ids(4, 256, seed=6))
     layers = {}
     for layer_idx, layer in enumerate(cache.layers):
@@ -64,28 +65,28 @@ def fine_codec(model: PreTrainedModel, *, sinks: int = 0, window: int = 0, bundl
 
 
 def with_means(model: PreTrainedModel) -> LiveCodec:
-    """`fine_codec` with a random mean that turns in the second layer, of keys, or of the rotary key beside a latent."""
+    """Return `fine_codec` with a random rotated mean in the second layer, of keys or of MLA's rotary key."""
     codec = fine_codec(model)
     rotation = rotations_of(LoadedModel("own", model, None, geometry_from_config(model.config)))[1]  # type: ignore[arg-type]
     both = list(codec.layers[1])
     slot = 1 if hasattr(model.config, "kv_lora_rank") else 0
     mean = torch.randn(both[slot].mean.shape, generator=torch.Generator().manual_seed(0))
-    both[slot] = replace(both[slot], turning=KeyMean(mean, rotation))
+    both[slot] = replace(both[slot], rotated_mean=KeyMean(mean, rotation))
     return replace(codec, layers=codec.layers | {1: (both[0], both[1])})
 
 
-def turning_codec(model: PreTrainedModel) -> LiveCodec:
-    """Of a model with biases of keys, which are taken out before rotation; 8 bits over the range of every number."""
+def rotated_mean_codec(model: PreTrainedModel) -> LiveCodec:
+    """Return a codec that subtracts key biases as rotated means, with 8 bits over the range of every number."""
     rotations = rotations_of(LoadedModel("own", model, None, geometry_from_config(model.config)))  # type: ignore[arg-type]
     ids, layers = long_ids(4, 256, seed=6), {}
     for layer_idx, layer in enumerate(cached_by(model, ids).layers):
         keys, values = layer.keys, layer.values  # type: ignore[union-attr]
         bias = model.get_submodule(f"model.layers.{layer_idx}.self_attn.k_proj").bias
-        turning = KeyMean(bias.detach().float().view(keys.shape[1], -1), rotations[layer_idx])  # type: ignore[union-attr, operator]
-        seen = torch.arange(256 - keys.shape[2], 256)[None]  # of a sliding window the last
-        heads = _heads(keys - turning.at(seen), False, room=2)  # the same token at other positions
-        layers[layer_idx] = replace(heads, turning=turning), _heads(values, False)
-    return LiveCodec("turning", layers, 0, 0, model.dtype)
+        key_mean = KeyMean(bias.detach().float().view(keys.shape[1], -1), rotations[layer_idx])  # type: ignore[union-attr, operator]
+        seen = torch.arange(256 - keys.shape[2], 256)[None]  # the last positions in a sliding window
+        heads = _heads(keys - key_mean.rotated_to(seen), False, room=2)  # `room` for the same tokens at other positions
+        layers[layer_idx] = replace(heads, rotated_mean=key_mean), _heads(values, False)
+    return LiveCodec("rotated mean", layers, 0, 0, model.dtype)
 
 
 def _heads(x: torch.Tensor, bundled: bool, room: float = 1) -> PackedHeads:
@@ -101,13 +102,13 @@ def _heads(x: torch.Tensor, bundled: bool, room: float = 1) -> PackedHeads:
 
 
 class _Unpacked(CompressedLayer):
-    """Holds what a `CompressedLayer` holds, and gives all of it back unpacked."""
+    """A `CompressedLayer` whose `update` returns all tokens unpacked."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         windows = super().update(key_states, value_states)
-        updated.set(None)  # plain attention reads what comes back
+        pending.clear()  # plain attention reads the returned tokens
         self.entered = 0
-        positions, found = self._positions(0, self.blocks), []
+        positions, found = self.positions(0, self.blocks), []
         for slot, (heads, window) in enumerate(zip(self.heads, windows, strict=True)):
             sinks = [window.new_zeros(*window.shape[:2], self.led, window.shape[3])]  # filled below
             packed = [chunk.slot(slot) for chunk in self.chunks]
@@ -120,7 +121,7 @@ class _Unpacked(CompressedLayer):
         return found[0], found[1]
 
     def _sink_slots(self) -> list[tuple[int, int]]:
-        """Rows and numbers of the sinks that are held."""
+        """Return row and index of every stored sink."""
         if self.sinks is None:
             return []
         held = (self.sinks.slots < self.sinks.seen) & (self.sinks.slots >= self.dropped)
@@ -128,7 +129,7 @@ class _Unpacked(CompressedLayer):
 
 
 def unpacked_cache(model: PreTrainedModel, codec: LiveCodec) -> CompressedCache:
-    """The same bytes for plain attention; compact its layers after every pass."""
+    """Return a `CompressedCache` that unpacks for plain attention; call `compact` of its layers after every pass."""
     cache = CompressedCache(model, codec)
     for layer in cache.compressed_layers:
         layer.__class__ = _Unpacked
@@ -136,7 +137,7 @@ def unpacked_cache(model: PreTrainedModel, codec: LiveCodec) -> CompressedCache:
 
 
 def random_layer(heads: int, dim: int) -> CompressedLayer:
-    """A layer of its own whose coefficients take 4 bits each."""
+    """Return a layer without a cache, with 4-bit coefficients."""
     basis = torch.eye(dim).expand(heads, -1, -1).clone()
     both = [PackedHeads((Widths(0, dim, 0),) * heads, basis, basis, torch.zeros(heads, dim)) for _ in range(2)]
     return CompressedLayer(0, (both[0], both[1]), 0, 0, None)

@@ -1,4 +1,4 @@
-"""Random static tables, and what a process in which Triton interprets is asked for."""
+"""Random static tables, and functions that the process with Triton's interpreter runs."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,12 @@ from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.eigen.entropy_tables import EntropyTables
 from eigencache.kernels.rans.cpu import SLOTS
 
-GARBAGE = 123_456_789  # what outputs are filled with beforehand
+GARBAGE = 123_456_789  # initial value of outputs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_tables(rng, count):
+    """Return shifts, halves and starts of `count` random tables."""
     shifts = rng.integers(0, 6, count).astype(np.int32)
     halves = rng.integers(1, 12, count).astype(np.int32)
     starts = np.full((count, 2 * 12 + 3), SLOTS, np.int32)
@@ -25,6 +26,7 @@ def random_tables(rng, count):
 
 
 def decoded_by_triton(sections: Sequence[bytes], tokens: Sequence[int], tables: EntropyTables, lanes: int) -> np.ndarray:
+    """Decode sections with the Triton kernel; elements that it does not write are `GARBAGE`."""
     from eigencache.kernels.rans.triton import decode_blocks
 
     out = torch.full((len(sections), len(tables.table_of), max(tokens)), GARBAGE, dtype=torch.int32, device=DEVICE)
@@ -32,4 +34,5 @@ def decoded_by_triton(sections: Sequence[bytes], tokens: Sequence[int], tables: 
 
 
 def keys_of_first_layer(codec: EigenCodec, encoded: EncodedBytes, tokens: slice) -> np.ndarray:
+    """Decode the keys of the first layer."""
     return codec.to(DEVICE).decode(encoded, tokens)[0][0].cpu().numpy()

@@ -1,4 +1,4 @@
-"""Where Triton's kernels run in tests: on a GPU where there is one, else in a process in which Triton interprets."""
+"""Run Triton kernels in tests: on a GPU if there is one, else in a process with Triton's interpreter."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +15,10 @@ Run = Callable[..., Any]
 
 @contextmanager
 def triton_process() -> Iterator[Run]:
-    """Calls a function where the kernels run. Triton reads the variable when imported: hence a process of its own."""
+    """Yield a function that calls another one where the kernels run.
+
+    Triton reads TRITON_INTERPRET when it is imported, so the interpreter needs a separate process.
+    """
     if DEVICE.type == "cuda":
         yield lambda function, *args, **kwargs: function(*args, **kwargs)
         return

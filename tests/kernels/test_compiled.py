@@ -1,4 +1,4 @@
-"""A library is built once, rebuilt when it is damaged, and never loaded from where others can write."""
+"""A library is built once, rebuilt when it is damaged, and never loaded if other users can write it."""
 
 import ctypes
 import logging
@@ -89,13 +89,13 @@ def test_planted_code_does_not_run(sources, tmp_path) -> None:
     folder = tmp_path / "cache" / "eigencache"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    with pytest.raises(CompilationError, match=r"eigencache can be written by others: run chmod go-w on it"):
+    with pytest.raises(CompilationError, match=r"eigencache can be written by other users: run chmod go-w on it"):
         load(sources)
     folder.chmod(0o700)
     assert load(sources) == 42
     (library,) = libraries(tmp_path)
     library.chmod(0o722)
-    with pytest.raises(CompilationError, match=r"\.so can be written by others"):
+    with pytest.raises(CompilationError, match=r"\.so can be written by other users"):
         load(sources)
 
 
@@ -110,7 +110,7 @@ def test_what_the_compiler_says_is_shown(sources, monkeypatch) -> None:
     with pytest.raises(CompilationError, match="undeclared_name"):
         load(sources)
     monkeypatch.setenv("CC", "/bin/false")
-    with pytest.raises(CompilationError, match="/bin/false: it ended with code 1 and wrote no library"):
+    with pytest.raises(CompilationError, match="/bin/false: exit code 1, and no library was written"):
         load(sources)
     monkeypatch.setenv("CC", "/no/such/compiler")
     with pytest.raises(CompilationError, match="No such file or directory: '/no/such/compiler'"):
@@ -128,7 +128,7 @@ def test_without_compiler_home_or_a_folder_the_reason_is_given(sources, tmp_path
         load(sources)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(CompilationError, match="no home folder: name a cache folder in XDG_CACHE_HOME"):
+    with pytest.raises(CompilationError, match="no home folder: set the environment variable XDG_CACHE_HOME"):
         load(sources)
 
 
@@ -143,7 +143,7 @@ def test_an_undefined_symbol_is_found_when_the_library_is_loaded(sources) -> Non
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """What was found out before is found out again, before and after the test."""
+    """Forget, before and after the test, which kernels can be used."""
     caches = vnni.unavailable, vnni._library
     for one in caches:
         one.cache_clear()
@@ -159,33 +159,37 @@ def test_the_portable_code_is_used_after_one_warning_that_gives_the_reason(fresh
     with caplog.at_level(logging.WARNING):
         assert [packed_backend(torch.ones(1), 1).name for _ in range(3)] == ["cpu"] * 3
     (record,) = caplog.records
-    assert "slower portable ones are" in record.getMessage() and "/proc/none" in record.getMessage()
-    with pytest.raises(CodecError, match=r"backend vnni: .*/proc/none"):
+    assert "slower backends read" in record.getMessage() and "/proc/none" in record.getMessage()
+    assert "/proc/none" in packed.unavailable(torch.device("cpu"))["vnni"]
+    with pytest.raises(CodecError, match=r"`backend` 'vnni' cannot be used: the library cannot be built: .*/proc/none"):
         packed_backend(torch.ones(1), 1, "vnni")
 
 
 def test_a_cpu_without_the_instructions_is_no_fault_but_refuses_the_name(fresh, monkeypatch, caplog) -> None:
     monkeypatch.setattr(vnni, "_FEATURES", ("avx512vnni", "of the future"))
     assert packed_backend(torch.ones(1), 1).name == "cpu" and not caplog.records
-    with pytest.raises(CodecError, match=r"backend vnni: this CPU has no .*of the future"):
+    with pytest.raises(CodecError, match=r"`backend` 'vnni' cannot be used: this CPU lacks .*of the future"):
         packed_backend(torch.ones(1), 1, "vnni")
 
 
 def test_a_backend_asked_for_by_name_is_used_or_refused() -> None:
     x = torch.ones(1)
     assert [packed_backend(x, 10**6, name).name for name in ("reference", "cpu")] == ["reference", "cpu"]
-    with pytest.raises(CodecError, match="backend 'fast': choose one of reference, cpu, vnni, triton"):
+    with pytest.raises(CodecError, match="`backend` 'fast' does not exist: use one of reference, cpu, vnni, triton"):
         packed_backend(x, 1, "fast")  # type: ignore[arg-type]
-    with pytest.raises(CodecError, match="backend triton: it runs on a cuda device, and the model is on cpu"):
+    with pytest.raises(CodecError, match="`backend` 'triton' cannot be used: it needs a cuda device, the model is on cpu"):
         packed_backend(x, 1, "triton")
-    with pytest.raises(CodecError, match="backend cpu: it runs on a cpu device, and the model is on meta"):
+    with pytest.raises(CodecError, match="`backend` 'cpu' cannot be used: it needs a cpu device, the model is on meta"):
         packed_backend(x.to("meta"), 1, "cpu")
-    assert packed_backend(torch.ones(1, requires_grad=True), 1, "cpu") is packed.REFERENCE
+    trained = torch.ones(1, requires_grad=True)
+    assert packed_backend(trained, 1, "reference") is packed.REFERENCE
+    with pytest.raises(CodecError, match="`backend` 'cpu' computes no gradients: use 'reference', or run"):
+        packed_backend(trained, 1, "cpu")
 
 
 def test_addresses_keep_what_they_are_of_alive() -> None:
     widths = (packed.Widths(8, 16, 8),)
-    codes = vnni._described(torch.zeros(1, 2, widths[0].nbytes, dtype=torch.uint8), widths)
+    codes = vnni._codes_of(torch.zeros(1, 2, widths[0].nbytes, dtype=torch.uint8), widths)
     blocks, bundles = codes.owners
     assert (codes.data, codes.bundles) == (blocks.data_ptr(), bundles.data_ptr())
     assert isinstance(codes, ctypes.Structure)

@@ -1,4 +1,4 @@
-"""Every architecture through the same matrix: what is captured is what the cache holds, in the frame that is claimed."""
+"""Captured tensors equal the cache of the model, in the frame of their name, for every architecture."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from tiny_models import MLA_NAMES, NO_CACHE_NAMES, NO_ROTATION_NAMES, NOT_BUILDA
 pytestmark = pytest.mark.versions
 
 LENGTH = 24
-# Keys that are normalized after rotation, scaled before it by the layer's own code, or rotated inside the layer:
-# no reading of a projection reproduces the cache there, so they are captured after rotation alone.
+# Keys that are normalized after rotation, scaled by the layer before rotation, or rotated inside the layer: no reading of a
+# projection reproduces the cache, so they are captured after rotation only.
 AFTER_ROTATION_ONLY = {"gptj", "codegen", "hunyuan_v1_dense", "llama4_text", "falcon_h1", "recurrent_gemma", "nanochat"}
 AFTER_ROTATION_ONLY |= {"zamba2_adapter"}
 MULTI_AXIS = {"qwen3_5_text"}
@@ -38,7 +38,7 @@ def ids(rows: int = 2) -> Tensor:
 
 
 def stored(layer: CapturedLayer, kind: str) -> Tensor:
-    """Keys (or rotary keys) as the cache holds them."""
+    """Return the keys (or rotary keys) of the cache."""
     return layer.tensors.get(f"{kind}_post_rope", layer.tensors.get(kind))
 
 
@@ -91,7 +91,7 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def linear(module, x: np.ndarray) -> np.ndarray:
-    """A projection by hand; GPT-2's Conv1D holds its weight transposed."""
+    """Apply a projection by hand; the Conv1D of GPT-2 stores its weight transposed."""
     weight = array(module.weight)
     weight = weight if type(module).__name__ == "Conv1D" else weight.T
     return x @ weight + (0 if module.bias is None else array(module.bias))
@@ -274,7 +274,7 @@ def test_only_the_layers_asked_for_are_captured() -> None:
         ("llama", [7], "no layer 7"),
         ("llama", [-1], "no layer -1"),
         ("qwen3_next", [0], "linear attention"),
-        ("llama", [], "named"),
+        ("llama", [], "is empty"),
     ],
 )
 def test_a_layer_that_does_not_exist_or_caches_nothing_is_named(name: str, layers: list[int], says: str) -> None:

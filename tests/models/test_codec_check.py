@@ -1,4 +1,4 @@
-"""A saved codec is used with the model it was fitted on alone: another RoPE, dtype or weight is named and refused."""
+"""A saved codec is refused for a model with another RoPE, dtype or weights than it was fitted on, and the error names it."""
 
 import copy
 from dataclasses import replace
@@ -32,7 +32,7 @@ ROPES = {
 
 def saved(name: str, folder: Path) -> SavedCodec:
     calibration = PCACalibration(Session(tiny_loaded(name)), random_sequences(*(64,) * 16))
-    settings = PCASettings(targets_of(calibration.loaded)[0])
+    settings = PCASettings(targets_of(calibration.session.loaded)[0])
     codec = calibration.fit(settings)
     save_codec(folder, codec, *fitting_of(codec, settings, calibration))
     return load_codec(folder)
@@ -44,7 +44,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SavedCodec:
 
 
 def with_rope(parameters: dict) -> PreTrainedModel:
-    """The same weights, read with another rotation."""
+    """Return a model with the same weights and another rotation."""
     config = copy.deepcopy(tiny("llama").config)
     config.rope_parameters = dict(parameters)
     model = AutoModelForCausalLM.from_config(config)
@@ -68,7 +68,7 @@ def test_another_rope_is_said_before_another_model(rope: str, llama: SavedCodec)
     says = str(error.value)
     assert says.startswith(f"{llama.folder}: fitted on llama with another RoPE ({llama.card.origin.rope_sha256[:12]}) than ")
     assert "other has (" in says
-    assert "load llama with that RoPE, or fit a codec on this one" in says
+    assert "load llama with that RoPE, or fit a codec on this model" in says
 
 
 def test_the_rope_hash_follows_the_configuration_and_not_the_machine() -> None:
@@ -89,7 +89,7 @@ def test_other_weights_are_refused_naming_both_models(llama: SavedCodec) -> None
         check_belongs(llama, of(model))
     says = str(error.value)
     assert f"fitted on llama ({llama.card.origin.model_sha256[:12]}), this is other (" in says
-    assert "load the model it was fitted on, or fit a codec on this one" in says
+    assert "load the model it was fitted on, or fit a codec on this model" in says
 
 
 def test_another_dtype_is_named_with_the_option_that_mends_it(llama: SavedCodec) -> None:

@@ -1,4 +1,4 @@
-"""Attention on coefficients equals decode-then-attend in every architecture with full attention, at every rank."""
+"""Attention on coefficients equals attention after decoding, for every architecture with full attention and every rank."""
 
 import pytest
 import torch
@@ -42,28 +42,28 @@ CASES += [(name, "latent", metric) for name in LATENT for metric in ("frobenius"
 @pytest.mark.parametrize(("name", "target", "metric"), CASES)
 def test_folded_logits_are_those_of_decode_then_attend(name: str, target: str, metric: str, rank: int) -> None:
     one = calibrated(name)
-    model = one.loaded.model
-    if any(layer.window for layer in one.loaded.geometry.layers):
-        with pytest.raises(UnsupportedArchitectureError, match="has a window"):
+    model = one.session.loaded.model
+    if any(layer.window for layer in one.session.loaded.geometry.layers):
+        with pytest.raises(UnsupportedArchitectureError, match="has a sliding window"):
             coefficient_cache(model, one.fit(PCASettings("v", frame="post")), decoded=True)
         return
     codec = one.fit(PCASettings(target, frame="post", metric=metric)).truncated(rank)  # type: ignore[arg-type]
     plain = model(input_ids=token_ids()).logits
     decoded = logits(model, coefficient_cache(model, codec, decoded=True))
-    with folded(model, one.loaded.geometry, codec) as cache:
+    with folded(model, one.session.loaded.geometry, codec) as cache:
         found = logits(model, cache)
         held = cache.layers[0].values if target == "v" else cache.layers[0].keys
         assert held.shape[-1] == rank  # coefficients, not vectors
     torch.testing.assert_close(found, decoded, rtol=1e-3, atol=1e-3)
-    assert float((decoded - plain).abs().max()) > 2e-2  # and compression does change them
-    assert torch.equal(model(input_ids=token_ids()).logits, plain)  # the model is as before
+    assert float((decoded - plain).abs().max()) > 2e-2  # compression changes the logits
+    assert torch.equal(model(input_ids=token_ids()).logits, plain)  # the model is restored
 
 
 def test_the_model_is_as_before_after_an_error() -> None:
     one = calibrated("llama")
-    model, before = one.loaded.model, tiny("llama").config._attn_implementation
+    model, before = one.session.loaded.model, tiny("llama").config._attn_implementation
     plain = model(input_ids=token_ids()).logits
-    with pytest.raises(KeyboardInterrupt), folded(model, one.loaded.geometry, one.fit(PCASettings("v"))):
+    with pytest.raises(KeyboardInterrupt), folded(model, one.session.loaded.geometry, one.fit(PCASettings("v"))):
         raise KeyboardInterrupt
     assert model.config._attn_implementation == before
     assert torch.equal(model(input_ids=token_ids()).logits, plain)
@@ -72,14 +72,14 @@ def test_the_model_is_as_before_after_an_error() -> None:
 def test_bases_that_cannot_be_folded_are_refused() -> None:
     one = calibrated("llama")
     with pytest.raises(CodecError, match="keys before rotation cannot be folded"):
-        coefficient_cache(one.loaded.model, one.fit(PCASettings("k", frame="pre")), decoded=True)
+        coefficient_cache(one.session.loaded.model, one.fit(PCASettings("k", frame="pre")), decoded=True)
     with pytest.raises(CodecError, match="spans heads cannot be folded"):
-        coefficient_cache(one.loaded.model, one.fit(PCASettings("v", "layer")), decoded=True)
+        coefficient_cache(one.session.loaded.model, one.fit(PCASettings("v", "layer")), decoded=True)
     latent = calibrated("deepseek_v2")
     codec = latent.fit(PCASettings("key_rope", frame="post"))
     with (
         pytest.raises(CodecError, match="rotary key cannot be folded"),
-        folded(latent.loaded.model, latent.loaded.geometry, codec),
+        folded(latent.session.loaded.model, latent.session.loaded.geometry, codec),
     ):
         pass
 
@@ -90,7 +90,7 @@ def test_folding_measured_on_text_is_rounding_beside_the_effect_of_compression()
 
     one = calibrated("llama")
     codec = one.fit(PCASettings("kv", frame="post")).truncated(8)
-    result = measure_folding(one.loaded, random_sequences(20, 24), codec)
+    result = measure_folding(one.session.loaded, random_sequences(20, 24), codec)
     assert result.rounding < 1e-3 * result.effect
     assert result.coefficients_nbytes * 2 == result.vectors_nbytes == 24 * 3 * 2 * 2 * 16 * 4
     assert folding_table("tiny", "float32", [result]).rows[0][4] == f"{result.coefficients_nbytes:,}"

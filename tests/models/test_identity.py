@@ -1,4 +1,4 @@
-"""A model's hash is of all that its cache depends on and of nothing else; a change is noticed at the next use."""
+"""The hash of a model covers everything that its cache depends on and nothing else; a change is detected at the next use."""
 
 import copy
 from collections.abc import Callable
@@ -165,7 +165,7 @@ def test_the_hash_is_made_anew_only_where_something_changed(model, monkeypatch) 
     made = []
     monkeypatch.setattr(identity, "fingerprint", lambda model: made.append(model) or f"{len(made)}")
     assert [known_fingerprint(model) for _ in range(3)] == ["1", "1", "1"]
-    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # other numbers may stand there now
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()  # the values may differ now
     assert [known_fingerprint(model) for _ in range(2)] == ["2", "2"]
     with torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.int64))
@@ -174,7 +174,7 @@ def test_the_hash_is_made_anew_only_where_something_changed(model, monkeypatch) 
 
 @pytest.fixture
 def offloaded(tmp_path: Path) -> Any:
-    """A bundled model whose last layer lies on disk between passes."""
+    """A bundled model whose last layer is offloaded to disk."""
     pytest.importorskip("accelerate")
     parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     layers = {f"model.layers.{i}": "cpu" if i < 6 else "disk" for i in range(7)}

@@ -1,4 +1,4 @@
-"""A module is asked what it computes, with its adapters, packed weights and hooks; the weight of a plain one is read."""
+"""The matrix of a module includes adapters, packed weights and hooks; the weight of a plain module is read."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from tiny_models import token_ids
 
 
 class LowRank(nn.Module):
-    """A linear layer with an adapter beside it, as PEFT wraps one; `weight` is that of the layer alone."""
+    """A linear layer wrapped with an adapter, as PEFT does; `weight` is the weight without the adapter."""
 
     def __init__(self, base: nn.Module, inputs: int, outputs: int, scale: float = 0.3, shift: float = 0.0) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LowRank(nn.Module):
         return self.base(x) + x @ self.down.mT @ self.up.mT + self.shift
 
     def merged(self) -> nn.Module:
-        """The same as a plain layer."""
+        """Return the equivalent plain layer."""
         plain, change = copy.deepcopy(self.base), (self.up @ self.down).detach()
         with torch.no_grad():
             plain.weight += change.mT if isinstance(plain, Conv1D) else change  # type: ignore[operator]
@@ -58,7 +58,7 @@ class LowRank(nn.Module):
 
 
 class Packed(nn.Module):
-    """A layer whose only tensors are integers, as packed weights are; it divides activations into 127 steps."""
+    """A layer with integer tensors only, like packed weights, that quantizes activations to 127 steps."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def adapted(module: nn.Module, **settings: float) -> LowRank:
 
 
 def both(name: str, place: str, **settings: float) -> tuple[LoadedModel, LoadedModel]:
-    """A tiny model with an adapter on a module of every layer, and the model with the adapters merged."""
+    """Return a tiny model with an adapter on a module of every layer, and the model with merged adapters."""
     loaded = tiny_loaded(name)
     models = []
     for make in (lambda one: one, LowRank.merged):
@@ -89,7 +89,7 @@ def both(name: str, place: str, **settings: float) -> tuple[LoadedModel, LoadedM
     return models[0], models[1]
 
 
-# What is found
+# Matrices and biases
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -127,7 +127,7 @@ def test_a_transposed_layer_is_read_and_asked() -> None:
 def test_packed_weights_are_asked_without_a_loss(dtype: torch.dtype) -> None:
     module = Packed(nn.Linear(64, 48, bias=False))
     module.register_buffer("packed", torch.ones(1).to(torch.float8_e4m3fn))
-    module.register_buffer("scales", torch.ones(1, dtype=dtype))  # tells the dtype of activations
+    module.register_buffer("scales", torch.ones(1, dtype=dtype))  # determines the dtype of activations
     weight, own = linear_map(module, 64)
     assert own is None and weight.dtype == dtype
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
@@ -212,17 +212,17 @@ def test_a_module_that_cannot_be_asked_is_refused_before_the_first_token() -> No
     model = copy.deepcopy(long_model("deepseek_v2"))
     codec, old = fine_codec(model), model.model.layers[1].self_attn.kv_b_proj
     model.model.layers[1].self_attn.kv_b_proj = Deaf(old.in_features, old.out_features, bias=False)
-    with pytest.raises(UnsupportedArchitectureError, match=r"layer 1, kv_b_proj: its matrix cannot .*\(no CPU kernel\)$"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"layer 1, kv_b_proj: the matrix cannot .*\(no CPU kernel\)$"):
         CompressedCache(model, codec)
 
 
 def test_an_expansion_that_adds_a_bias_is_refused_before_the_first_token() -> None:
     codec = fine_codec(long_model("deepseek_v2"))
-    with pytest.raises(UnsupportedArchitectureError, match="layer 0, kv_b_proj: adds a bias"):
+    with pytest.raises(UnsupportedArchitectureError, match="layer 0, kv_b_proj adds a bias"):
         CompressedCache(latent_model(lambda base: adapted(base, shift=0.25)), codec)
 
 
-# Fits and measurements: the same with an adapter and with the adapter merged
+# Fits and measurements, equal with an adapter and with the merged adapter
 
 
 @pytest.mark.parametrize(("name", "place"), [("llama", "o_proj"), ("gpt2", "attn.c_proj"), ("deepseek_v2", "kv_b_proj")])

@@ -1,4 +1,4 @@
-"""An adapter sits where the cache is fed: it changes what is cached and nothing else, and leaves no trace."""
+"""An adapter changes the cached vectors and nothing else, and the model is restored afterwards."""
 
 import copy
 
@@ -90,7 +90,7 @@ def test_an_adapter_is_a_low_rank_change_of_its_projections_weights(name: str) -
                 site.columns,
                 residuals[site.layer_idx].operator.float(),
             )
-            rows = module.weight.mT if name == "gpt2" else module.weight  # GPT-2 keeps the transpose
+            rows = module.weight.mT if name == "gpt2" else module.weight  # GPT-2 stores the transpose
             rows[columns] = m @ rows[columns]
             module.bias[columns] = m @ module.bias[columns]
     torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
@@ -132,7 +132,9 @@ def test_mla_is_refused(target: str) -> None:
 
 def test_keys_that_are_normed_after_their_projection_are_refused_and_values_are_not() -> None:
     assert len(sites_of("qwen3")) == 3
-    with pytest.raises(UnsupportedArchitectureError, match="qwen3: the keys that layer 0 caches are not what a projection"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="qwen3: the keys that layer 0 caches are not the output of a known projection"
+    ):
         sites_of("qwen3", "k")
     assert not hooks(tiny("qwen3"))
 

@@ -1,4 +1,4 @@
-"""What undoes the rotation of a model's keys is found in every dtype that models are kept in."""
+"""The rotation of the keys is detected in every dtype of a model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where a model rotates long texts otherwise, and where a codec was not fitted, nothing is lost without a word."""
+"""Texts that a model rotates with other frequencies, or that exceed the fit of a codec, lose nothing without an error."""
 
 import logging
 from dataclasses import replace
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def changing(kind: str) -> PreTrainedModel:
-    """A model of its own whose rotation changes behind 40 tokens."""
+    """A new model whose rotation changes beyond 40 tokens."""
     more = GQA | {"rope_parameters": KINDS[kind], "hidden_size": 64}
     if kind == "longrope":
         return built(
@@ -51,7 +51,7 @@ def loaded(kind: str) -> LoadedModel:
     return LoadedModel(kind, model, None, geometry_from_config(model.config))  # type: ignore[arg-type]
 
 
-# What configurations say
+# Configurations
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +66,7 @@ def test_keys_of_the_same_tokens_change_one_token_behind_the_steady_ones(kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rotation_of_a_codec_is_that_of_steady_texts(kind: str) -> None:
     one = loaded(kind)
-    cached_by(one.model, long_ids(1, 9))  # a short text brings the frequencies of short texts back
+    cached_by(one.model, long_ids(1, 9))  # a short text restores the frequencies of short texts
     expected = one.model.model.rotary_emb.original_inv_freq.double()
     cached_by(one.model, long_ids(1, SWITCH + 1))
     assert not torch.allclose(one.model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-3)
@@ -93,8 +93,8 @@ def test_the_shortest_of_several_kinds_of_layers_counts() -> None:
 def test_longer_sequences_are_refused_before_anything_is_measured(kind: str) -> None:
     one, longer = loaded(kind), random_sequences(*[SWITCH + 1] * 20)
     for study in (CalibrationSet, PCACalibration):
-        with pytest.raises(StatisticsError, match=f"41 tokens: in texts of over 40 {kind} .*`max_length` 40"):
-            study(one, longer)
+        with pytest.raises(StatisticsError, match=f"41 tokens: beyond 40 tokens {kind} .*`max_length` 40"):
+            study(Session(one), longer)
     assert calibration_length(one) == SWITCH
 
 
@@ -129,7 +129,9 @@ def test_a_live_cache_says_once_that_the_rotation_has_changed(kind: str, caplog:
     grown(model, cache, 5)
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
-    assert said.getMessage().startswith("the live cache holds 41 tokens: in texts of more than 40 the model rotates keys")
+    assert said.getMessage().startswith(
+        "the compressed cache contains 41 tokens: in texts of more than 40 tokens the model rotates keys"
+    )
 
 
 def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,13 +139,13 @@ def test_a_live_cache_says_once_that_its_codec_was_fitted_on_shorter_texts(caplo
     cache = CompressedCache(model, replace(fine_codec(model), reach=20))
     grown(model, cache, 25)
     (said,) = caplog.records
-    assert said.getMessage().startswith("the live cache holds 21 tokens: the codec was fitted for 20 positions")
+    assert said.getMessage().startswith("the compressed cache contains 21 tokens: the codec was fitted for 20 positions")
 
 
 def test_a_fit_says_for_how_many_positions_it_is() -> None:
     sequences = random_sequences(*[32] * 64)
     assert (
         fit_live(CalibrationSet(Session(tiny_loaded("gpt2")), sequences)).at_bits(8).reach == 32
-    )  # learned: those that it saw
+    )  # learned positions: those of the calibration
     llama = tiny_loaded("llama")
     assert fit_live(CalibrationSet(Session(llama), sequences)).at_bits(8).reach == llama.model.config.max_position_embeddings

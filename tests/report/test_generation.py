@@ -1,13 +1,10 @@
-"""Under a generated text stand bytes, tokens, ratio and speed, and beside a plain cache the place where the two part."""
+"""The lines below a generated text: bytes, ratio and speed, and the first difference to the plain cache."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from eigencache.evaluate.generation import parted_at
-from eigencache.models.load import LoadedModel
 from eigencache.records.generation import Generated
 from eigencache.report.generation import comparison_lines, cost_line
 
@@ -21,48 +18,45 @@ def spelled(ids: list[int]) -> str:
     return "".join("\n" if i == 1 else f"<{i}>" for i in ids)
 
 
-def loaded(dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
-    return SimpleNamespace(model=SimpleNamespace(dtype=dtype), tokenizer=SimpleNamespace(decode=spelled))  # type: ignore
-
-
-def lines(one: list[int], other: list[int], dtype: torch.dtype = torch.bfloat16) -> list[str]:
+def lines(one: list[int], other: list[int], dtype: str = "bfloat16") -> list[str]:
     found, plain = generated(one), generated(other, nbytes=4_938_268)
-    return comparison_lines(loaded(dtype), found, plain, parted_at(found, plain))
+    return comparison_lines(found, plain, parted_at(found, plain), dtype, spelled)
 
 
 def test_a_cost_is_bytes_tokens_ratio_and_times() -> None:
     assert cost_line(generated([5] * 31), "compressed cache") == (
-        "compressed cache: 1,234,567 bytes for 1,030 tokens, 4.00 x smaller than 16 bits; prompt 0.26 s, "
-        "15.0 tokens per second"
+        "compressed cache: 1,234,567 bytes for 1,030 tokens, ratio to 16 bits 4.00; prompt 0.26 s, 15.0 tokens per second"
     )
 
 
 def test_a_cost_names_what_read_the_packed_blocks() -> None:
-    assert cost_line(replace(generated([5] * 31), backend="vnni"), "x").endswith("tokens per second; blocks read by vnni")
+    assert cost_line(replace(generated([5] * 31), backend="vnni"), "x").endswith("tokens per second; backend vnni")
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [([5], 0.0), ([5], 2.0), ([5, 6], 0.0)])
 def test_a_cost_without_a_speed_ends_with_the_prompt(tokens: list[int], seconds: float) -> None:
-    assert cost_line(generated(tokens, seconds=seconds), "x").endswith("16 bits; prompt 0.26 s")
+    assert cost_line(generated(tokens, seconds=seconds), "x").endswith("ratio to 16 bits 4.00; prompt 0.26 s")
 
 
 def test_a_cache_larger_than_16_bits_is_not_called_smaller_by_more_than_it_is() -> None:
-    assert "2,000 bytes for 1,001 tokens, 0.50 x smaller" in cost_line(generated([1, 2], nbytes=2000, sixteen=1000), "x")
+    assert "2,000 bytes for 1,001 tokens, ratio to 16 bits 0.50" in cost_line(
+        generated([1, 2], nbytes=2000, sixteen=1000), "x"
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_plain_cache_is_named_by_the_models_dtype(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_plain_cache_is_named_by_the_models_dtype(dtype: str) -> None:
     first = lines([2, 3], [2, 3], dtype)[0]
-    assert first.startswith(f"plain cache in {str(dtype).removeprefix('torch.')}: 4,938,268 bytes for 1,001 tokens, 1.00 x")
+    assert first.startswith(f"plain cache in {dtype}: 4,938,268 bytes for 1,001 tokens, ratio to 16 bits 1.00")
 
 
 def test_equal_answers_are_said_to_be_equal_in_one_line() -> None:
-    assert lines([2, 3, 4], [2, 3, 4])[1:] == ["all 3 tokens are the same"]
+    assert lines([2, 3, 4], [2, 3, 4])[1:] == ["all 3 tokens are equal"]
 
 
 def test_where_answers_part_both_are_shown_on_one_line_each() -> None:
     assert lines([2, 1, 3, 4], [2, 1, 5, 1])[1:] == [
-        "the same for 2 tokens, then they part:",
+        "the first 2 tokens are equal, then the texts differ:",
         "  compressed: '<2>\\n<3><4>'",
         "  plain:      '<2>\\n<5>\\n'",
     ]
@@ -71,13 +65,13 @@ def test_where_answers_part_both_are_shown_on_one_line_each() -> None:
 def test_only_what_lies_around_the_place_is_shown() -> None:
     one, other = list(range(100, 200)), [*range(100, 150), *range(250, 300)]
     said, compressed, plain = lines(one, other)[1:]
-    assert said == "the same for 50 tokens, then they part:"
+    assert said == "the first 50 tokens are equal, then the texts differ:"
     assert compressed == f"  compressed: {spelled(one[26:74])!r}" and plain == f"  plain:      {spelled(other[26:74])!r}"
 
 
 def test_answers_that_differ_from_the_first_token_on_are_shown_from_there() -> None:
     assert lines([2, 3], [4, 3])[1:] == [
-        "the same for 0 tokens, then they part:",
+        "the first 0 tokens are equal, then the texts differ:",
         "  compressed: '<2><3>'",
         "  plain:      '<4><3>'",
     ]
@@ -85,7 +79,7 @@ def test_answers_that_differ_from_the_first_token_on_are_shown_from_there() -> N
 
 def test_an_answer_that_ends_earlier_parts_at_its_end() -> None:
     assert lines([2, 3], [2, 3, 4])[1:] == [
-        "the same for 2 tokens, then they part:",
+        "the first 2 tokens are equal, then the texts differ:",
         "  compressed: '<2><3>'",
         "  plain:      '<2><3><4>'",
     ]

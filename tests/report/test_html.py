@@ -1,4 +1,4 @@
-"""The page loads nothing, escapes everything, and its own script draws every figure in a real browser."""
+"""The page loads nothing, escapes every string, and its script draws every figure in a real browser."""
 
 import base64
 import gzip
@@ -47,7 +47,7 @@ def test_the_data_in_the_page_are_the_records(all_records) -> None:
 
 def test_warnings_come_before_the_numbers(scarce) -> None:
     html = page(ReportRecord(probes=[scarce]))
-    assert html.index("What the data cannot support") < html.index("<table")
+    assert html.index("Warnings: statistics that the sample cannot support") < html.index("<table")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the PATH")

@@ -1,4 +1,4 @@
-"""n_eff is the number of independent vectors that would tell as much: never more than n, None where nobody can know."""
+"""n_eff is the number of independent vectors with the same information: at most n, and None where it cannot be estimated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_independent_vectors_all_count_and_none_counts_twice() -> None:
 @pytest.mark.parametrize("sequences", [8, 32, 128])
 def test_a_sequence_that_never_changes_is_one_vector(sequences: int) -> None:
     x = np.repeat(white(0, sequences, 1, 6), 40, axis=1)
-    assert measured(x).effective_vectors == pytest.approx(sequences - 1)  # one less for their common mean
+    assert measured(x).effective_vectors == pytest.approx(sequences - 1)  # minus one for the common mean
 
 
 def test_the_leading_directions_decide() -> None:
@@ -38,7 +38,7 @@ def test_the_leading_directions_decide() -> None:
 
 def test_repeated_text_counts_as_new_unless_its_contexts_are_counted() -> None:
     x = np.tile(planted(0, 1, 40, 4, [4.0, 2.0, 1.0, 1.0]), (64, 1, 1))
-    assert measured(x).effective_vectors == 64 * 40  # sequences alike say nothing of correlation along them
+    assert measured(x).effective_vectors == 64 * 40  # sequences of equal means show no correlation
     assert measured(x, distinct_contexts=40).support == 40 / 4
 
 

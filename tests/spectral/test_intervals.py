@@ -1,4 +1,4 @@
-"""95 % intervals by a bootstrap over groups of sequences: what they cover, how wide they are, and what they cannot know."""
+"""95 % intervals by a bootstrap over groups of sequences: their coverage, their width and their limits."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ STATISTICS = {
 
 @functools.cache
 def simulated(name: str, rho: float, folds: int, count: int, sequences: int = 64) -> list[Spectrum]:
-    """Spectra of `count` data sets of one population, correlated along 64 vectors of every sequence."""
+    """Return the spectra of `count` samples of one population, correlated along sequences of 64 vectors."""
     deviations = np.sqrt(POPULATIONS[name])
     data = (autoregressive(seed, sequences, 64, len(deviations), rho) * deviations for seed in range(count))
     return [measured(one, folds=folds) for one in data]
 
 
 def population(name: str) -> dict[str, float]:
-    """What the statistics come to with ever more data."""
+    """Return the limit of the statistics for infinitely many vectors."""
     values = torch.from_numpy(POPULATIONS[name])
     energy = {f"energy@{k}": float(sp.energy_shares(values)[k - 1]) for k in sp.energy_points(len(values))[:-1]}
     return {name: float(statistic(values)) for name, statistic in STATISTICS.items()} | energy
@@ -84,7 +84,7 @@ def test_intervals_reach_further_to_the_side_of_the_bias() -> None:
 
 
 def test_a_resample_is_the_groups_drawn_and_its_variances_are_about_its_own_mean() -> None:
-    data = white(0, 16, 30, 4) * np.array([2, 1, 1, 0.5]) + 3 * white(1, 16, 1, 4)  # groups differ in their means
+    data = white(0, 16, 30, 4) * np.array([2, 1, 1, 0.5]) + 3 * white(1, 16, 1, 4)  # the means of groups differ
     groups = data.reshape(8, 60, 4)
     basis = np.linalg.eigh(np.cov(data.reshape(-1, 4).T))[1]
 

@@ -1,4 +1,4 @@
-"""The null is what white noise shows, and only directions above it are counted."""
+"""The null is the spectrum of white noise, and only directions above its edge are counted."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_noise_correlated_along_sequences_has_its_null_widened_and_nothing_above
 def test_a_spike_is_counted_above_the_threshold_and_not_below_it(
     sequences: int, length: int, width: int, over: float, found: int
 ) -> None:
-    threshold = (width / (sequences * length)) ** 0.5  # Baik, Ben Arous & Péché: what a variance must exceed 1 by
+    threshold = (width / (sequences * length)) ** 0.5  # Baik, Ben Arous & Péché: the excess variance that is detectable
     scale = np.where(np.arange(width) == 3, np.sqrt(1 + over * threshold), 1)
     counts = [measured(white(seed, sequences, length, width) * scale).above_null for seed in range(8)]
     assert np.median(counts) == found
-    assert abs(sum(counts) - 8 * found) <= 1  # the edge is a limit: about one noise spectrum in ten has one above it
+    assert abs(sum(counts) - 8 * found) <= 1  # the edge is asymptotic: about one spectrum of noise in ten exceeds it
 
 
 def test_the_null_of_a_wide_spectrum_is_thinned_out_and_keeps_its_total() -> None:

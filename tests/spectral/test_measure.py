@@ -1,4 +1,4 @@
-"""A spectrum carries every statistic its data can support, and says in words what they cannot."""
+"""A spectrum has every statistic that the sample supports, and names the withheld ones in sentences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_support_decides_what_is_given_doubted_and_refused(
     for said, expected in ((spectrum.refusals, refused), (spectrum.warnings, warned)):
         assert len(said) == (expected is not None)
         assert all(line.startswith(expected or "") for line in said)
-    assert len(spectrum.eigenvalues) == WIDTH  # what was measured is never withheld
+    assert len(spectrum.eigenvalues) == WIDTH  # eigenvalues are never withheld
     assert spectrum.energy[WIDTH] == pytest.approx(1)
     assert spectrum.held_out_energy
 
@@ -61,7 +61,7 @@ def test_the_scarcer_of_vectors_and_contexts_is_named(contexts: int, named: str)
 
 
 def half_covariances(data: np.ndarray, folds: int) -> list[np.ndarray]:
-    """NumPy's covariances of the vectors in even and in odd folds."""
+    """Return the covariances of the vectors in even and in odd folds, computed by NumPy."""
     parts = np.array_split(data, folds)
     halves = (np.concatenate([part.reshape(-1, data.shape[-1]) for part in parts[first::2]]) for first in (0, 1))
     return [np.cov(half.T, bias=True) for half in halves]

@@ -1,4 +1,4 @@
-"""A metric costs what it says: logits of rotated queries, told by brute force; roots are inverse to each other."""
+"""The metric of rotated queries equals a brute-force sum over logits; the two roots are inverse to each other."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_a_singular_metric_becomes_positive_definite_by_a_share_of_its_trace() -
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 2), torch.full((2, 2), torch.nan)])
 def test_a_metric_that_weighs_nothing_is_refused(bad: torch.Tensor) -> None:
-    with pytest.raises(StatisticsError, match="weighs nothing"):
+    with pytest.raises(StatisticsError, match="the metric has a trace of"):
         regularized(bad.double())
 
 
@@ -42,7 +42,9 @@ def test_a_metric_that_weighs_nothing_is_refused(bad: torch.Tensor) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1.4])
 def test_the_lag_averaged_metric_is_the_mean_squared_logit_error(pairing: Pairing, scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    rotation = Rotation(10.0 ** (-torch.arange(4, dtype=torch.float64) / 2), scale, pairing)  # 8 of 10 numbers turn
+    rotation = Rotation(
+        10.0 ** (-torch.arange(4, dtype=torch.float64) / 2), scale, pairing
+    )  # 8 of 10 dimensions are rotated
     queries = torch.randn(200, DIM, generator=generator, dtype=torch.float64) @ positive(DIM, 2)
     error = torch.randn(DIM, generator=generator, dtype=torch.float64)
     lags = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)

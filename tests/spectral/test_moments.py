@@ -1,4 +1,4 @@
-"""Streamed moments are NumPy's in float64, however the data come in parts, and never take more memory."""
+"""Streamed moments equal those of NumPy in float64 for any division of the data, in constant memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNEQUAL = (1, 40, 7, 300, 2, 150)
 
 
 def data_of(seed: int, n: int, blocks: int, width: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Correlated vectors with a mean of their own, [n, blocks, width]."""
+    """Return correlated vectors with a nonzero mean, [n, blocks, width]."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(blocks, width, width, generator=generator, dtype=torch.float64)
     x = torch.einsum("nbi,bij->nbj", torch.randn(n, blocks, width, generator=generator, dtype=torch.float64), mixing)
@@ -27,14 +27,14 @@ def data_of(seed: int, n: int, blocks: int, width: int, dtype: torch.dtype = tor
 
 
 def assert_close(got: torch.Tensor, expected: np.ndarray | torch.Tensor, tolerance: float) -> None:
-    """Equal to within `tolerance` of the largest expected number."""
+    """Assert equality to within `tolerance` of the largest expected value."""
     expected = np.asarray(expected)
     assert got.shape == expected.shape
     assert np.abs(got.numpy() - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=0)
 
 
 def assert_same(got: Moments, expected: Moments, tolerance: float = 1e-12) -> None:
-    """The same counts, means and scatters in every fold, and the same scatter between sequences."""
+    """Assert equal counts, means and scatters in every fold, and equal scatter between sequences."""
     assert torch.equal(got.count, expected.count)
     assert got.sequences == expected.sequences
     for block in range(expected.blocks):
@@ -46,7 +46,7 @@ def assert_same(got: Moments, expected: Moments, tolerance: float = 1e-12) -> No
 
 
 def between_in_numpy(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """Σ_s n_s (m_s − m)(m_s − m)ᵀ of [n, width]."""
+    """Return Σ_s n_s (m_s − m)(m_s − m)ᵀ of vectors [n, width]."""
     means = [part.mean(0) - x.mean(0) for part in np.split(x, np.cumsum(lengths)[:-1])]
     return sum(n * np.outer(mean, mean) for n, mean in zip(lengths, means, strict=True))
 
@@ -135,13 +135,13 @@ def test_panels_of_a_wide_product_change_nothing() -> None:
 def test_a_mean_ten_thousand_times_the_deviation_leaves_the_variance_right_in_float32(drift: float) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(20, 500, 1, 4, generator=generator, dtype=torch.float64) + 1e4
-    exact += drift * torch.randn(20, 1, 1, 1, generator=generator, dtype=torch.float64)  # each sequence around its own mean
+    exact += drift * torch.randn(20, 1, 1, 1, generator=generator, dtype=torch.float64)  # each sequence has its own mean
     moments, rounded = Moments(4), exact.float()
     for sequence in rounded:
         moments.update(sequence)
     variances = moments.total().covariance.diagonal()
-    assert_close(variances, rounded.double().flatten(0, 1).var(0, unbiased=False)[0], 1e-6)  # of the numbers it was given
-    assert_close(variances, exact.flatten(0, 1).var(0, unbiased=False)[0], 1e-3)  # of those before rounding to float32
+    assert_close(variances, rounded.double().flatten(0, 1).var(0, unbiased=False)[0], 1e-6)  # of the float32 input
+    assert_close(variances, exact.flatten(0, 1).var(0, unbiased=False)[0], 1e-3)  # of the input before rounding to float32
 
 
 @pytest.mark.parametrize(("blocks", "folds"), [(1, 1), (3, 4)])
@@ -159,8 +159,8 @@ def test_memory_depends_on_the_shape_and_not_on_the_number_of_vectors(blocks: in
         (torch.zeros(4, 3), None),  # no block dimension
         (torch.zeros(4, 1, 3), None),  # too few blocks
         (torch.zeros(4, 2, 5), None),  # too wide
-        (torch.zeros(4, 2, 3), [3]),  # a vector of no sequence
-        (torch.zeros(4, 2, 3), [4, 1]),  # a sequence that is not all there
+        (torch.zeros(4, 2, 3), [3]),  # a vector that belongs to no sequence
+        (torch.zeros(4, 2, 3), [4, 1]),  # a sequence that is incomplete
         (torch.zeros(4, 2, 3), [4, 0]),  # a sequence without vectors
         (torch.zeros(0, 2, 3), None),  # no vectors at all
     ],
@@ -171,7 +171,7 @@ def test_vectors_that_do_not_fit_are_refused_and_leave_the_moments_as_they_were(
     moments, untouched = (Moments(3, blocks=2) for _ in range(2))
     for one in (moments, untouched):
         one.update(data_of(0, 9, 2, 3))
-    with pytest.raises(StatisticsError, match="not of 2 x 3"):
+    with pytest.raises(StatisticsError, match=r"expected \[n, 2, 3\]"):
         moments.update(vectors, lengths)
     assert_same(moments, untouched, 0)
 

@@ -1,4 +1,4 @@
-"""A rotation is found from the table of a model in 16 bits, whose every entry is rounded."""
+"""A rotation is identified from the rounded table of a 16-bit model."""
 
 import math
 

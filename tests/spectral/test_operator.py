@@ -1,4 +1,4 @@
-"""Of the identity the energy at rank r is r/p whatever the vectors; planted operators show what they were planted with."""
+"""The identity has energy r/p at rank r for any vectors; the gains of planted operators are recovered."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def pca_of(covariance: np.ndarray) -> Transform:
 
 
 def covariance(width: int, seed: int, decay: float = 0.7) -> np.ndarray:
-    """Eigenvalues decay^i in random directions: steep, so that its own best directions hold much."""
+    """Return a covariance with eigenvalues decay^i in random directions, so that few directions hold most variance."""
     basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0]
     return (basis * decay ** np.arange(width)) @ basis.T
 
@@ -55,7 +55,7 @@ def test_energy_lies_between_the_bounds_of_the_distance_and_most_gains_are_1(wid
 
 
 def test_a_planted_direction_on_the_identity_is_told_apart() -> None:
-    """M = I + 9 u uᵀ: one gain of 10, and p − 1 of them that no truncation can choose among."""
+    """M = I + 9 u uᵀ has one gain of 10 and p − 1 equal gains, among which a truncation has no preference."""
     width, u = 16, np.full(16, 0.25)
     m = np.eye(width) + 9 * np.outer(u, u)
     pca = pca_of(covariance(width, 1))

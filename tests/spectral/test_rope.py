@@ -1,4 +1,4 @@
-"""Rotation is that of the models, told from explicit 2×2 matrices, and is undone exactly."""
+"""Rotation equals explicit 2×2 matrices in the pairing of each model, and is undone exactly."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def vectors(dtype: torch.dtype = torch.float64) -> Tensor:
-    """[2, 3, SEQ, DIM]."""
+    """Return random vectors [2, 3, SEQ, DIM]."""
     return torch.randn(2, 3, SEQ, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
 def turns(rotary_dim: int, batch: int = 2) -> Tensor:
-    """Angles n θ_i [batch, SEQ, rotary_dim / 2]; every row of the batch starts at another position."""
+    """Return angles n θ_i [batch, SEQ, rotary_dim / 2]; each row of the batch starts at a different position."""
     positions = torch.arange(SEQ, dtype=torch.float64) + 5 * torch.arange(batch)[:, None]
     return positions[..., None] * 100.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
@@ -40,7 +40,7 @@ def angles(rotary_dim: int = DIM, factor: float = 1.0, dtype: torch.dtype = torc
 
 
 def places(pairing: Pairing, rotary_dim: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where the two numbers of every pair are read and where they are written."""
+    """Return the dimensions from which each pair is read and to which it is written."""
     halves = [(i, i + rotary_dim // 2) for i in range(rotary_dim // 2)]
     neighbors = [(2 * i, 2 * i + 1) for i in range(rotary_dim // 2)]
     read, written = {"half": (halves, halves), "interleaved": (neighbors, neighbors), "split": (neighbors, halves)}[pairing]

@@ -1,4 +1,4 @@
-"""A rotation is found from its table and reproduces it at any position; tables that are no rotation are refused."""
+"""A rotation is identified from its table and reproduces it at any position; other tables are refused."""
 
 import hashlib
 
@@ -53,7 +53,7 @@ def of_theta(theta: float, pairs: int, scale: float = 1.0, pairing: Pairing = "h
 def test_the_hash_is_deaf_to_rounding_and_hears_every_other_rotation(theta, pairs, scale, pairing, seed, factor) -> None:
     one = of_theta(theta, pairs, scale, pairing)
     steps = 16 * torch.cat([one.frequencies, torch.tensor([scale])]).log2()
-    assume(((steps - steps.floor() - 0.5).abs() > 1e-3).all())  # nothing lies on the border of a step
+    assume(((steps - steps.floor() - 0.5).abs() > 1e-3).all())  # no value is at the boundary of a step
     noise = 1 + 1e-6 * (2 * torch.rand(pairs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1)
     rounded = Rotation(one.frequencies * noise, scale * (1 - 1e-6), pairing)
     assert rope_sha256({0: one, 3: one}) == rope_sha256({3: rounded, 0: rounded})

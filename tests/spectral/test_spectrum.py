@@ -1,4 +1,4 @@
-"""Every statistic equals its formula in NumPy float64, and comes back from data that were built to have it."""
+"""Every statistic equals its formula in NumPy float64, and is recovered from data constructed to have it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_data_in_a_subspace_have_at_most_its_rank(dtype: type) -> None:
     assert [int(sp.rank_at(eigenvalues, share)) for share in (0.90, 0.95, 0.99)] == [3, 4, 5]
     assert float(sp.energy_shares(eigenvalues)[4]) == pytest.approx(1, abs=1e-6)
     assert float(sp.effective_rank(eigenvalues)) <= 5
-    # In float32 rounding of products may fill the other dimensions, to about 1e-7 of the first eigenvalue.
+    # In float32, rounding of products may raise the other eigenvalues to about 1e-7 of the first.
     assert sp.condition_number(eigenvalues) > (1e3 if dtype is np.float32 else 1e300)
 
 
@@ -193,7 +193,7 @@ def test_principal_cosines_tell_how_far_two_subspaces_agree() -> None:
     for seed in range(20):
         mixed = q[:, :3] @ torch.from_numpy(rotation(seed, 3))
         assert sp.principal_cosines(q[:, :3], mixed).tolist() == pytest.approx([1, 1, 1])
-        assert float(sp.principal_cosines(q[:, :3], mixed).max()) <= 1  # rounding does not go beyond
+        assert float(sp.principal_cosines(q[:, :3], mixed).max()) <= 1  # rounding does not exceed 1
     assert sp.principal_cosines(q[:, :3], q[:, 3:6]).tolist() == pytest.approx([0, 0, 0], abs=1e-12)
 
 

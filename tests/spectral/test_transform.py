@@ -1,4 +1,4 @@
-"""The transform in a metric loses exactly the eigenvalues it drops, told by NumPy and by planted directions."""
+"""The transform in a metric loses exactly the eigenvalues that it drops, compared with NumPy and planted directions."""
 
 import numpy as np
 import pytest
@@ -79,12 +79,12 @@ def test_a_metric_that_weighs_one_direction_keeps_that_direction() -> None:
 
 @pytest.mark.parametrize("rank", [0, 7])
 def test_a_rank_that_does_not_exist_is_refused(rank: int) -> None:
-    with pytest.raises(StatisticsError, match=f"rank {rank}: this transform has ranks 1 to 6"):
+    with pytest.raises(StatisticsError, match=f"rank {rank} is out of range: this transform has ranks 1 to 6"):
         fit_transform(moments_of(sample(50, 6, 0))).truncated(rank)
 
 
 def test_fewer_vectors_than_dimensions_are_refused() -> None:
-    with pytest.raises(StatisticsError, match="4 vectors cannot carry a basis of 6 dimensions"):
+    with pytest.raises(StatisticsError, match="4 vectors are too few for a basis of 6 dimensions"):
         fit_transform(moments_of(sample(4, 6, 0)))
     broken = SecondOrder(100, torch.zeros(2).double(), torch.full((2, 2), torch.nan).double())
     with pytest.raises(StatisticsError, match="NaN"):

@@ -15,7 +15,7 @@ from eigencache.studies.probe import ProbeSettings, probe_model
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ProbeSettings(demonstration=False, batch_size=3)
+SETTINGS = ProbeSettings(demonstration=False)
 LENGTHS = (40, 40, 33, 40, 40, 40, 21, 40, 40, 40, 40, 40)
 
 
@@ -69,7 +69,7 @@ def test_keys_before_rotation_are_those_of_the_cache_unrotated(loaded, sequences
 
 def test_the_result_does_not_depend_on_the_batch_size(loaded, sequences) -> None:
     one, text = loaded("qwen2"), sequences(*LENGTHS)
-    records = [probe_model(Session(one), text, ProbeSettings(demonstration=False, batch_size=size)) for size in (1, 5, 12)]
+    records = [probe_model(Session(one, batch_size=size), text, SETTINGS) for size in (1, 5, 12)]
     for spectra in zip(*(record.spectra for record in records), strict=True):
         for other in spectra[1:]:
             np.testing.assert_allclose(spectra[0].eigenvalues, other.eigenvalues, rtol=1e-4, atol=1e-6)
@@ -153,18 +153,18 @@ def test_layers_without_a_cache_are_skipped(loaded, sequences) -> None:
 def test_a_tight_memory_budget_takes_fewer_folds_and_then_refuses(loaded, sequences) -> None:
     one, text = loaded("llama"), sequences(*[20] * 40)
     roomy = probe_model(Session(one), text, SETTINGS)
-    tight = probe_model(Session(one), text, ProbeSettings(demonstration=False, memory=1_500_000))
+    tight = probe_model(Session(one, memory=1_500_000), text, SETTINGS)
     assert roomy.run.settings["folds"] == 16
     assert 2 <= tight.run.settings["folds"] < 16
     np.testing.assert_allclose(tight.spectra[0].eigenvalues, roomy.spectra[0].eigenvalues, rtol=1e-6, atol=1e-9)
     with pytest.raises(StatisticsError, match="GiB"):
-        probe_model(Session(one), text, ProbeSettings(demonstration=False, memory=1000))
+        probe_model(Session(one, memory=1000), text, SETTINGS)
 
 
 def test_mistaken_inputs_are_named(loaded, sequences) -> None:
     with pytest.raises(TokenizerMismatchError, match="embeds only 128"):
         probe_model(Session(loaded("llama")), sequences(40, vocabulary=5000), SETTINGS)
-    with pytest.raises(ModelError, match="use `max_length` 64"):
+    with pytest.raises(ModelError, match="Use `max_length` ≤ 64"):
         probe_model(Session(loaded("gpt2")), sequences(100), SETTINGS)
     broken = copy.deepcopy(loaded("gpt2").model)
     with torch.no_grad():

@@ -77,6 +77,9 @@ class Probe:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per spectrum; eigenvalues and energy curves are left in `record`."""
+        from eigencache.report.core.drawing import require
+
+        require("pandas", "data frames")
         import pandas as pd
 
         left_out = {"eigenvalues", "null_eigenvalues", "energy", "held_out_energy", "intervals", "refusals", "warnings"}

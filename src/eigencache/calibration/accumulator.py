@@ -1,7 +1,7 @@
-"""Captured tensors into moments: one matrix per tensor name serves all scopes, since heads are blocks of layers.
+"""Accumulate moments of captured tensors. Heads are blocks of layers, so one matrix per tensor serves all scopes.
 
-At scope `all` the layers' vectors are concatenated, and a layer's or a head's moments are blocks on the diagonal of
-that one matrix. Where it would be too wide, layers are kept apart, and where only heads are asked for, heads are.
+At scope `all` the vectors of all layers are concatenated. The moments of a layer or of a head are diagonal blocks of that
+matrix. Where it would be too wide, each layer has its own matrix, and where only scope `head` is requested, each head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from eigencache.records.base import Scope
 from eigencache.spectral.measure import Place
 from eigencache.spectral.moments import Moments
 
-MAX_WIDTH = 1280  # of a scope `all`: decompositions take width^3, about a second here
+MAX_WIDTH = 1280  # at scope `all`; a decomposition costs O(width³), about a second at this width
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where one layer's heads stand in a row of numbers: `heads` times `dim` of them from `start`."""
+    """The columns of one layer in the concatenated vectors: `heads` · `dim` numbers from column `start`."""
 
     layer_idx: int
     heads: int
@@ -36,10 +36,10 @@ class Columns:
 
 @dataclass
 class _Store:
-    """The moments of one tensor name: of all layers in one, or of each layer."""
+    """The moments of one tensor name: of all layers together, or one per layer."""
 
     columns: list[Columns]
-    moments: list[Moments]  # one for all columns, or one for each
+    moments: list[Moments]  # one for all columns, or one per layer
     scopes: tuple[Scope, ...] = field(default=())
 
     @property
@@ -48,12 +48,19 @@ class _Store:
 
 
 class Accumulator:
-    """Moments of every captured tensor, per fold of sequences; its memory does not grow with the tokens."""
+    """Moments of every captured tensor, per fold of sequences. Memory does not grow with the number of tokens."""
 
     def __init__(self, shapes: dict[str, list[Columns]], scopes: Sequence[Scope], *, sequences: int, budget: int) -> None:
-        """`shapes`: tensor name → its layers. `budget`: bytes for moments; with less of it there are fewer folds.
+        """Allocate as many folds, at most 16, as the budget allows.
 
-        Raises `StatisticsError` when not even two folds fit.
+        Args:
+            shapes: tensor name → columns of its layers.
+            scopes: scopes of the moments.
+            sequences: number of sequences that will be added.
+            budget: bytes that the moments may take.
+
+        Raises:
+            StatisticsError: not even two folds fit the budget.
         """
         self.notes: list[str] = []
         self._scopes = {name: self._affordable(name, columns, scopes) for name, columns in shapes.items()}
@@ -61,12 +68,12 @@ class Accumulator:
         self.folds = self._most_folds(budget)
         if not self.folds:
             raise StatisticsError(
-                f"moments need {self._nbytes(2) / 2**30:.1f} GiB, the budget is {budget / 2**30:.1f} GiB: "
-                "look at fewer layers, at `scope` head, or raise `memory`"
+                f"The moments need {self._nbytes(2) / 2**30:.1f} GiB, more than a `memory` of {budget / 2**30:.1f} GiB. "
+                "Raise `memory`, choose fewer layers, or use `scope` head."
             )
 
     def _affordable(self, name: str, columns: list[Columns], scopes: Sequence[Scope]) -> tuple[Scope, ...]:
-        """The scopes without `all` where all layers together are too wide to be decomposed in reasonable time."""
+        """Return the scopes, without `all` where all layers together are too wide to decompose."""
         width = sum(c.width for c in columns)
         if "all" in scopes and width > MAX_WIDTH:
             self.notes.append(f"{name}: scope all left out, {width:,} dimensions are more than {MAX_WIDTH:,}")
@@ -75,7 +82,7 @@ class Accumulator:
 
     @staticmethod
     def _sizes(columns: list[Columns], scopes: Sequence[Scope]) -> list[tuple[int, int]]:
-        """(width, blocks) of the moments that serve the scopes."""
+        """Return (width, blocks) of the moments that serve the scopes."""
         if "all" in scopes:
             return [(sum(c.width for c in columns), 1)]
         if "layer" in scopes:
@@ -87,18 +94,24 @@ class Accumulator:
         return sum(Moments.nbytes(width, blocks, folds) for width, blocks in sizes)
 
     def _most_folds(self, budget: int) -> int:
-        """The most folds, 16 at most, that fit the budget and the number of sequences; 0 if not even two do."""
+        """Return the largest number of folds, at most 16, that fits the budget and the sequences; 0 if two do not fit."""
         for folds in (16, 8, 4, 2):
             if folds <= max(2, self.sequences) and self._nbytes(folds) <= budget:
                 return folds
         return 0
 
     def fold_of(self, sequence: int) -> int:
-        """Sequences of one fold stand beside each other in the text, so that folds depend on each other least."""
+        """Return the fold of a sequence. Folds are contiguous in the text, so that they depend on each other least."""
         return sequence * self.folds // self.sequences
 
     def add(self, tensors: dict[str, dict[int, Tensor]], sequences: Sequence[int], lengths: Sequence[int]) -> None:
-        """Add one batch: tensor name → layer → [batch, heads, seq, dim]; what lies beyond a row's length is padding."""
+        """Add one batch.
+
+        Args:
+            tensors: tensor name → layer → [batch, heads, seq, dim].
+            sequences: index of the sequence in each row.
+            lengths: tokens of each row; the rest is padding.
+        """
         rows_of: dict[int, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows_of.setdefault(self.fold_of(sequence), []).append(row)
@@ -116,7 +129,7 @@ class Accumulator:
                         moments.update(vectors.to(moments.mean.device), kept, fold)
 
     def _open(self, name: str, device: torch.device) -> _Store:
-        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         columns = self._shapes[name]
         sizes = self._sizes(columns, self._scopes[name])
         moments = [Moments(width, blocks=blocks, folds=self.folds, device=device) for width, blocks in sizes]
@@ -124,15 +137,15 @@ class Accumulator:
         return self._stores[name]
 
     def places(self) -> Iterator[tuple[Place, Moments]]:
-        """Every place that was asked for with its moments, one block each: heads, layers, then all layers."""
+        """Yield every place of the requested scopes with its moments: heads and layers, then all layers."""
         for name, store in self._stores.items():
             kind, frame = kind_and_frame(name)
             for index, c in enumerate(store.columns):
                 moments, start = (store.moments[0], c.start) if store.joint else (store.moments[index], 0)
-                apart = moments.blocks > 1 or (not store.joint and c.heads == 1)
+                separate = moments.blocks > 1 or (not store.joint and c.heads == 1)
                 for head in range(c.heads) if "head" in store.scopes else ():
                     begin = start + head * c.dim
-                    part = moments.part(head) if apart else moments.part(0, begin, begin + c.dim)
+                    part = moments.part(head) if separate else moments.part(0, begin, begin + c.dim)
                     yield Place(c.layer_idx, head, kind, frame, "head"), part
                 if "layer" in store.scopes:
                     yield Place(c.layer_idx, None, kind, frame, "layer"), moments.part(0, start, start + c.width)
@@ -141,7 +154,7 @@ class Accumulator:
 
 
 def shapes_of(tensors: dict[str, dict[int, Tensor]]) -> dict[str, list[Columns]]:
-    """The layers behind each tensor name, one after the other, as a first batch shows them."""
+    """Return the columns of the layers of each tensor name, concatenated in order, from the tensors of a batch."""
     shapes: dict[str, list[Columns]] = {}
     for name, layers in tensors.items():
         start = 0
@@ -153,7 +166,7 @@ def shapes_of(tensors: dict[str, dict[int, Tensor]]) -> dict[str, list[Columns]]
 
 
 def _vectors(tensor: Tensor, rows: list[int], lengths: list[int]) -> Tensor:
-    """The rows' vectors without padding, [n, heads, dim]."""
+    """Return the vectors of the rows without padding [n, heads, dim]."""
     if all(length == tensor.shape[2] for length in lengths):
         chosen = tensor if len(rows) == len(tensor) else tensor[rows]
         return chosen.transpose(1, 2).flatten(0, 1)

@@ -1,9 +1,8 @@
-"""The attention metric: the error in logits that a key error causes, and in outputs that a value error causes.
+"""The attention metric: the logit error caused by a key error, and the output error caused by a value error.
 
-THEORY 4.2, 4.3 and 9.
-
-Keys: Σ over a group's query heads of E[q qᵀ]/d; before rotation averaged over the lags that attention really uses.
-Values: Σ of W_O,h W_O,hᵀ. A latent reaches both through its expansion. Tokens weigh alike: Σ a² of THEORY 4.3 is left out.
+Keys: Σ E[q qᵀ]/d over the query heads of a group; before rotation, averaged over the lags that attention uses.
+Values: Σ W_O,h W_O,hᵀ. A latent affects both through its expansion. All tokens have the same weight: the factor Σ a² of
+THEORY 4.3 is omitted. See THEORY 4.2, 4.3 and 9.
 """
 
 import torch
@@ -26,7 +25,13 @@ from eigencache.spectral.rope import Rotation
 def attention_metrics(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> Metrics:
     """Measure the attention metric per KV head, for every slot in every frame it has.
 
-    Raises `UnsupportedArchitectureError` where queries, their keys or the output projection cannot be found.
+    Args:
+        session: the model and how it is run.
+        sequences: the text.
+        rotations: rotation of the keys by layer.
+
+    Raises:
+        UnsupportedArchitectureError: queries, their keys or the output projection cannot be found.
     """
     queries: Metrics = {}
     lags: dict[int, Tensor] = {}
@@ -63,11 +68,11 @@ def attention_metrics(session: Session, sequences: Sequences, rotations: dict[in
 
 
 def _add_queries(queries: Metrics, layer: CapturedLayer, mask: Tensor, model: str) -> None:
-    """Σ q qᵀ per query head over the tokens of one batch, padding left out."""
+    """Add Σ q qᵀ per query head over the tokens of one batch, without padding."""
     names = [name for name in layer.tensors if name.startswith("queries")]
     if not names:
         raise UnsupportedArchitectureError(
-            f"{model}: the queries of layer {layer.layer_idx} cannot be captured: use `metric` fisher or frobenius"
+            f"{model}: the queries of layer {layer.layer_idx} cannot be captured. Use `metric` fisher or frobenius."
         )
     for name in names:
         x = layer.tensors[name]
@@ -77,9 +82,13 @@ def _add_queries(queries: Metrics, layer: CapturedLayer, mask: Tensor, model: st
 
 
 def lag_weights(layer: CapturedLayer, mask: Tensor) -> Tensor:
-    """How much attention mass falls on each lag Δ = 0, 1, …, heads and queries added up [seq].
+    """Return the attention mass at each lag Δ = 0, 1, …, summed over heads and queries [seq] float64.
 
-    Computed from the captured queries and keys of one batch, causal; a window of the layer is not applied.
+    Attention is causal; a sliding window of the layer is not applied.
+
+    Args:
+        layer: captured queries and keys of one batch.
+        mask: 1 for tokens, 0 for padding [batch, seq].
     """
     queries, tensors = layer.tensors["queries_post_rope"].float(), layer.tensors
     if "latent" in tensors:
@@ -92,14 +101,14 @@ def lag_weights(layer: CapturedLayer, mask: Tensor) -> Tensor:
     future = torch.ones(seq, seq, dtype=torch.bool, device=queries.device).triu(1)
     weights = torch.zeros(seq, dtype=torch.float64)
     lag = (torch.arange(seq)[:, None] - torch.arange(seq)).clamp_min(0).flatten()
-    for q, k, kept in zip(queries, keys, mask, strict=True):  # a row at a time: [heads, seq, seq] is large
+    for q, k, kept in zip(queries, keys, mask, strict=True):  # one row at a time, since [heads, seq, seq] is large
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf).softmax(-1).sum(0).double().cpu()
         weights.index_add_(0, lag, (scores * kept[:, None]).flatten())
     return weights
 
 
 def _added(known: Tensor | None, more: Tensor) -> Tensor:
-    """Lag weights added up, of batches of different lengths too."""
+    """Add lag weights of batches whose lengths may differ."""
     if known is None:
         return more
     length = max(len(known), len(more))
@@ -107,7 +116,7 @@ def _added(known: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _grouped(metric: Tensor, kv_heads: int) -> Tensor:
-    """[query heads, d, d] summed over the query heads of each KV head."""
+    """Sum matrices [query heads, d, d] over the query heads of each KV head."""
     return metric.unflatten(0, (kv_heads, -1)).sum(1)
 
 
@@ -117,22 +126,26 @@ def _attention(loaded: LoadedModel, layer_idx: int) -> nn.Module:
             return module
     raise UnsupportedArchitectureError(
         f"{loaded.name}: layer {layer_idx} has no output projection of a known name "
-        f"({', '.join(OUTPUT_PROJECTIONS)}): use `metric` fisher or frobenius"
+        f"({', '.join(OUTPUT_PROJECTIONS)}). Use `metric` fisher or frobenius."
     )
 
 
 def output_metric(attention: nn.Module, layer: Layer) -> Tensor:
-    """W_O,h W_O,hᵀ per query head [heads, v_head_dim, v_head_dim]: the squared output error of an error in the value."""
-    found = output_projection(attention)
-    assert found is not None
-    weights = output_rows(found[1], layer)[0].double()
+    """Return W_O,h W_O,hᵀ per query head [heads, v_head_dim, v_head_dim]: the squared output error of a value error."""
+    projection = output_projection(attention)
+    assert projection is not None
+    weights = output_rows(projection[1], layer)[0].double()
     return weights @ weights.mT
 
 
 def latent_metric(attention: nn.Module, layer: Layer, queries: Tensor, outputs: Tensor) -> Tensor:
-    """M_c = Σ_h [W_UK,hᵀ C_q,h W_UK,h + W_UV,hᵀ W_O,h W_O,hᵀ W_UV,h] [1, rank, rank], α = β = 1 (THEORY 9).
+    """Return M_c = Σ_h [W_UK,hᵀ C_q,h W_UK,h + W_UV,hᵀ W_O,h W_O,hᵀ W_UV,h], `[1, rank, rank]`, α = β = 1 (THEORY 9).
 
-    `queries`: second moments per head over d, of which the part without rotation is used.
+    Args:
+        attention: the attention module of the layer.
+        layer: geometry of the layer.
+        queries: second moments per query head, divided by d; only the part without rotation is used.
+        outputs: output metric per query head.
     """
     mla = layer.mla
     assert mla is not None

@@ -1,7 +1,7 @@
-"""Second moments that rotations for few-bit integers are made of: of the queries, and of the values that are attended.
+"""Second moments of queries and of attended values, from which rotations for few-bit integers are made.
 
-As OSCAR's repository has them (arXiv 2605.17757): a value weighs w_t ∝ k_tᵀ C_q k_t with mean 1 over the text, how much
-the logits of its own key vary. All after rotation, uncentered.
+As in the repository of OSCAR (arXiv 2605.17757), a value has the weight w_t ∝ k_tᵀ C_q k_t, the variance of the logits of
+its own key, with mean 1 over the text. All vectors are taken after rotation and not centered.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,16 @@ Moments = dict[int, Tensor]  # layer_idx → [kv_heads, d, d] float64
 
 @torch.no_grad()
 def attended_moments(session: Session, sequences: Sequences) -> tuple[Moments, Moments]:
-    """Σ q qᵀ / n over the queries of a KV head's group, and Σ w v vᵀ / Σ w, per layer and KV head.
+    """Return Σ q qᵀ / n over the queries of each KV head, and Σ w v vᵀ / Σ w, by layer.
 
-    The text is read twice, since the weights need the queries of all of it. Raises `UnsupportedArchitectureError` for MLA,
-    and where queries cannot be captured.
+    The text is read twice, since the weights depend on all of its queries.
+
+    Raises:
+        UnsupportedArchitectureError: the model uses MLA, or its queries cannot be captured.
     """
     if session.loaded.geometry.mla:
         raise UnsupportedArchitectureError(
-            f"{session.loaded.name}: moments of attended values are of keys and values, not of latents"
+            f"{session.loaded.name}: moments of attended values need keys and values, but MLA caches latents."
         )
 
     def summed(add: Callable[[CapturedLayer, Tensor, dict[int, Tensor]], None], what: str) -> dict[int, Tensor]:
@@ -38,7 +40,7 @@ def attended_moments(session: Session, sequences: Sequences) -> tuple[Moments, M
                 for layer in capture.run(input_ids.to(session.loaded.device), mask.to(session.loaded.device)):
                     if not {"queries", "queries_post_rope"} & layer.tensors.keys():
                         raise UnsupportedArchitectureError(
-                            f"{session.loaded.name}: queries of layer {layer.layer_idx} are not captured"
+                            f"{session.loaded.name}: queries of layer {layer.layer_idx} cannot be captured."
                         )
                     add(layer, mask.bool().to(session.loaded.device), sums)
                 done += len(indices)
@@ -67,6 +69,6 @@ def _add_values(queries: Moments, layer: CapturedLayer, mask: Tensor, sums: dict
 
 
 def _add(sums: dict[int, Tensor], layer_idx: int, x: Tensor, weight: Tensor) -> None:
-    """Σ w x xᵀ per head with Σ w as one row and column more, of x [heads, n, d] and weights [heads, n, 1]."""
+    """Add Σ w x xᵀ per head, bordered by Σ w x and Σ w, for x [heads, n, d] and weights [heads, n, 1]."""
     x, weight = torch.cat([x.double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1), weight.double()
     sums[layer_idx] = sums.get(layer_idx, 0) + (x * weight).mT @ x  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What codecs are fitted from: sampled vectors, metrics and held-out sequences of a calibration text."""
+"""A calibration set: sampled vectors, metrics and held-out sequences of a text, from which codecs are fitted."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ HELD_OUT_SHARE = 8  # one sequence of this many is held out
 
 
 def calibration_length(loaded: LoadedModel) -> int:
-    """Return the sequence length to fit on: 512, or every position that a model has learned, because a codec stores those.
+    """Return the sequence length to fit on: 512, or all learned positions of a model, because its codec stores their means.
 
     It is shorter where the model would rotate the keys of a longer text differently.
     """
@@ -47,13 +47,13 @@ class CalibrationSet:
         self.session.require_steady(self.sequences)
         if len(self.sequences.ids) < 2 * HELD_OUT_SHARE:
             raise StatisticsError(
-                f"{len(self.sequences.ids)} sequences are too few to fit on some and hold out others: {2 * HELD_OUT_SHARE} are "
-                "needed. Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
+                f"{len(self.sequences.ids)} sequences are too few: {2 * HELD_OUT_SHARE} are needed to fit and to hold out. "
+                "Raise `tokens` (in a bench, `calibration_tokens`) or lower `max_length`."
             )
 
     @property
     def fitted_on(self) -> Sequences:
-        """All but the last eighth of the text: held-out sequences from in between would share documents with these."""
+        """All but the last eighth of the text. Held-out sequences from within it would share documents with these."""
         return replace(self.sequences, ids=self.sequences.ids[: self._edge])
 
     @property

@@ -1,6 +1,6 @@
-"""The Fisher metric of a model's cache: E[g gᵀ], g = ∂NLL/∂(cached vector), the one metric with a common scale.
+"""The Fisher metric of a cache: E[g gᵀ] of g = ∂NLL/∂(cached vector). It has a common scale for all layers and slots.
 
-THEORY 4.4. Empirical Fisher: the targets are those of the text. Cost: about three forward passes.
+This is the empirical Fisher: the targets are the tokens of the text (THEORY 4.4). It costs about three forward passes.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,12 @@ from eigencache.spectral.rope import Rotation, unrotate
 def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> Metrics:
     """Measure E[g gᵀ] per KV head, layer and slot, in every frame the slot has.
 
-    The gradient of a key before rotation is Aᵀ g of the cached one, A being the rotation.
+    The gradient of a key before rotation is Aᵀ g, where A is the rotation and g the gradient of the cached key.
+
+    Args:
+        session: the model and how it is run.
+        sequences: the text.
+        rotations: rotation of the keys by layer.
     """
     sums: Metrics = {}
     tokens, done = 0, 0
@@ -29,7 +34,7 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
         mask = attention_mask.to(session.loaded.device) if padded else None
         for layer_idx, slots in cache_gradients(session.loaded.model, input_ids.to(session.loaded.device), mask).items():
             for name, gradient in _framed(session.loaded.geometry.layers[layer_idx], slots, rotations.get(layer_idx)):
-                rows = gradient.transpose(0, 1).flatten(1, 2).double()  # of padding they are zero
+                rows = gradient.transpose(0, 1).flatten(1, 2).double()  # zero for padding
                 layers = sums.setdefault(name, {})
                 layers[layer_idx] = layers.get(layer_idx, 0) + rows.mT @ rows
         tokens += int(attention_mask.sum())
@@ -39,7 +44,7 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
 
 
 def _framed(layer: Layer, slots: tuple[Tensor, Tensor], rotation: Rotation | None) -> Iterator[tuple[str, Tensor]]:
-    """The gradients of both slots under the tensor names of every frame they have."""
+    """Yield tensor name and gradient of both slots, in every frame they have."""
     rotated, prefix, other = (1, "key_rope", "latent") if layer.mla else (0, "keys", "values")
     yield other, slots[1 - rotated]
     gradient = slots[rotated]
@@ -48,6 +53,6 @@ def _framed(layer: Layer, slots: tuple[Tensor, Tensor], rotation: Rotation | Non
         return
     positions = torch.arange(gradient.shape[2])
     before = unrotate(gradient, rotation.angles(positions).to(gradient.device), rotation.pairing)
-    before[..., : 2 * len(rotation.frequencies)] *= rotation.scale**2  # `unrotate` is A⁻¹, the chain rule asks for Aᵀ
+    before[..., : 2 * len(rotation.frequencies)] *= rotation.scale**2  # `unrotate` is A⁻¹, the chain rule needs Aᵀ
     yield f"{prefix}_pre_rope", before
     yield f"{prefix}_post_rope", gradient

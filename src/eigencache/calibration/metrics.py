@@ -1,4 +1,4 @@
-"""Error metrics: the cost of an error in a cached vector. A metric is one file here, `*_metric.py`, and one registration."""
+"""Error metrics: the cost of an error in a cached vector. Each is registered in a file `*_metric.py` of this package."""
 
 import difflib
 import pkgutil
@@ -15,7 +15,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.spectral.rope import Rotation
 
-FROBENIUS = "frobenius"  # every number weighs the same: nothing is measured
+FROBENIUS = "frobenius"  # all numbers have the same weight, so nothing is measured
 METRIC_TOKENS = 32_768  # tokens a metric is measured on
 Metrics = dict[str, dict[int, Tensor]]  # tensor name → layer → [heads, dim, dim] float64
 Measure = Callable[[Session, Sequences, dict[int, Rotation]], Metrics]
@@ -53,7 +53,7 @@ def metric_names() -> list[str]:
 
 
 def check_metric(name: str) -> str:
-    """Return `name`. Raises `StatisticsError` where no metric has it."""
+    """Return `name`, or raise `StatisticsError` if no metric has this name."""
     known = metric_names()
     if name in known:
         return name
@@ -63,7 +63,7 @@ def check_metric(name: str) -> str:
 
 
 def metric_named(name: str) -> Metric:
-    """Return a registered metric. Raises `StatisticsError` for an unknown name and for `frobenius`, which has no matrix."""
+    """Return a registered metric. Raise `StatisticsError` for an unknown name and for `frobenius`, which has no matrix."""
     check_metric(name)
     if name == FROBENIUS:
         raise StatisticsError("`metric` frobenius weighs all numbers alike and has no matrix to measure.")
@@ -71,7 +71,7 @@ def metric_named(name: str) -> Metric:
 
 
 def spread_out(sequences: Sequences, tokens: int) -> Sequences:
-    """Return sequences from all over the text with `tokens` tokens or a little more: metrics need less text than bases."""
+    """Return sequences evenly spaced over the text, with about `tokens` tokens: metrics need less text than bases."""
     step = max(1, sequences.corpus.tokens // tokens)
     return replace(sequences, ids=sequences.ids[::step])
 

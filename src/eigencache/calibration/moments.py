@@ -1,4 +1,4 @@
-"""A text is read once: what a model caches of it as moments, from which the probe and every codec are made."""
+"""Capture the moments of a text in one pass; the probe and all PCA codecs are computed from them."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -18,11 +18,20 @@ from eigencache.records.provenance import Stopwatch
 
 @dataclass(frozen=True, eq=False)
 class CapturedMoments:
-    """The moments of a text, which tensors they are of, and how those were captured; `watch` began before it was read."""
+    """The moments of a text, and how they were captured.
+
+    Args:
+        sequences: the text.
+        accumulator: the moments.
+        columns: tensor name → columns of its layers.
+        style: how the cached tensors were captured.
+        notes: remarks of the capture.
+        watch: stopwatch that was started before the text was read.
+    """
 
     sequences: Sequences
     accumulator: Accumulator
-    columns: dict[str, list[Columns]]  # tensor name → its layers
+    columns: dict[str, list[Columns]]
     style: str
     notes: list[str]
     watch: Stopwatch
@@ -36,10 +45,22 @@ def gather(
     layers: tuple[int, ...] | None = None,
     kinds: Collection[str] = KINDS,
 ) -> CapturedMoments:
-    """Capture every batch and add it to moments; `on_progress("capturing", done, of)` after each.
+    """Capture a text and return its moments. Progress is reported as "capturing" after each batch.
 
-    Raises `LayerError`, `NonFiniteError`, `NoCacheError`, `TokenizerMismatchError`, `ModelError` (more positions asked
-    than the model has), `StatisticsError` (memory).
+    Args:
+        session: the model and how it is run; `memory` limits the moments.
+        sequences: the text.
+        scopes: scopes of the moments.
+        layers: layers to capture; by default all that have a cache.
+        kinds: kinds of tensors to keep.
+
+    Raises:
+        LayerError: a layer does not exist or has no cache.
+        NonFiniteError: NaN or infinite values were captured.
+        NoCacheError: the model has no cache.
+        TokenizerMismatchError: the model does not embed all token ids.
+        ModelError: the sequences are longer than the positions of the model.
+        StatisticsError: the moments exceed `memory`.
     """
     watch = Stopwatch()
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
@@ -65,32 +86,42 @@ def gather(
 
 
 def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
-    """Raises when sequences are longer than the model's learned positions, or ids larger than its vocabulary."""
+    """Check that a text fits the positions and the vocabulary of a model.
+
+    Args:
+        loaded: the model.
+        max_length: tokens of the longest sequence.
+        largest_id: largest token id.
+
+    Raises:
+        TokenizerMismatchError: the model does not embed `largest_id`.
+        ModelError: `max_length` exceeds the learned positions of the model.
+    """
     rows = loaded.embedded_ids
     if largest_id >= rows:
         raise TokenizerMismatchError(
-            f"{loaded.name}: the tokenizer gave id {largest_id}, the model embeds only {rows}: they do not belong together"
+            f"{loaded.name}: token id {largest_id} is too large: the model embeds only {rows} ids. Use its own tokenizer."
         )
     positions = loaded.learned_positions
     if positions and max_length > positions:
         raise ModelError(
-            f"{loaded.name} has {positions} positions, sequences have {max_length}: use `max_length` {positions}"
+            f"{loaded.name} has {positions} positions, the sequences {max_length} tokens. Use `max_length` ≤ {positions}."
         )
 
 
 def check_finite(captured: Iterable[CapturedLayer]) -> None:
-    """Raises `NonFiniteError` with the first layer, and the head in it, that holds NaN or infinite values."""
+    """Raise `NonFiniteError` if a layer holds NaN or infinite values; the message names the first layer and head."""
     for layer in captured:
         for name, tensor in layer.tensors.items():
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 head = int((~tensor.isfinite()).any(-1).any(-1).any(0).nonzero()[0])
                 raise NonFiniteError(
-                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values: try `dtype` float32"
+                    f"{name}: layer {layer.layer_idx}, head {head} holds NaN or infinite values. Try `dtype` float32."
                 )
 
 
 def captured_by_name(captured: Iterable[CapturedLayer]) -> dict[str, dict[int, torch.Tensor]]:
-    """Tensor name → layer → tensor; keys first, before rotation first."""
+    """Return tensor name → layer → tensor, keys first, in the frame before rotation first."""
     tensors: dict[str, dict[int, torch.Tensor]] = {}
     for layer in captured:
         for name, tensor in layer.tensors.items():

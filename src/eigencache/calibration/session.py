@@ -1,4 +1,4 @@
-"""One model and how it is run: what every study, fit and score needs besides its text."""
+"""A model and how it is run, as every study, fit and score takes it."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import require_steady
 from eigencache.progress import Progress, silent
 
-MEMORY = 4 * 2**30  # bytes
+MEMORY = 4 * 2**30  # default, in bytes
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Session:
         loaded: the model, in eval mode, with its tokenizer and geometry.
         batch_size: sequences per forward pass.
         seed: seed of everything random.
-        on_progress: called with the name of the work, the units done and the units in all.
+        on_progress: called with the name of the work, the units done and the total of units.
         memory: bytes that moments and sampled vectors may take.
     """
 
@@ -29,13 +29,13 @@ class Session:
     memory: int = MEMORY
 
     def require_steady(self, sequences: Sequences) -> None:
-        """Raises `StatisticsError` for sequences so long that the model rotates their keys with other frequencies."""
+        """Raise `StatisticsError` for sequences so long that the model changes the frequencies of its rotation."""
         require_steady(self.loaded, max(map(len, sequences.ids), default=0))
 
     def reporting(self, on_progress: Progress) -> "Session":
-        """Return the same session with another receiver of its progress."""
+        """Return this session with another `on_progress`."""
         return replace(self, on_progress=on_progress)
 
     def named(self, prefix: str) -> "Session":
-        """Return the same session whose progress is reported as `prefix: what`."""
+        """Return this session with `prefix: ` before the names in its progress reports."""
         return self.reporting(lambda what, done, of: self.on_progress(f"{prefix}: {what}", done, of))

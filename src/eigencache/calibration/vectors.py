@@ -1,6 +1,6 @@
-"""What a model caches of a text as plain vectors, one per token: keys before rotation and values of all layers in one row.
+"""Sample cached vectors of a text, one per token: keys before rotation and values of all layers, concatenated.
 
-The vectors are brought into their frame by the same code that a codec encodes with.
+A codec encodes with the same code that brings these vectors into their layout.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,14 @@ from eigencache.spectral.rope import Rotation
 
 @dataclass(frozen=True, eq=False)
 class SampledVectors:
-    """`vectors` [n, width] float32 of the tokens `ids` [n], sequences of `lengths` one after the other."""
+    """Cached vectors of the tokens of several sequences.
+
+    Args:
+        layout: heads and layers of the columns.
+        vectors: one row per token [n, width] float32, sequence after sequence.
+        ids: token ids [n].
+        lengths: tokens of each sequence.
+    """
 
     layout: Layout
     vectors: Tensor
@@ -29,30 +36,34 @@ class SampledVectors:
 
     @property
     def positions(self) -> Tensor:
-        """Of every token in its sequence [n]."""
+        """Position of every token in its sequence [n]."""
         return torch.cat([torch.arange(length) for length in self.lengths])
 
     @property
     def mean(self) -> Tensor:
-        """[width] float32."""
+        """Mean vector [width] float32."""
         return self.vectors.mean(0, dtype=torch.float64).float()
 
     def without_first(self, count: int) -> "SampledVectors":
-        """The same without the first `count` tokens of every sequence. Raises `StatisticsError` where none has more."""
+        """Return the samples without the first `count` tokens of every sequence.
+
+        Raises:
+            StatisticsError: no sequence has more than `count` tokens.
+        """
         if not count:
             return self
         kept = self.positions >= count
         lengths = tuple(length - count for length in self.lengths if length > count)
         if not lengths:
-            raise StatisticsError(f"no sequence is longer than {count} sinks: keep fewer `sinks` or raise `max_length`")
+            raise StatisticsError(f"No sequence is longer than {count} sinks. Lower `sinks` or raise `max_length`.")
         return replace(self, vectors=self.vectors[kept], ids=self.ids[kept], lengths=lengths)
 
     def less_mean(self, mean: Tensor) -> "SampledVectors":
-        """The same about `mean` [width]."""
+        """Return the samples with `mean` [width] subtracted."""
         return replace(self, vectors=self.vectors - mean)
 
     def less_positions(self, means: PositionMeans | None) -> "SampledVectors":
-        """The same without what positions add. They are those of whole sequences: nothing is left out of these yet."""
+        """Return the samples with the means by position subtracted. The sequences must be whole, first tokens included."""
         if means is None:
             return self
         vectors = self.vectors.clone()
@@ -65,9 +76,17 @@ class SampledVectors:
 def sample_vectors(
     session: Session, sequences: Sequences, rotations: dict[int, Rotation], *, what: str = "vectors"
 ) -> SampledVectors:
-    """Vectors of all sequences, or of as many from all over the text as `memory` bytes hold.
+    """Capture the vectors of all sequences, or of as many, evenly spaced over the text, as fit in memory.
 
-    Raises `NonFiniteError` naming layer and slot, `StatisticsError` where not even one sequence fits.
+    Args:
+        session: the model and how it is run; `memory` limits the vectors.
+        sequences: the text.
+        rotations: rotation of the keys by layer.
+        what: name of the work in progress reports.
+
+    Raises:
+        NonFiniteError: the model caches NaN or infinite values.
+        StatisticsError: not even one sequence fits in memory.
     """
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     sequences = _affordable(session, sequences)
@@ -88,24 +107,30 @@ def sample_vectors(
 
 
 def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rotation], *, mla: bool) -> Layout:
-    """All heads of the first slot of every layer, then all of the second; rotated ones before rotation.
+    """Return the layout of vectors: the heads of slot 0 of all layers, then of slot 1; rotated slots before rotation.
 
-    Raises `UnsupportedArchitectureError` where a slot has no numbers, as in MLA without a rotary key.
+    Args:
+        stored: layer → tensors of both slots [batch, heads, seq, dim].
+        rotations: rotation of the keys by layer.
+        mla: whether slot 1 is the rotary key of MLA.
+
+    Raises:
+        UnsupportedArchitectureError: a slot has a dimension of 0, as in MLA without a rotary key.
     """
-    if empty := [layer_idx for layer_idx, both in sorted(stored.items()) if 0 in (both[0].shape[3], both[1].shape[3])]:
+    if empty := [layer_idx for layer_idx, slots in sorted(stored.items()) if 0 in (slots[0].shape[3], slots[1].shape[3])]:
         raise UnsupportedArchitectureError(
-            f"layers {empty} cache vectors of 0 numbers, as MLA without a rotary key does: such a cache has no codec yet"
+            f"Layers {empty} cache vectors of dimension 0, as MLA without a rotary key does. No codec supports such a cache."
         )
     parts = [
-        Part(layer_idx, slot, (0, both[slot].shape[1]), both[slot].shape[3])
+        Part(layer_idx, slot, (0, slots[slot].shape[1]), slots[slot].shape[3])
         for slot in (0, 1)
-        for layer_idx, both in sorted(stored.items())
+        for layer_idx, slots in sorted(stored.items())
     ]
     return Layout(tuple(parts), {i: (int(mla), rotation) for i, rotation in rotations.items() if i in stored})
 
 
 def tensor_names(layout: Layout, *, mla: bool) -> list[str]:
-    """The name of every part as metrics have it: its kind, and its frame where it has several."""
+    """Return the tensor name of every part, as metrics use it: the kind, with its frame if it is rotated."""
     names = []
     for part in layout.parts:
         kind = (("latent", "key_rope") if mla else ("keys", "values"))[part.slot]
@@ -126,7 +151,7 @@ def _affordable(session: Session, sequences: Sequences) -> Sequences:
 
 
 def _check_finite(stored: dict[int, tuple[Tensor, Tensor]]) -> None:
-    for layer_idx, both in stored.items():
-        for slot, x in zip(("keys", "values"), both, strict=True):
+    for layer_idx, slots in stored.items():
+        for slot, x in zip(("keys", "values"), slots, strict=True):
             if not x.isfinite().all():
-                raise NonFiniteError(f"layer {layer_idx} stores NaN or infinite {slot}: try `dtype` float32")
+                raise NonFiniteError(f"layer {layer_idx} stores NaN or infinite {slot}. Try `dtype` float32.")

@@ -103,7 +103,7 @@ def run(
     from eigencache.corpora.resolve import read_text
     from eigencache.report.adapters.plot import plot_adapter
     from eigencache.report.adapters.tables import operator_table, truncation_table
-    from eigencache.report.probe.plots import save_figure
+    from eigencache.report.core.drawing import save_figure
     from eigencache.studies.adapters.training import TrainingSettings
 
     training = TrainingSettings(

@@ -73,7 +73,10 @@ def run(
     if speed:
         raise ModelError("bench --speed is now a command of its own: eigencache speed [GEOMETRY…]")
     if output:
+        from eigencache.report.core.drawing import require
+
         check_folder(output)
+        require("matplotlib")
     import shlex
     import sys
 

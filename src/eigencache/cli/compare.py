@@ -30,8 +30,9 @@ def run(
 
     from eigencache.records.base import write_whole
     from eigencache.records.probe import ProbeRecord
+    from eigencache.report.core.drawing import save_figure
     from eigencache.report.probe.comparison import compare_table
-    from eigencache.report.probe.plots import plot_compare, save_figure
+    from eigencache.report.probe.plots import plot_compare
 
     loaded = [ProbeRecord.load(path) for path in records]
     table = compare_table(loaded)

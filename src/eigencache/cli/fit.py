@@ -83,6 +83,7 @@ def run(
     from eigencache.fitting.eigen import settings_of
     from eigencache.fitting.fit import Goal, LiveGoal
     from eigencache.fitting.live import LiveSettings
+    from eigencache.fitting.summary import eigen_record, live_record
     from eigencache.report.codecs import codec_table, live_table
 
     check_replaceable(output)
@@ -132,9 +133,9 @@ def run(
     values = loaded.geometry.values_per_token
     if fitted.codec and fitted.expected:
         warnings = fitted.fitting.origin.calibration.warnings if fitted.fitting else []
-        console.print(codec_table(loaded.name, fitted.codec, fitted.expected, values, warnings))
+        console.print(codec_table(eigen_record(loaded.name, fitted.codec, fitted.expected, values, warnings)))
     if fitted.live:
-        console.print(live_table(loaded.name, *fitted.live, values))
+        console.print(live_table(live_record(loaded.name, *fitted.live, values)))
     if dropped:
         said = f"dropped: the live codec that was in {output / LIVE}. Add --live to fit one."
         console.print(said, markup=False, highlight=False)

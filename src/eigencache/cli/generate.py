@@ -70,4 +70,5 @@ def run(
     print(cost_line(found, "compressed cache"))
     if compare:
         plain = generate(loaded, text, None, **options)  # type: ignore[arg-type]
-        print(*comparison_lines(loaded, found, plain, parted_at(found, plain)), sep="\n")
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        print(*comparison_lines(found, plain, parted_at(found, plain), dtype, loaded.tokenizer.decode), sep="\n")

@@ -141,7 +141,7 @@ def check_writable(*paths: Path | None) -> None:
 def check_plot(path: Path | None) -> None:
     """Raises `OutputError` where no figure could be written, before anything is measured."""
     if path is not None:
-        from eigencache.report.probe.plots import check_format
+        from eigencache.report.core.drawing import check_format
 
         check_writable(path)
         check_format(path)

@@ -27,6 +27,7 @@ EXAMPLES = """
 [b]Examples[/b]\n
   eigencache probe ref-llama\n
   eigencache probe Qwen/Qwen2.5-0.5B --text wikitext2 --output qwen.json --plot qwen.png\n
+  eigencache probe ref-llama --layers-table\n
   eigencache probe ref-gpt2 --layers 0,3,5 --scope head --tokens 20000\n
   eigencache probe ref-llama --view classic
 """
@@ -52,6 +53,7 @@ def run(
         list[ScopeName] | None, typer.Option("--scope", help="May be given more than once; default: all three.")
     ] = None,
     view: Annotated[View, typer.Option("--view", help="honest, classic (the historic figures) or spread.")] = View.honest,
+    layers_table: Annotated[bool, typer.Option("--layers-table", help="Also print all statistics of every layer.")] = False,
     output: OutputJson = None,
     plot: Plot = None,
     max_length: MaxLength = None,
@@ -74,9 +76,12 @@ def run(
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
     from eigencache.records.base import SCOPES, Scope
+    from eigencache.report.core.drawing import save_figure
     from eigencache.report.probe.comparison import classic_table
-    from eigencache.report.probe.plots import plot_probe, plot_spread, save_figure
-    from eigencache.report.probe.tables import geometry_lines, probe_table, spread_table
+    from eigencache.report.probe.plots import plot_probe, plot_spread
+    from eigencache.report.probe.spread_table import spread_table
+    from eigencache.report.probe.summary import probe_summary
+    from eigencache.report.probe.tables import geometry_lines, probe_table
     from eigencache.studies.probe import ProbeSettings
 
     scopes: tuple[Scope, ...] = tuple(one for one in SCOPES if scope is None or ScopeName(one) in scope)
@@ -102,5 +107,7 @@ def run(
     console = Console()
     for line in geometry_lines(record):
         console.print(line, markup=False, highlight=False)
-    console.print({View.honest: probe_table, View.classic: classic_table, View.spread: spread_table}[view](record))
+    console.print({View.honest: probe_summary, View.classic: classic_table, View.spread: spread_table}[view](record))
+    if layers_table:
+        console.print(probe_table(record))
     print_written(output, plot)

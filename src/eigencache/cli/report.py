@@ -49,6 +49,9 @@ def run(
     What is low-rank, what is compressible, at what loss, and what to do; the comparison is printed too.
     """
     check_folder(output)
+    from eigencache.report.core.drawing import require
+
+    require("plotly", "HTML reports")
     from rich.console import Console
 
     from eigencache.api import report

@@ -1,8 +1,9 @@
-"""The codec protocol: what a model caches goes in, tensors whose bytes exist come out, and the way back.
+"""The codec protocol: a codec turns the tensors of a cache into tensors or bytes that are stored, and back.
 
-A codec works on whole stretches of a cache, all layers at once, so that a basis may span layers. What it returns from
-`encode` is all that has to be kept per token; what both sides hold anyway (bases, means, tables) counts as `nbytes`.
-A method that is a cache of its own is a `CacheMaker`: it is given the whole prefix and counts its own bytes.
+A codec works on a stretch of consecutive tokens, all layers at once, so that a basis may span layers. What `encode`
+returns is everything stored per token; bases, means and tables are stored once and count as the codec's `nbytes`. A
+method that replaces the cache itself, such as eviction, is a `CacheMaker`: it receives the whole prefix and counts its
+own bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from eigencache.errors import CodecError
 
-Cached = Mapping[int, tuple[Tensor, Tensor]]  # layer_idx → what the cache holds, [batch, heads, seq, dim] twice
+Cached = Mapping[int, tuple[Tensor, Tensor]]  # layer_idx → both slots of a cache layer, [batch, heads, seq, dim] each
 
 
 class EncodedStretch(Protocol):
-    """What is kept of a stretch of `tokens` positions from `start`."""
+    """What is stored of `tokens` tokens from position `start`."""
 
     @property
     def start(self) -> int:
@@ -27,22 +28,22 @@ class EncodedStretch(Protocol):
 
     @property
     def tokens(self) -> int:
-        """How many positions, the same for all rows of the batch."""
+        """Number of tokens, the same for all rows of the batch."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that exist because of it."""
+        """Bytes that are stored."""
         ...
 
     def select(self, rows: Tensor) -> "EncodedStretch":
-        """The given rows of the batch."""
+        """Return the given rows of the batch."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedBytes:
-    """A stretch of `tokens` positions from `start` as one byte string per row of the batch."""
+    """A stretch of `tokens` tokens from position `start` as one byte string per row of the batch."""
 
     rows: tuple[bytes, ...]
     start: int
@@ -54,13 +55,13 @@ class EncodedBytes:
         return sum(len(row) for row in {id(row): row for row in self.rows}.values())
 
     def select(self, rows: Tensor) -> "EncodedBytes":
-        """The given rows of the batch."""
+        """Return the given rows of the batch."""
         return EncodedBytes(tuple(self.rows[i] for i in rows.tolist()), self.start, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A stretch of `tokens` positions from `start`; every tensor has the batch as its first dimension."""
+    """A stretch of `tokens` tokens from position `start` as tensors whose first dimension is the batch."""
 
     tensors: dict[str, Tensor]
     start: int
@@ -68,11 +69,11 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages that exist, a view counted with all it keeps alive."""
+        """Bytes of the storages behind the tensors; a view counts with the whole storage it keeps alive."""
         return storage_bytes(self.tensors.values())
 
     def select(self, rows: Tensor) -> "Encoded":
-        """The given rows of the batch."""
+        """Return the given rows of the batch."""
         return Encoded({name: t[rows.to(t.device)] for name, t in self.tensors.items()}, self.start, self.tokens)
 
 
@@ -81,43 +82,62 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once, whatever the number of tokens."""
+        """Bytes stored once, whatever the number of tokens: bases, means, tables."""
         ...
 
     def encode(self, cached: Cached, start: int) -> Any:
-        """What is kept of positions start, start + 1, … of every layer: something `EncodedStretch`."""
+        """Encode positions start, start + 1, … of every layer; returns an `EncodedStretch`."""
         ...
 
     def decode(self, encoded: Any) -> dict[int, tuple[Tensor, Tensor]]:
-        """The cache's tensors again, in the dtype they had."""
+        """Return the cache's tensors in the model's dtype."""
+        ...
+
+
+class LoadedPrefix(Protocol):
+    """What a `CacheMaker` needs of the tokens that a model has read (`evaluate.prefix.Prefix` has it)."""
+
+    @property
+    def loaded(self) -> Any:
+        """An object with the attribute `model`, the transformers model that read the tokens."""
+        ...
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids [batch, seq]."""
+        ...
+
+    @property
+    def stored(self) -> Cached:
+        """What the layers of the model stored while they read `ids`."""
         ...
 
 
 @runtime_checkable
 class CacheMaker(Protocol):
-    """Makes caches that hold a prefix in a way of their own, for methods that are no codec: they evict, or are a package."""
+    """Makes caches that store a prefix in their own way: for eviction methods and wrapped packages."""
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once, whatever the number of tokens."""
+        """Bytes stored once, whatever the number of tokens."""
         ...
 
-    def cache_of(self, prefix: Any) -> Any:
-        """A new transformers cache that holds `prefix` (of `evaluate.prefix`), and nothing else of it."""
+    def cache_of(self, prefix: LoadedPrefix) -> Any:
+        """Return a new transformers cache that holds the prefix and nothing else."""
         ...
 
     def held(self, cache: Any) -> tuple[int, int]:
-        """Tokens of all rows that such a cache stands for and the bytes it takes, before anything is read through it."""
+        """Return the tokens of all rows that such a cache represents, and its bytes, before anything is read through it."""
         ...
 
 
@@ -125,22 +145,35 @@ Compressor = Codec | CacheMaker
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind tensors, each once."""
+    """Return the bytes of the storages behind tensors; a shared storage counts once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def length_of(cached: Cached) -> int:
-    """Tokens of a cache, those of its longest layer."""
+    """Return the number of tokens in the longest layer of a cache."""
     return max(keys.shape[2] for keys, _ in cached.values())
 
 
+def layers_of(names: Iterable[str]) -> list[int]:
+    """Return the layers of tensors named `LAYER.…`, in order and without repetition."""
+    return list(dict.fromkeys(int(name.split(".")[0]) for name in names))
+
+
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
-    """What a 16-bit cache of a model in `dtype` holds: that dtype itself, or float16 for a wider one."""
+    """Return the dtype of a 16-bit cache of a model in `dtype`: that dtype itself, or float16 for a wider one."""
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def to_sixteen_bit(x: Tensor, what: str) -> Tensor:
-    """x in 16 bits, in a storage of its own. Raises `CodecError` where a finite number would become infinite."""
+    """Return x in 16 bits with a storage of its own.
+
+    Args:
+        x: Numbers in any floating-point dtype.
+        what: What they are, to begin an error message.
+
+    Raises:
+        CodecError: x holds NaN or infinite values, or a finite one that would become infinite.
+    """
     small = owned(x.to(sixteen_bit(x.dtype)))
     if not small.isfinite().all():
         raise CodecError(f"{what}: {float(x.abs().max()):.3g} does not fit into {small.dtype}")
@@ -148,21 +181,28 @@ def to_sixteen_bit(x: Tensor, what: str) -> Tensor:
 
 
 def owned(x: Tensor) -> Tensor:
-    """x contiguous in a storage that holds nothing else: a view would keep alive, and count, all it is a view of."""
+    """Return x contiguous in a storage of its own: a view would keep alive, and count, the whole tensor behind it."""
     x = x.contiguous()
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 @dataclass(frozen=True)
 class SixteenBit:
-    """The cache as it is, in 16 bits: what every ratio is against; exact for models that run in 16 bits."""
+    """The uncompressed cache in 16 bits, the reference of every ratio; exact for models that run in 16 bits.
+
+    `dtype` is the model's.
+    """
 
     dtype: torch.dtype = torch.float32
     name: str = "16 bit"
     nbytes: int = 0
 
     def encode(self, cached: Cached, start: int) -> Encoded:
-        """Both slots of every layer, rounded to 16 bits where they are wider."""
+        """Round both slots of every layer to 16 bits.
+
+        Raises:
+            CodecError: A number does not fit.
+        """
         tensors = {}
         for layer_idx, slots in cached.items():
             for slot, x in enumerate(slots):
@@ -170,6 +210,6 @@ class SixteenBit:
         return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
-        """Back in the model's dtype."""
-        layers = dict.fromkeys(int(name.split(".")[0]) for name in encoded.tensors)
+        """Return the cache in the model's dtype."""
+        layers = layers_of(encoded.tensors)
         return {i: tuple(encoded.tensors[f"{i}.{slot}"].to(self.dtype) for slot in (0, 1)) for i in layers}  # type: ignore[misc]

@@ -1,48 +1,57 @@
-"""The byte ledger: what a codec holds as the context grows, and where its basis is paid back (THEORY 11)."""
+"""The byte ledger: bytes of a codec as the context grows, and the context at which its basis is paid back (THEORY 11)."""
 
-import math
 from bisect import bisect_left
 
-from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.pca import PCACodec
-from eigencache.errors import CodecError
+from eigencache.codec.saved.registry import AnyCodec, kind_of
 from eigencache.records.quality import LedgerRow
 
 CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
-_LONGEST = 2**22  # tokens that are looked at
+_LONGEST = 2**22  # longest context that `paid_back_at` tries, in tokens
 
 
 def ledger(
-    codec: PCACodec | EigenCodec | LiveCodec,
+    codec: AnyCodec,
     values_per_token: int,
     contexts: tuple[int, ...] = CONTEXTS,
     *,
     coded_bits: float | None = None,
 ) -> list[LedgerRow]:
-    """One row per context length of one sequence; bytes by arithmetic that a test holds against what `encode` makes.
+    """Compute the bytes of one sequence at several context lengths, without encoding.
 
-    `coded_bits`: what a coded token of an `EigenCodec` is expected to cost; raises `CodecError` where it is needed and
-    not given.
+    Args:
+        codec: A codec of a kind that can be saved.
+        values_per_token: Numbers that the model caches per token.
+        contexts: Context lengths in tokens.
+        coded_bits: Expected bits of a coded token; required for an `EigenCodec`, whose bytes depend on the text.
+
+    Returns:
+        One row per context length.
+
+    Raises:
+        CodecError: `coded_bits` is required.
     """
+    kind = kind_of(codec)
     return [
         LedgerRow(
             context=context,
             sixteen_bit_nbytes=2 * values_per_token * context,
-            payload_nbytes=_payload_nbytes(codec, context, values_per_token, coded_bits),
+            payload_nbytes=kind.payload_nbytes(codec, context, values_per_token, coded_bits),
             basis_nbytes=codec.nbytes,
         )
         for context in contexts
     ]
 
 
-def paid_back_at(
-    codec: PCACodec | EigenCodec | LiveCodec, values_per_token: int, *, coded_bits: float | None = None
-) -> int | None:
-    """Return the tokens of one sequence from which payload and what is held once are less than 16 bits.
+def paid_back_at(codec: AnyCodec, values_per_token: int, *, coded_bits: float | None = None) -> int | None:
+    """Return the break-even context: the shortest at which payload and basis take fewer bytes than a 16-bit cache.
 
-    None where 4 million tokens are too few. Blocks and scales come in groups of tokens: the figure is exact to one group.
-    `coded_bits` as in `ledger`.
+    Args:
+        codec: A codec of a kind that can be saved.
+        values_per_token: Numbers that the model caches per token.
+        coded_bits: Expected bits of a coded token, as for `ledger`.
+
+    Returns:
+        Tokens of one sequence, exact to one block or group of tokens; None where 4 million are not enough.
     """
 
     def pays(tokens: int) -> bool:
@@ -52,15 +61,3 @@ def paid_back_at(
     if not pays(_LONGEST):
         return None
     return bisect_left(range(_LONGEST), True, lo=1, key=pays)
-
-
-def _payload_nbytes(
-    codec: PCACodec | EigenCodec | LiveCodec, tokens: int, values_per_token: int, coded_bits: float | None
-) -> int:
-    if isinstance(codec, LiveCodec):
-        return codec.nbytes_of(tokens)
-    if isinstance(codec, PCACodec):
-        return codec.payload_nbytes(tokens, values_per_token - sum(group.transform.width for group in codec.groups))
-    if coded_bits is None:
-        raise CodecError(f"{codec.name}: its bytes depend on the text: what a coded token is expected to cost is needed")
-    return math.ceil(codec.nbytes_of(tokens, coded_bits))

@@ -1,7 +1,7 @@
-"""Direct low-rank compression: rank-r coefficients of keys, values or latents in a fitted basis (THEORY 5).
+"""Low-rank compression: rank-r coefficients of keys, values or latents in a fitted basis (THEORY 5).
 
-One transform per head, per layer or for all layers, on keys before or after rotation. Slots of the cache that no
-transform covers are kept in 16 bits and counted, and so are the first tokens.
+A transform works on one head, on a layer or on all layers, and on keys before or after rotation. Slots of the cache that
+no transform covers are stored in 16 bits and counted, and so are the first tokens.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CoefficientBits = Literal[16, 8, 4]
 
 @dataclass(frozen=True, eq=False)
 class PCAGroup:
-    """The parts that one transform works on, one after the other."""
+    """The parts whose columns, concatenated, one transform works on."""
 
     parts: tuple[Part, ...]
     transform: Transform
@@ -31,10 +31,15 @@ class PCAGroup:
 
 @dataclass(frozen=True, eq=False)
 class PCACodec:
-    """Rank-r coefficients in 16, 8 or 4 bits for the slots in `groups`; the other slots in 16 bits.
+    """Rank-r coefficients for the slots in `groups`; all other slots in 16 bits.
 
-    `sinks`: how many tokens at positions 0, 1, … are kept in 16 bits, in all slots. `rotations`: layer → slot and
-    rotation, for slots whose transform works before rotation. `dtype`: the model's.
+    Args:
+        name: Name in tables.
+        groups: Transforms and the parts they work on.
+        rotations: Layer → slot and rotation, for slots whose transform works before rotation.
+        dtype: The model's.
+        bits: Bits of a stored coefficient.
+        sinks: Tokens at positions 0, 1, … that are stored in 16 bits, in all slots.
     """
 
     name: str
@@ -45,12 +50,12 @@ class PCACodec:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        """Bases row by row, as they are stored: in another order the same numbers multiply to other last bits."""
+        """Make bases contiguous, as they are stored: the memory order changes the last bits of a product."""
         object.__setattr__(self, "groups", _with_transforms(self.groups, _row_by_row))
 
     @property
     def rank(self) -> int:
-        """Coefficients per group, of the group that has most."""
+        """Coefficients of the group that has most."""
         return max(group.transform.rank for group in self.groups)
 
     @property
@@ -59,23 +64,30 @@ class PCACodec:
         return sum({id(group.transform): group.transform.nbytes for group in self.groups}.values())
 
     def truncated(self, rank: int, name: str | None = None, bits: CoefficientBits | None = None) -> "PCACodec":
-        """The same codec with `rank` coefficients per group, or all of them where a group has fewer.
+        """Return the codec with fewer coefficients.
 
-        Raises `CodecError` for a rank that no group has.
+        Args:
+            rank: Coefficients per group; a group that has fewer keeps all of its own.
+            name: Name in tables; default: unchanged.
+            bits: Bits of a stored coefficient; default: unchanged.
+
+        Raises:
+            CodecError: No group has so high a rank.
         """
         if not 1 <= rank <= self.rank:
-            raise CodecError(f"rank {rank}: {self.name} has ranks 1 to {self.rank}")
+            raise CodecError(f"rank {rank} is out of range: {self.name} has ranks 1 to {self.rank}")
         groups = _with_transforms(self.groups, lambda transform: transform.truncated(min(rank, transform.rank)))
         return replace(self, groups=groups, name=name or self.name, bits=bits or self.bits)
 
     def to(self, device: str | torch.device) -> "PCACodec":
-        """The same with its bases where the cache is; what is shared stays shared."""
+        """Return the codec with its bases on `device`; groups that share a transform still share it."""
         return replace(self, groups=_with_transforms(self.groups, lambda transform: transform.to(torch.float32, device)))
 
     def encode(self, cached: Cached, start: int) -> Encoded:
-        """Coefficients of every group, and 16-bit tensors of what no group covers.
+        """Encode a stretch as coefficients of every group, and as 16-bit tensors of what no group covers.
 
-        Raises `CodecError` for a cache of other shapes than the codec was fitted for, and for NaN.
+        Raises:
+            CodecError: The cache has other shapes than the codec was fitted for, or holds NaN or values out of range.
         """
         tensors: dict[str, Tensor] = {}
         tokens = length_of(cached)
@@ -101,12 +113,12 @@ class PCACodec:
                     tensors[f"raw.{layer_idx}.{slot}"] = to_sixteen_bit(x, f"layer {layer_idx}")
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
-        """The cache's tensors, keys rotated again, in the model's dtype."""
+        """Return the cache's tensors, keys rotated again, in the model's dtype."""
         first, _ = middle_of(encoded.tokens, encoded.start, self.sinks, 0)
         rest = self._decode_rest(encoded.tensors, encoded.start + first) if first < encoded.tokens else {}
         exact = _by_slot(encoded.tensors, "first")
         if exact and rest:
-            rest = {at: torch.cat([x.to(self.dtype), rest[at].to(self.dtype)], 2) for at, x in exact.items()}
+            rest = {key: torch.cat([x.to(self.dtype), rest[key].to(self.dtype)], 2) for key, x in exact.items()}
         return by_layer(rest or exact, self.dtype)
 
     def _decode_rest(self, tensors: dict[str, Tensor], start: int) -> Slots:
@@ -117,21 +129,28 @@ class PCACodec:
         return rotated(slots_of(columns), self.rotations, start) | _by_slot(tensors, "raw")
 
     def _store(self, tensors: dict[str, Tensor], index: int, y: Tensor) -> None:
+        what = f"{self.name}: group {index}"
         if self.bits == 16:
-            tensors[f"{index}"] = to_sixteen_bit(y, f"coefficients of group {index}")
-        else:
-            for field, tensor in quantize(y, self.bits)._asdict().items():
-                tensors[f"{index}.{field}"] = tensor
+            tensors[f"{index}"] = to_sixteen_bit(y, what)
+            return
+        if self.bits not in (4, 8):
+            raise CodecError(f"`bits` is {self.bits}: use 16, 8 or 4")
+        for field, tensor in quantize(y, self.bits, dim=-2, what=what)._asdict().items():
+            tensors[f"{index}.{field}"] = tensor
 
     def _load(self, tensors: dict[str, Tensor], index: int, rank: int) -> Tensor:
         if self.bits == 16:
             return tensors[f"{index}"]
-        return dequantize(
-            QuantizedGroups(*(tensors[f"{index}.{field}"] for field in QuantizedGroups._fields)), self.bits, rank
-        )
+        quantized = QuantizedGroups(*(tensors[f"{index}.{field}"] for field in QuantizedGroups._fields))
+        return dequantize(quantized, self.bits, rank, dim=-2)
 
     def payload_nbytes(self, tokens: int, raw_values_per_token: int) -> int:
-        """Bytes of `tokens` encoded positions of one sequence, by arithmetic; a test holds it against `encode`."""
+        """Return the bytes that `encode` makes of one sequence, computed without encoding.
+
+        Args:
+            tokens: Tokens from position 0 on.
+            raw_values_per_token: Numbers per token that no group covers.
+        """
         first = min(tokens, self.sinks)
         values_per_token = sum(group.transform.width for group in self.groups) + raw_values_per_token
         return 2 * first * values_per_token + self._rest_nbytes(tokens - first, raw_values_per_token)
@@ -145,13 +164,13 @@ class PCACodec:
 
 
 def _with_transforms(groups: tuple[PCAGroup, ...], change: Callable[[Transform], Transform]) -> tuple[PCAGroup, ...]:
-    """The groups with other transforms; those that share one share the new one."""
+    """Change every transform once, so that groups that share one share the changed one."""
     changed = {id(group.transform): change(group.transform) for group in groups}
     return tuple(PCAGroup(group.parts, changed[id(group.transform)]) for group in groups)
 
 
 def _by_slot(tensors: dict[str, Tensor], role: str) -> Slots:
-    """The tensors that are named `role.LAYER.SLOT`."""
+    """Return the tensors named `role.LAYER.SLOT`."""
     names = [name.split(".") for name in tensors if name.startswith(f"{role}.")]
     return {(int(layer_idx), int(slot)): tensors[f"{role}.{layer_idx}.{slot}"] for _, layer_idx, slot in names}
 

@@ -1,4 +1,4 @@
-"""A codec on one device: every tensor of it, moved once."""
+"""Moving a codec to a device: every tensor it contains, each moved once."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -11,9 +11,9 @@ _T = TypeVar("_T")
 
 
 def placed(codec: _T, device: str | torch.device) -> _T:
-    """The codec with all its tensors on `device`: by its own `to` where it has one, else field by field.
+    """Return the codec with all its tensors on `device`: by its own `to` where it has one, else field by field.
 
-    What is shared inside of it stays shared. Tables in NumPy stay with the CPU, which encodes.
+    Tensors that several fields share stay shared. NumPy arrays stay on the CPU, which encodes.
     """
     return _placed(codec, torch.device(device), {})
 
@@ -24,25 +24,25 @@ def _placed(x: Any, device: torch.device, seen: dict[int, Any]) -> Any:
     if isinstance(x, torch.dtype | str | int | float | bytes | None):
         return x
     if isinstance(x, Tensor) or (hasattr(x, "to") and not isinstance(x, type)):
-        found = x.to(device)
+        moved = x.to(device)
     elif isinstance(x, Mapping):
-        found = {key: _placed(value, device, seen) for key, value in x.items()}
+        moved = {key: _placed(value, device, seen) for key, value in x.items()}
     elif isinstance(x, tuple) and hasattr(x, "_fields"):
-        found = type(x)(*(_placed(value, device, seen) for value in x))
+        moved = type(x)(*(_placed(value, device, seen) for value in x))
     elif isinstance(x, list | tuple):
-        found = type(x)(_placed(value, device, seen) for value in x)
+        moved = type(x)(_placed(value, device, seen) for value in x)
     elif is_dataclass(x) and not isinstance(x, type):
         changed = {f.name: _placed(getattr(x, f.name), device, seen) for f in fields(x) if f.init}
         same = all(value is getattr(x, name) for name, value in changed.items())
-        found = x if same else replace(x, **changed)
+        moved = x if same else replace(x, **changed)
     else:
-        found = x
-    seen[id(x)] = found
-    return found
+        moved = x
+    seen[id(x)] = moved
+    return moved
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
-    """Every tensor of a codec, of its parts too."""
+    """Yield every tensor that a codec contains, those in nested containers and dataclasses included."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, Mapping):

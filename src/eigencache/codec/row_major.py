@@ -1,4 +1,4 @@
-"""Tensors that a codec holds once, row by row as they are saved: what is loaded multiplies to the same last bits."""
+"""Tensors in row-major order, as they are saved: a matrix product depends on the memory order in its last bits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -10,23 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowMajor:
-    """Base of frozen dataclasses of tensors, of others of this kind, and of what is not held: tensors are contiguous."""
+    """Base class of frozen dataclasses whose fields are tensors, other such dataclasses, or neither.
+
+    Tensors are made contiguous. Fields that are neither are not stored with a codec.
+    """
 
     def __post_init__(self) -> None:
-        """In another order the same numbers multiply to other last bits."""
-        for name, value in self._held().items():
+        """Make every tensor contiguous."""
+        for name, value in self._stored().items():
             if isinstance(value, Tensor):
                 object.__setattr__(self, name, value.contiguous())
 
     def tensors(self) -> Iterable[Tensor]:
-        """All that is held."""
-        for value in self._held().values():
+        """Yield all tensors, in the order of the fields."""
+        for value in self._stored().values():
             yield from (value,) if isinstance(value, Tensor) else value.tensors()
 
     def to(self, device: str | torch.device) -> Self:
-        """The same where the cache is."""
-        return replace(self, **{name: value.to(device) for name, value in self._held().items()})
+        """Return a copy with its tensors on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in self._stored().items()})
 
-    def _held(self) -> dict[str, Any]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor | RowMajor)}
+    def _stored(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor | RowMajor)}

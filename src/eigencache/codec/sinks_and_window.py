@@ -1,7 +1,7 @@
-"""First and most recent tokens held apart in more bits, the rest by a codec; all of it counted.
+"""Sinks and a recent window in more bits than the rest: how published methods treat first and last tokens.
 
-How published methods treat attention sinks and the recent window: `sinks` tokens from position 0 and the last `window`
-of every stretch, in 16 bits or in fp8 (e4m3, one float16 scale per layer, head and token).
+`sinks` tokens from position 0 and the last `window` tokens of every stretch are stored in 16 bits or in fp8 (e4m3, one
+float16 scale per layer, head and token); a codec stores the rest. All bytes are counted.
 """
 
 from dataclasses import dataclass
@@ -10,60 +10,75 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached, Codec, Encoded, EncodedStretch, SixteenBit, length_of, owned
-from eigencache.codec.quantization.grouped import scale_reaching
+from eigencache.codec.base import Cached, Codec, Encoded, EncodedStretch, SixteenBit, layers_of, length_of, owned
+from eigencache.codec.quantization.fp8 import FP8_MAX, from_fp8, to_fp8
+from eigencache.codec.quantization.scales import divisor, scale_reaching
 from eigencache.errors import CodecError
 
-FIRST_EXACT = 4  # first tokens that codecs keep in 16 bits: all heads attend to them, and their keys and values are small
-_FP8_MAX = 448.0
+FIRST_EXACT = 4  # first tokens in 16 bits by default: all heads attend to them, and their keys and values are small
 
 
 def middle_of(tokens: int, start: int, sinks: int, window: int) -> tuple[int, int]:
-    """From and up to which of `tokens` tokens nothing is kept apart, when the first stands at position `start`."""
+    """Return the tokens between sinks and window as a half-open range.
+
+    Args:
+        tokens: Number of tokens of the stretch.
+        start: Position of its first token.
+        sinks: Number of first positions, counted from position 0, that are sinks.
+        window: Number of last tokens of the stretch that belong to the window.
+    """
     first = min(tokens, max(0, sinks - start))
     return first, max(first, tokens - window)
 
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Sinks, coded tokens and window of one stretch, one after the other; what is empty is absent."""
+    """Sinks, coded tokens and window of one stretch, in this order; empty pieces are left out."""
 
-    parts: tuple[tuple[str, EncodedStretch], ...]  # which codec holds it: sinks, coded or window
+    parts: tuple[tuple[str, EncodedStretch], ...]  # "sinks", "coded" or "window", and what is stored of it
     start: int
     tokens: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all three."""
+        """Bytes of all pieces."""
         return sum(part.nbytes for _, part in self.parts)
 
     def select(self, rows: Tensor) -> "Pieces":
-        """The given rows of the batch."""
+        """Return the given rows of the batch."""
         return Pieces(tuple((role, part.select(rows)) for role, part in self.parts), self.start, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class WithSinksAndWindow:
-    """`codec` for all but the first `sinks` positions and the last `window` tokens of a stretch."""
+    """A codec that leaves the first `sinks` positions and the last `window` tokens of a stretch uncompressed.
+
+    Args:
+        codec: Encodes all other tokens.
+        dtype: The model's.
+        sinks: First positions, counted from position 0.
+        window: Last tokens of the stretch.
+        sink_format: How sinks are stored; the window always has 16 bits.
+    """
 
     codec: Codec
-    dtype: torch.dtype  # of the model
+    dtype: torch.dtype
     sinks: int = 0
     window: int = 0
     sink_format: Literal["16 bit", "fp8"] = "16 bit"
 
     @property
     def name(self) -> str:
-        """The codec's own."""
+        """Name of the codec."""
         return self.codec.name
 
     @property
     def nbytes(self) -> int:
-        """Of the codec, held once."""
+        """Bytes that the codec stores once."""
         return self.codec.nbytes
 
     def encode(self, cached: Cached, start: int) -> Pieces:
-        """Each piece by what holds it. Raises what the codec raises."""
+        """Encode sinks, coded tokens and window, each in its format. Raises what the codec raises."""
         tokens = length_of(cached)
         first, last = middle_of(tokens, start, self.sinks, self.window)
         parts = []
@@ -74,7 +89,7 @@ class WithSinksAndWindow:
         return Pieces(tuple(parts), start, tokens)
 
     def decode(self, encoded: Pieces) -> dict[int, tuple[Tensor, Tensor]]:
-        """All tokens again, in the model's dtype."""
+        """Return all tokens in the model's dtype."""
         decoded = [self._codec(role).decode(part) for role, part in encoded.parts]
         return {i: tuple(torch.cat([d[i][s].to(self.dtype) for d in decoded], 2) for s in (0, 1)) for i in decoded[0]}  # type: ignore[misc]
 
@@ -86,31 +101,32 @@ class WithSinksAndWindow:
 
 @dataclass(frozen=True)
 class Fp8:
-    """The cache in e4m3, one byte per number, and a float16 scale per layer, head and token."""
+    """The cache in e4m3, one byte per number, with a float16 scale per layer, head and token. `dtype` is the model's."""
 
     dtype: torch.dtype
     name: str = "fp8"
     nbytes: int = 0
 
     def encode(self, cached: Cached, start: int) -> Encoded:
-        """Codes and scales. Raises `CodecError` for NaN and for numbers beyond float16 scales."""
+        """Encode both slots of every layer as codes and scales.
+
+        Raises:
+            CodecError: The cache holds NaN, infinite values, or values beyond the range of float16 scales.
+        """
         tensors = {}
         for layer_idx, both in cached.items():
             for slot, x in enumerate(both):
                 largest = x.abs().amax(-1, keepdim=True).float()
-                scale = scale_reaching(largest, _FP8_MAX)
+                scale = scale_reaching(largest, FP8_MAX)
                 if not (scale.isfinite().all() and x.isfinite().all()):
                     raise CodecError(f"layer {layer_idx} holds numbers that do not fit into fp8 with float16 scales")
-                codes = x.float() / torch.where(scale > 0, scale, 1).float()
-                tensors[f"{layer_idx}.{slot}.codes"] = owned(codes.to(torch.float8_e4m3fn).view(torch.uint8))
+                tensors[f"{layer_idx}.{slot}.codes"] = owned(to_fp8(x.float() / divisor(scale)))
                 tensors[f"{layer_idx}.{slot}.scale"] = owned(scale)
         return Encoded(tensors, start, length_of(cached))
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
-        """Both slots in the model's dtype."""
-        layers = dict.fromkeys(int(name.split(".")[0]) for name in encoded.tensors)
-        return {i: tuple(self._slot(encoded, f"{i}.{slot}") for slot in (0, 1)) for i in layers}  # type: ignore[misc]
+        """Return both slots in the model's dtype."""
+        return {i: tuple(self._slot(encoded, f"{i}.{slot}") for slot in (0, 1)) for i in layers_of(encoded.tensors)}  # type: ignore[misc]
 
     def _slot(self, encoded: Encoded, name: str) -> Tensor:
-        codes = encoded.tensors[f"{name}.codes"].view(torch.float8_e4m3fn).float()
-        return (codes * encoded.tensors[f"{name}.scale"].float()).to(self.dtype)
+        return (from_fp8(encoded.tensors[f"{name}.codes"]) * encoded.tensors[f"{name}.scale"].float()).to(self.dtype)

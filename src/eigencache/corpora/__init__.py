@@ -1,6 +1,6 @@
-"""Where text comes from: every corpus has a name, a hash and counts.
+"""Corpora: every text has a name, a content hash and counts.
 
-`text.read_text` turns `--text SPEC` into documents, `sequences.pack` turns documents into token sequences,
-`contexts.distinct_contexts` counts how much of them is new. A source kind is one file of this folder that
-registers itself: with `text.corpus` (a name such as `stdlib`) or with `files.file_format` (a suffix).
+`resolve.read_text` reads the text of a specification as documents, `sequences.pack` cuts documents into token sequences,
+and `contexts.distinct_contexts` counts their distinct contexts. A new source is one file of this folder. It registers
+itself with `text.corpus` (a name such as `stdlib`) or with `files.file_format` (a suffix).
 """

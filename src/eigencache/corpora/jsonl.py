@@ -1,4 +1,4 @@
-"""A JSONL file is one document a line, its field `text`; a bad line is refused with its number."""
+"""Texts from JSONL files: the field `text` of every line is one document; an invalid line is refused with its number."""
 
 import json
 from collections.abc import Iterator
@@ -13,10 +13,15 @@ FIELD = "text"
 
 @file_format(".jsonl", ".ndjson")
 def read_jsonl(path: Path, title: str) -> Iterator[Document]:
-    """Yield one document for each line that is not blank.
+    """Yield one document for each line that is not blank. Memory: one line.
 
-    Raises `CorpusError` with file, line number and defect where a line is not UTF-8, not JSON, not an object,
-    or has no string in its field `text`. Memory: one line.
+    Args:
+        path: The file.
+        title: Its title; documents are titled by title and line number.
+
+    Raises:
+        CorpusError: The file cannot be read, or a line is not UTF-8, not JSON, not an object, or has no string in its
+            field `text`. The message has file, line number and defect.
     """
     try:
         with path.open("rb") as file:
@@ -29,27 +34,27 @@ def read_jsonl(path: Path, title: str) -> Iterator[Document]:
 
 
 def _text_of(line: bytes, where: str) -> str:
-    """The string in the field `text` of one JSON object."""
+    """Return the string in the field `text` of one JSON object."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x}): write the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise CorpusError(f"{where}: not JSON ({error.msg} at column {error.colno}): one object a line is needed") from error
+        raise CorpusError(f"{where}: not JSON ({error.msg} at column {error.colno}): write one object per line") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
-        raise CorpusError(f"{where}: JSON that cannot be read ({error}): leave this line out") from error
+        raise CorpusError(f"{where}: JSON that cannot be parsed ({error}): remove this line") from error
     if not isinstance(value, dict):
-        raise CorpusError(f'{where}: {_kind(value)} where an object is needed: write {{"{FIELD}": "..."}}')
+        raise CorpusError(f'{where}: {_kind(value)} instead of an object: write {{"{FIELD}": "..."}}')
     if FIELD not in value:
         fields = ", ".join(map(repr, list(value)[:8])) or "none"
-        raise CorpusError(f'{where}: no field "{FIELD}" (its fields: {fields}): rename the one that holds the text')
+        raise CorpusError(f'{where}: no field "{FIELD}" (its fields: {fields}): rename the field with the text')
     text = value[FIELD]
     if not isinstance(text, str):
-        raise CorpusError(f'{where}: field "{FIELD}" is {_kind(text)} where a string is needed')
+        raise CorpusError(f'{where}: field "{FIELD}" is {_kind(text)}, a string is required')
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f'{where}: field "{FIELD}" holds half of a surrogate pair: leave this line out') from error
+        raise CorpusError(f'{where}: field "{FIELD}" contains half of a surrogate pair: remove this line') from error
     return text
 
 

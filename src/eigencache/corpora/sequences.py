@@ -1,4 +1,4 @@
-"""Documents become token sequences of one length: none lost, none twice, and counted for the record."""
+"""Packing of documents into token sequences of one length: every token once and in order, with counts for the record."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from eigencache.corpora.text import Document, Text
 from eigencache.errors import CorpusError
 from eigencache.records.run import Corpus
 
-MIN_TAIL = 32  # tokens of a last, partial sequence that is kept: a shorter one is mostly attention sink
+MIN_TAIL = 32  # tokens; a shorter last sequence is dropped, because its first tokens are attention sinks
 BATCH_CHARS = 2**18  # characters tokenized at a time, about 65,000 tokens
-BATCH_DOCUMENTS = 64  # so that a short run does not tokenize 65,000 tokens of small documents
+BATCH_DOCUMENTS = 64  # limits the tokens that a short run tokenizes from small documents
 
-OnProgress = Callable[[int, int | None], None]  # tokens so far, tokens wanted (None: all of the text)
+OnProgress = Callable[[int, int | None], None]  # tokens so far, tokens requested (None: all of the text)
 
 
 class Batch(NamedTuple):
-    """Consecutive sequences, padded at the right."""
+    """Consecutive sequences, padded on the right."""
 
     input_ids: torch.Tensor  # Int64 [batch, longest]
     attention_mask: torch.Tensor  # Int64 [batch, longest]: 1 for a token, 0 for padding
@@ -29,18 +29,23 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Token ids by sequence, with the record of the text they come from; sequences may differ in length."""
+    """Token ids by sequence, and the record of their text; the last sequence may be shorter than the others."""
 
     ids: list[np.ndarray]  # Int64 [length] each
     corpus: Corpus
 
     def batches(self, batch_size: int, pad_id: int) -> Iterator[Batch]:
-        """Every sequence once and in order, `batch_size` at a time, each batch padded to its own longest sequence.
+        """Return all sequences in order as batches, each padded to its longest sequence.
 
-        Raises `CorpusError` at once for a batch size below 1.
+        Args:
+            batch_size: Sequences per batch; the last batch may be smaller.
+            pad_id: Token id of the padding.
+
+        Raises:
+            CorpusError: `batch_size` is below 1; raised at the call, not at the first batch.
         """
         if batch_size < 1:
-            raise CorpusError(f"a batch of {batch_size} sequences: at least 1 is needed")
+            raise CorpusError(f"`batch_size` {batch_size} is too small: use 1 or more")
         starts = range(0, len(self.ids), batch_size)
         return (self._batch(range(start, min(start + batch_size, len(self.ids))), pad_id) for start in starts)
 
@@ -57,20 +62,27 @@ class Sequences:
 def pack(
     text: Text, tokenizer: Any, *, tokens: int | None, max_length: int, on_progress: OnProgress | None = None
 ) -> Sequences:
-    """Cut the documents' tokens into sequences of exactly `max_length`: concatenated again they are the tokens in order.
+    """Cut the tokens of a text into sequences of `max_length`; concatenated, these are the tokens in order.
 
-    Every document is preceded by the tokenizer's `bos_token_id` (its `eos_token_id` without one, nothing without
-    either), which counts as a token. The stream ends after `tokens` of them, or with the text. A last, shorter
-    sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized as they are needed, so memory
-    grows with `tokens` and not with the text.
+    Each document is preceded by the `bos_token_id` of the tokenizer (else its `eos_token_id`, else nothing), which counts as
+    a token. A shorter last sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized on demand, so
+    memory grows with `tokens` and not with the text. A text with fewer than `tokens` tokens gives a warning in the record.
 
-    A text that ends early is a warning of the record. Raises `CorpusError` where there is not one whole sequence.
+    Args:
+        text: The text.
+        tokenizer: A transformers tokenizer.
+        tokens: Maximum number of tokens; None: the whole text.
+        max_length: Tokens per sequence.
+        on_progress: Called with the tokens so far and `tokens`.
+
+    Raises:
+        CorpusError: `max_length` is below 8, or text or `tokens` are shorter than one sequence.
     """
     if max_length < CONTEXT:
-        raise CorpusError(f"`max_length` {max_length}: a sequence must hold at least {CONTEXT} tokens")
+        raise CorpusError(f"`max_length` {max_length} is too small: a sequence needs at least {CONTEXT} tokens")
     if tokens is not None and tokens < max_length:
         raise CorpusError(
-            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or shorten `max_length`"
+            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or lower `max_length`"
         )
     stream = _first(token_stream(text.documents, tokenizer), tokens, on_progress)
     if len(stream) < max_length:
@@ -86,7 +98,14 @@ def pack(
 
 
 def token_stream(documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-    """The token ids of one document after the other, each begun by bos (or eos), a continued piece by nothing."""
+    """Yield the token ids of each document, Int64 [length].
+
+    Each begins with the bos id (or the eos id) of the tokenizer, except for the continuation of a document.
+
+    Args:
+        documents: Documents in order.
+        tokenizer: A transformers tokenizer.
+    """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prefix = [] if start is None else [start]
     for batch in _batched(documents):
@@ -108,7 +127,7 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _first(stream: Iterable[np.ndarray], tokens: int | None, on_progress: OnProgress | None) -> np.ndarray:
-    """The concatenation of the stream, cut after `tokens`; no more of the stream is read than that takes."""
+    """Return the first `tokens` of a stream, without reading more of it than necessary."""
     pieces, total = [np.empty(0, dtype=np.int64)], 0
     for ids in stream:
         pieces.append(ids if tokens is None else ids[: tokens - total])
@@ -120,14 +139,14 @@ def _first(stream: Iterable[np.ndarray], tokens: int | None, on_progress: OnProg
     return np.concatenate(pieces)
 
 
-def _record(text: Text, ids: list[np.ndarray], wanted: int | None, available: int, max_length: int) -> Corpus:
+def _record(text: Text, ids: list[np.ndarray], requested: int | None, available: int, max_length: int) -> Corpus:
     used = sum(map(len, ids))
     distinct = distinct_contexts(ids)
     repetition = 1 - distinct / total_contexts(ids)
     copies = len(ids) - len({sequence.tobytes() for sequence in ids})
     warnings = context_warnings(used, distinct, repetition, len(ids), copies)
-    if wanted is not None and available < wanted:
-        warnings.insert(0, f"asked for {wanted:,} tokens, the text has {available:,}")
+    if requested is not None and available < requested:
+        warnings.insert(0, f"asked for {requested:,} tokens, the text has {available:,}")
     return Corpus(
         name=text.name,
         sha256=text.sha256,

@@ -1,4 +1,4 @@
-"""A `--text` spec becomes a `Text` of titled documents with a content hash, or one clear `CorpusError`."""
+"""A `Text`, titled documents with a content hash, and the registry of named corpora."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -7,19 +7,21 @@ from typing import NamedTuple, Self
 
 from eigencache.errors import CorpusError
 
-PATH_USAGE = 'a file, a folder, a quoted glob such as "docs/**/*.md", a .jsonl file with a field "text"'
-
 
 class Document(NamedTuple):
-    """One text without break; a long one may come as several pieces, all but the first `continued`."""
+    """One document, or one piece of a long document; all pieces but the first are `continued`."""
 
     title: str
     text: str
-    continued: bool = False  # the text goes on where the document before it stopped: nothing belongs between them
+    continued: bool = False  # the text continues the document before it without a separator
 
 
 class Documents:
-    """Documents that are read afresh at every iteration, so no corpus has to fit into memory; blank ones are dropped."""
+    """Documents that are read again at every iteration, so that no corpus must fit into memory; blank ones are dropped.
+
+    Args:
+        start: Begins a new iteration over the documents each time it is called.
+    """
 
     def __init__(self, start: Callable[[], Iterable[Document]]) -> None:
         self._start = start
@@ -35,32 +37,45 @@ class Documents:
 
 @dataclass(frozen=True)
 class Text:
-    """What a spec names: documents in a fixed order, that can be iterated any number of times."""
+    """Documents in a fixed order, which can be iterated any number of times."""
 
-    name: str  # the canonical spec, such as `stdlib:calibration`; never an absolute path
+    name: str  # the canonical specification, such as `stdlib:calibration`; never an absolute path
     documents: Iterable[Document]
-    sha256: str  # of the documents' contents in order; titles and the way of storing them do not enter
-    notes: tuple[str, ...] = ()  # what was left out, one sentence each
+    sha256: str  # of the contents in order; titles and storage format do not enter
+    notes: tuple[str, ...] = ()  # one sentence for each kind of skipped files
 
     @classmethod
     def scan(cls, name: str, start: Callable[[], Iterable[Document]], notes: Iterable[str] = ()) -> Self:
-        """Read every document once: the hash is known, and every defect raised, before anything else is done.
+        """Create a text after reading every document once, so that its hash is known and every defect raised at once.
 
-        `start` begins a new iteration each time it is called. Raises `CorpusError` where no document holds
-        anything but whitespace, and whatever `start` raises. Memory: one document.
+        Memory: one document.
+
+        Args:
+            name: Name of the text.
+            start: Begins a new iteration over the documents each time it is called.
+            notes: Sentences on skipped files.
+
+        Raises:
+            CorpusError: All documents are blank. Errors of `start` are passed on.
         """
         documents = Documents(start)
         digest = content_hash(documents)
         if digest is None:
-            raise CorpusError(f"{name}: no text in it, it is empty or only whitespace: give a text with words in it")
+            raise CorpusError(f"{name}: the text is empty or only whitespace: give a text with words")
         return cls(name, documents, digest, tuple(notes))
 
 
 def content_hash(documents: Iterable[Document]) -> str | None:
-    """SHA-256 of the documents in UTF-8 with a byte 0xFF between them, which UTF-8 cannot contain; None without any.
+    """Return the SHA-256 of documents in UTF-8, separated by a byte 0xFF, which UTF-8 cannot contain.
 
-    The hash of a single document is thus the one `sha256sum` prints for its file (byte order mark aside), and
-    pieces of a document hash as the whole.
+    The hash of a single document equals the `sha256sum` of its file (without a byte order mark). The pieces of a document
+    have the hash of the whole.
+
+    Args:
+        documents: Documents in order.
+
+    Returns:
+        The hash in hexadecimal; None without documents.
     """
     digest, empty = hashlib.sha256(), True
     for document in documents:
@@ -72,7 +87,7 @@ def content_hash(documents: Iterable[Document]) -> str | None:
 
 
 class NamedCorpus(NamedTuple):
-    """A registered name: how its specs are written, and what reads them."""
+    """A registered corpus: the form of its specifications, and their reader."""
 
     usage: str
     read: Callable[[str], Text]
@@ -82,16 +97,18 @@ CORPORA: dict[str, NamedCorpus] = {}
 
 
 def corpus(word: str, usage: str) -> Callable[[Callable[[str], Text]], Callable[[str], Text]]:
-    """Register a reader for the specs `WORD` and `WORD:REST`; it is called with REST ('' without one)."""
+    """Register a reader for the specifications `WORD` and `WORD:REST`.
+
+    Args:
+        word: Name of the corpus.
+        usage: Form of its specifications, for errors and help.
+
+    Returns:
+        A decorator for the reader, which is called with REST (an empty string for `WORD`).
+    """
 
     def register(read: Callable[[str], Text]) -> Callable[[str], Text]:
         CORPORA[word] = NamedCorpus(usage, read)
         return read
 
     return register
-
-
-def abridged(spec: str, limit: int = 120) -> str:
-    """A spec in one line of at most `limit` characters, quoted where it would vanish or break the line."""
-    shown = spec if spec.isprintable() and spec.strip() else repr(spec)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eigencache.codec.base import storage_bytes
 from eigencache.kernels.packed.backend import packed_backend
-from eigencache.models.caches.hf_quantized import tensors_of
 from eigencache.models.caches.measuring_cache import plain_cache
+from eigencache.models.caches.tensors import tensors_of
 from eigencache.models.live_cache.attention import attend
 from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.synthetic import filled_caches, keys_turn, noise_codec, random_model, require_known, stored_shapes
@@ -159,6 +159,8 @@ def measure_speed(settings: SpeedSettings, device: str, dtype: torch.dtype, on_p
         layers=settings.layers,
         chunk=settings.chunk,
         repeats=settings.repeats,
+        generation_rounds=ROUNDS,
+        prefill_repeats=prefills(settings.repeats),
         read_bytes_per_second=read,
         operations_per_second=operations,
         timings=timings,

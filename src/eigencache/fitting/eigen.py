@@ -1,7 +1,7 @@
-"""Fitting `eigen`: samples, metric and transform once, then a codec for any step.
+"""Fit `eigen`: sample vectors, metric and transform once, then make a codec for any quantization step.
 
-Quantizer and entropy tables belong to a step and are fitted with it. Some sequences are kept apart: on them, which
-nothing was fitted on, size and loss are measured.
+Quantizer and entropy tables depend on the step and are fitted with it. Sizes and losses are measured on held-out
+sequences.
 """
 
 from dataclasses import dataclass, replace
@@ -28,52 +28,68 @@ from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
 from eigencache.spectral.metric import block_product
 
-FITTED = 16_384  # vectors that quantizer and tables of a step are fitted on
-_PER_OCTAVE = 4  # classes of coefficients
-_NARROWEST = -4  # octaves of the step, below which coefficients are of one class
-_LANES, _WASTE = (32, 16, 8, 4), 0.005  # a lane's state wastes 2 bytes of a block
-_SINK, _FIRST = 4.0, 16  # a position stands out at so many times the median cost, among the first so many
+FITTED = 16_384  # vectors that the quantizer and the tables of a step are fitted on
+_PER_OCTAVE = 4  # classes of coefficients per octave of their deviation
+_NARROWEST = -4  # octaves below the step; all narrower coefficients share one class
+_LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
+_SINK, _FIRST = 4.0, 16  # a sink costs more than 4 times the median position; only the first 16 positions are tested
 
 
 @dataclass(frozen=True)
 class EigenSettings:
-    """What of a codec is chosen, not measured. `sinks` None: four first positions, or more where more stand out."""
+    """Settings of an `eigen` codec.
+
+    Args:
+        scope: vectors that share a basis: each head, a layer, all layers of a kind, or all.
+        metric: error metric.
+        alpha: exponent of the metric.
+        text: predict the vectors from the tokens.
+        sinks: first positions that are not coded. None is 4, or more where more positions cost 4 times the median.
+        window: most recent tokens that are not coded.
+        kept_bits: bits per value of sinks and window, 8 or 16.
+        block: tokens that are decoded together.
+    """
 
     scope: JointScope = "joint"
     metric: str = "fisher"
     alpha: float = 0.75
-    text: bool = True  # predict from the tokens
+    text: bool = True
     sinks: int | None = None
     window: int = 0
     kept_bits: int = 16
     block: int = 128
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Return one line for tables."""
         metric = self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else "")
         return " · ".join(["eigen", self.scope, metric] + (["text"] if self.text else []))
 
 
 def settings_of(**chosen: Any) -> EigenSettings:
-    """Settings from names and numbers that a user gave. Raises `CodecError` for those that do not exist."""
+    """Return settings from the values that a user chose.
+
+    Raises:
+        CodecError: an unknown `scope` or `kept_bits`.
+        StatisticsError: an unknown `metric`.
+    """
     if "metric" in chosen:
         check_metric(chosen["metric"])
     for name, allowed in (("scope", get_args(JointScope)), ("kept_bits", (8, 16))):
         if name in chosen and chosen[name] not in allowed:
-            raise CodecError(f"{name.replace('_', ' ')} {chosen[name]}: choose one of {', '.join(map(str, allowed))}")
+            raise CodecError(f"`{name}` {chosen[name]} does not exist. Use one of {', '.join(map(str, allowed))}.")
     return EigenSettings(**chosen)
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """Of sampled tokens: y [n, r] at step 1, and the ranks of the tokens [n] where text predicts."""
+    """Coefficients y [n, r] of sampled tokens at step 1, and the ranks of the tokens [n] if text predicts."""
 
     y: Tensor
     ranks: Tensor | None
 
 
 class Point(NamedTuple):
-    """A codec, and what a coded token costs of the sequences kept apart, by its tables, states of lanes left out."""
+    """A codec, and the mean bits of a coded held-out token under its entropy tables, without the states of the lanes."""
 
     codec: EigenCodec
     coded_bits: float
@@ -81,12 +97,26 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EigenFit:
-    """A fitted transform, and the coefficients it gives: of what it was fitted on, and of what was kept `apart`."""
+    """A fitted transform, and the coefficients of the vectors it was fitted on and of held-out vectors.
+
+    Args:
+        settings: settings of the fit.
+        layout: heads and layers of the vectors.
+        transform: the transform of full rank.
+        eigenvalues: variances of all coefficients in the metric [r].
+        text: predictor of the vectors from the tokens.
+        positions: means by position, for models that do not rotate keys.
+        sinks: first positions that are not coded.
+        fitted: coefficients that the transform was fitted on.
+        held: coefficients of the held-out sequences.
+        held_out: the held-out sequences.
+        dtype: dtype of the model.
+    """
 
     settings: EigenSettings
     layout: Layout
     transform: JointTransform
-    eigenvalues: Tensor  # of all coefficients, in the metric [r]
+    eigenvalues: Tensor
     text: TokenPredictor | None
     positions: PositionMeans | None
     sinks: int
@@ -96,7 +126,15 @@ class EigenFit:
     dtype: torch.dtype
 
     def at_step(self, step: float, name: str | None = None) -> Point:
-        """The codec of one step, with its quantizer and tables. Raises `StatisticsError` where nothing is worth a bit."""
+        """Fit quantizer and entropy tables of one quantization step.
+
+        Args:
+            step: quantization step, in units of the scaled metric.
+            name: name of the codec; by default its settings.
+
+        Raises:
+            StatisticsError: the step is so coarse that no coefficient is worth a bit.
+        """
         fitted = _every(self.fitted, FITTED)
         y = fitted.y / step
         octaves = (y.square().mean(0).sqrt() + 1e-12).log2().clamp_min(_NARROWEST)
@@ -105,7 +143,7 @@ class EigenFit:
         kept = torch.tensor([fit.worth for fit in fits])[class_of].nonzero().flatten()
         if not len(kept):
             raise StatisticsError(
-                f"{self.settings.describe()}: at this size no coefficient is worth a bit: ask for more bits"
+                f"{self.settings.describe()}: no coefficient is worth a bit at the step {step:g}. Use more `bits`."
             )
         numbers = torch.tensor([(f.dead_zone, f.offset, f.first, f.rest) for f in fits], dtype=torch.float32)
         quantizer = DeadZone(*numbers[class_of[kept]].T.contiguous())
@@ -130,70 +168,77 @@ class EigenFit:
             text=self.text,
             positions=self.positions,
         )
-        held = _every(self.held, FITTED)
-        found = quantizer.quantize(held.y[:, kept] / step)
-        if self.text is not None and held.ranks is not None:
-            found = torch.cat([self.text.digits.split(held.ranks), found], 1)
-        coded_bits = tables.bits(found.T.numpy()) / len(found)
+        held_out = _every(self.held, FITTED)
+        symbols = quantizer.quantize(held_out.y[:, kept] / step)
+        if self.text is not None and held_out.ranks is not None:
+            symbols = torch.cat([self.text.digits.split(held_out.ranks), symbols], 1)
+        coded_bits = tables.bits(symbols.T.numpy()) / len(symbols)
         payload = coded_bits * self.settings.block / 8
         lanes = next((n for n in _LANES if 2 * n <= _WASTE * payload), _LANES[-1])
         return Point(replace(codec, lanes=lanes), coded_bits)
 
     def bits_per_value(self, point: Point, context: int) -> float:
-        """All bytes of a container of `context` tokens over what it holds, as measured on the sequences kept apart."""
+        """Return the bits of a container of `context` tokens per cached value, as measured on the held-out sequences."""
         return 8 * point.codec.nbytes_of(context, point.coded_bits) / (context * self.layout.width)
 
 
 @torch.no_grad()
 def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettings()) -> EigenFit:
-    """Decompose the vectors of a calibration set in the metric of `settings`.
+    """Fit the transform, and the predictors from tokens and positions, to a calibration set.
 
-    Raises `StatisticsError` for too little text, and the errors of capturing.
+    Raises:
+        StatisticsError: too little text, or no sequence is longer than the sinks.
     """
     session = calibration.session
-    samples, held = calibration.samples, calibration.held_out_samples
+    samples, held_out = calibration.samples, calibration.held_out_samples
     session.on_progress("decomposing", 0, 1)
     full, roots, inverses = scaled_metrics(calibration.metric(settings.metric), settings.alpha)
     mean, positions = samples.mean, None
     if not samples.layout.rotations:
         positions = fit_positions(samples.less_mean(mean), roots, inverses)
-        samples, held = samples.less_positions(positions), held.less_positions(positions)
+        samples, held_out = samples.less_positions(positions), held_out.less_positions(positions)
         mean = samples.mean
     sinks = settings.sinks
     if sinks is None:
         sinks = max(FIRST_EXACT, outstanding(samples.less_mean(mean), roots))
-    samples, held = samples.without_first(sinks), held.without_first(sinks)
+    samples, held_out = samples.without_first(sinks), held_out.without_first(sinks)
     mean = samples.mean
-    samples, held = samples.less_mean(mean), held.less_mean(mean)
+    samples, held_out = samples.less_mean(mean), held_out.less_mean(mean)
     text, ranks = None, (None, None)
     if settings.text:
         rank_of, features = vocabulary(session.loaded, samples.ids)
-        whole = [layer.layer_idx for layer in session.loaded.geometry.layers if layer.attention == "full"]  # no window
-        told_by = whole[0] if whole else None
+        unwindowed = [layer.layer_idx for layer in session.loaded.geometry.layers if layer.attention == "full"]
+        told_by = unwindowed[0] if unwindowed else None
         text = fit_text(samples, rank_of[samples.ids], features, roots, inverses, told_by=told_by)
-        (samples, found), (held, found_apart) = (_unpredicted(part, text, settings.block) for part in (samples, held))
-        ranks = (found, found_apart)
+        samples, fitted_ranks = _unpredicted(samples, text, settings.block)
+        held_out, held_out_ranks = _unpredicted(held_out, text, settings.block)
+        ranks = (fitted_ranks, held_out_ranks)
     spans = spans_of(samples.layout, settings.scope)
-    found = [basis_of(samples.vectors, *span, roots, inverses) for span in spans]
-    transform = JointTransform(mean, tuple(basis for basis, _ in found), full)
+    decomposed = [basis_of(samples.vectors, *span, roots, inverses) for span in spans]
+    transform = JointTransform(mean, tuple(basis for basis, _ in decomposed), full)
     session.on_progress("decomposing", 1, 1)
     return EigenFit(
         settings=settings,
         layout=samples.layout,
         transform=transform,
-        eigenvalues=torch.cat([values for _, values in found]),
+        eigenvalues=torch.cat([values for _, values in decomposed]),
         text=text,
         positions=positions,
         sinks=sinks,
         fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
-        held=Coefficients(transform.encode(held.vectors, 1.0), ranks[1]),
+        held=Coefficients(transform.encode(held_out.vectors, 1.0), ranks[1]),
         held_out=calibration.held_out,
         dtype=session.loaded.model.dtype,
     )
 
 
 def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
-    """How many first positions stand out: the mean cost of a position's vectors is more than 4 times the median one."""
+    """Return the number of first positions whose mean cost exceeds 4 times the median; only the first 16 are tested.
+
+    Args:
+        samples: centered vectors.
+        roots: blocks of M^{α/2} [heads, dim, dim] per part. The cost of a vector is its squared norm in this metric.
+    """
     costs = torch.cat([block_product(x, roots).double().square().sum(1) for x in samples.vectors.split(8192)])
     positions = samples.positions
     mean = torch.zeros(int(positions.max()) + 1, dtype=torch.float64).scatter_reduce(
@@ -204,7 +249,7 @@ def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
 
 
 def _unpredicted(samples: SampledVectors, text: TokenPredictor, block: int) -> tuple[SampledVectors, Tensor]:
-    """What the text does not predict, and the ranks that were found, as encoding finds them."""
+    """Subtract the prediction from the tokens, and return the ranks of the tokens as encoding finds them [n]."""
     vectors, ranks = samples.vectors.clone(), []
     for part in vectors.split(list(samples.lengths)):
         ranks.append(text.find(part[None]))
@@ -213,16 +258,16 @@ def _unpredicted(samples: SampledVectors, text: TokenPredictor, block: int) -> t
 
 
 def _every(coefficients: Coefficients, count: int) -> Coefficients:
-    """About `count` of them, from all over the text."""
+    """Return about `count` coefficients, evenly spaced over the text."""
     step = max(1, len(coefficients.y) // count)
     return Coefficients(coefficients.y[::step], None if coefficients.ranks is None else coefficients.ranks[::step])
 
 
 def _restricted(transform: JointTransform, kept: Tensor) -> JointTransform:
-    """The transform with some of its coefficients [r] only."""
-    bases, at = [], 0
+    """Return the transform with the coefficients `kept`, indices in ascending order."""
+    bases, start = [], 0
     for basis in transform.bases:
-        rows = kept[(kept >= at) & (kept < at + len(basis.rows))] - at
-        at += len(basis.rows)
+        rows = kept[(kept >= start) & (kept < start + len(basis.rows))] - start
+        start += len(basis.rows)
         bases.append(replace(basis, rows=basis.rows[rows], scale=basis.scale[rows]))
     return JointTransform(transform.mean, tuple(bases), transform.metrics)

@@ -1,7 +1,7 @@
-"""The Karhunen–Loève basis of vectors in a block-diagonal metric, at any width and in groups of columns (THEORY 5).
+"""Karhunen–Loève bases of vectors in a block-diagonal metric, for groups of columns of any width (THEORY 5).
 
-Where a group has more numbers than there are vectors, their Gram matrix is decomposed instead of the covariance: the
-same leading basis, of as many directions as there are vectors.
+Where a group has more columns than there are vectors, the Gram matrix of the vectors is decomposed instead of the
+covariance. It gives the same leading directions, as many as there are vectors.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from eigencache.spectral.metric import block_product, regularized, roots
 from eigencache.spectral.spectrum import eigenbasis_of
 
 JointScope = Literal["head", "layer", "kind", "joint"]
-_ROWS = 8192  # vectors of a product at a time, in float32; sums are float64
+_ROWS = 8192  # vectors per product in float32; the sums are float64
 
 
 def spans_of(layout: Layout, scope: JointScope) -> list[tuple[int, int]]:
-    """Columns that share a basis: each head, the heads of a layer, all layers of a kind, or all."""
+    """Return (start, stop) of the columns that share a basis: each head, each slot of a layer, each kind, or all."""
     spans = layout.spans
     if scope == "joint":
         return [(0, layout.width)]
@@ -39,14 +39,19 @@ def spans_of(layout: Layout, scope: JointScope) -> list[tuple[int, int]]:
 
 
 def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tensor, ...], ...]:
-    """Blocks of M^α, M^{α/2} and M^{−α/2}, M regularized and brought to a mean of 1 on its diagonal, float32.
+    """Return the blocks of M^α, M^{α/2} and M^{−α/2} in float32, M being regularized with a mean diagonal of 1.
 
-    `metrics`: [heads, dim, dim] per part. None of them (Frobenius) gives none.
+    Args:
+        metrics: blocks of M [heads, dim, dim] per part; empty for the Frobenius norm.
+        alpha: exponent of the metric.
+
+    Returns:
+        Three tuples with one tensor [heads, dim, dim] per part, all empty if `metrics` is.
     """
     if not metrics:
         return (), (), ()
     diagonal = torch.cat([m.diagonal(dim1=-2, dim2=-1).flatten() for m in metrics]).mean()
-    floor = 1e-6 * diagonal  # of a head that nothing reads
+    floor = 1e-6 * diagonal  # keeps heads invertible that nothing reads
     full, root, inverse = [], [], []
     for blocks in metrics:
         size = blocks.shape[-1]
@@ -61,10 +66,20 @@ def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tenso
 def basis_of(
     vectors: Tensor, start: int, stop: int, root: Sequence[Tensor], inverse: Sequence[Tensor]
 ) -> tuple[Basis, Tensor]:
-    """Basis of columns start … stop of centered `vectors` [n, width], and its eigenvalues descending [r] float64.
+    """Return the basis of a group of columns and its eigenvalues.
 
-    Directions of less than 1e-9 of the largest eigenvalue are left out. Rounding of the products, in float32, is more:
-    what it makes up has a direction of its own, at right angles to the others, and harms nothing.
+    Directions with an eigenvalue below 1e-9 of the largest are left out. Rounding of the float32 products can add
+    directions above that limit. They are orthogonal to the others and do no harm.
+
+    Args:
+        vectors: centered vectors [n, width].
+        start: first column.
+        stop: end of the columns, exclusive.
+        root: blocks of M^{α/2} per part.
+        inverse: blocks of M^{−α/2} per part.
+
+    Returns:
+        The basis, and its eigenvalues in descending order [r] float64.
     """
     n, width = len(vectors), stop - start
     chosen = torch.zeros(vectors.shape[1]).index_fill_(0, torch.arange(start, stop), 1)

@@ -1,23 +1,23 @@
-"""The step of `eigen` for a size or for a loss, found on sequences that nothing was fitted on."""
+"""Find the step of `eigen` for a size or for a loss, measured on held-out sequences."""
 
 import math
 from typing import NamedTuple
 
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import Expected
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.eigen import EigenFit, Point
 from eigencache.fitting.heldout_score import CONTEXT, expected_of, score_held_out
+from eigencache.records.fit import Expected
 
-_CLOSE = 0.005  # of the bits that were asked for
+_CLOSE = 0.005  # relative tolerance of the bits
 _ROUNDS = 20
-_OCTAVES = 9  # of steps that are looked at for a loss
-_BETWEEN = 3  # steps that are looked at between two octaves
+_OCTAVES = 9  # octaves of steps that are scored together for a loss
+_BETWEEN = 3  # steps that are scored between two octaves
 
 
 class Fitted(NamedTuple):
-    """A codec with its size at `context` tokens and its loss, both measured on the sequences kept apart."""
+    """A codec with its size and its loss, both measured on the held-out sequences."""
 
     codec: EigenCodec
     expected: Expected
@@ -26,12 +26,20 @@ class Fitted(NamedTuple):
 def fit_target(
     fit: EigenFit, session: Session, *, bits: float | None = None, max_nll: float | None = None, context: int = CONTEXT
 ) -> Fitted:
-    """The codec of `bits` per value of `context` tokens, or else the smallest that loses at most `max_nll` nats.
+    """Return the codec of a size, or the smallest codec within a loss.
 
-    Raises `BudgetError` where neither or both are given, and where the target cannot be met.
+    Args:
+        fit: the fitted transform.
+        session: the model and how it is run.
+        bits: bits per value at `context` tokens.
+        max_nll: largest increase of the NLL, in nats per token. Give either `bits` or `max_nll`.
+        context: context length, in tokens, at which a size is evaluated.
+
+    Raises:
+        BudgetError: neither or both targets are given, or the target cannot be met.
     """
     if (bits is None) == (max_nll is None):
-        raise BudgetError("give one of a number of bits, a ratio and a loss, not several and not none")
+        raise BudgetError("Give exactly one of `bits` and `max_nll`.")
     if bits is not None:
         point = at_bits(fit, bits, context=context)
     else:
@@ -42,13 +50,20 @@ def fit_target(
 
 
 def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | None = None) -> Point:
-    """The codec that takes `bits` per value of `context` tokens, sinks, window and headers counted, to half a percent.
+    """Return the codec that takes `bits` per value, to half a percent.
 
-    Raises `BudgetError` where no step does.
+    Args:
+        fit: the fitted transform.
+        bits: bits per value; sinks, window and headers are included.
+        context: context length, in tokens, at which the size is evaluated.
+        name: name of the codec; by default its settings.
+
+    Raises:
+        BudgetError: no step gives this size.
     """
-    low, high = math.log(_finest(fit)), math.log(_coarsest(fit))  # of the step: too many bits, too few
-    over = under = None  # log of bits there, over what was asked for
-    found = math.inf
+    low, high = math.log(_finest(fit)), math.log(_coarsest(fit))  # logarithms of the step: too many bits, too few
+    over = under = None  # log(bits at `low` / target), log(bits at `high` / target)
+    reached = math.inf
     for turn in range(_ROUNDS):
         middle = (low + high) / 2
         if over is not None and under is not None and turn % 3:  # the secant, now and then the middle
@@ -58,21 +73,29 @@ def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | N
         except StatisticsError:
             high = middle
             continue
-        found = fit.bits_per_value(point, context)
-        excess = math.log(found / bits)
+        reached = fit.bits_per_value(point, context)
+        excess = math.log(reached / bits)
         if abs(excess) < _CLOSE:
             return point
         low, over, high, under = (middle, excess, high, under) if excess > 0 else (low, over, middle, excess)
+    limit, remedy = ("below the minimum", "or more") if bits < reached else ("above the maximum", "or less")
+    shorter = ", or fewer `sinks` and a shorter `window`" if bits < reached else ""
     raise BudgetError(
-        f"{bits:g} bits per value of {context:,} tokens cannot be had, {found:.3g} can: "
-        "ask for another number, or keep fewer `sinks` and a shorter `window`"
+        f"`bits`={bits:g} is {limit} of {reached:.3g} bits per value at a context of {context:,} tokens. "
+        f"Use {reached:.3g} {remedy}{shorter}."
     )
 
 
 def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:
-    """The coarsest step whose ΔNLL on the sequences kept apart is at most `max_nll` nats, to a quarter of an octave.
+    """Return the codec of the coarsest step within a loss, to a quarter of an octave.
 
-    Raises `BudgetError` where even the finest step loses more.
+    Args:
+        fit: the fitted transform.
+        session: the model and how it is run.
+        max_nll: largest ΔNLL on the held-out sequences, in nats per token.
+
+    Raises:
+        BudgetError: even the finest step loses more.
     """
     for first in (1, 1 + _OCTAVES):
         octaves = [_coarsest(fit) / 2**i for i in range(first, first + _OCTAVES)]
@@ -81,14 +104,17 @@ def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:
         if within:
             break
     else:
-        raise BudgetError(f"`max_nll` {max_nll:g}: even the finest step loses {points[-1][1]:.4f} nats: allow more")
+        least = points[-1][1]
+        raise BudgetError(
+            f"`max_nll`={max_nll:g} nats cannot be met: the finest step loses {least:.4f} nats. Use a larger `max_nll`."
+        )
     best = points[within[0]][0]
     finer = [best.codec.step * 2 ** (i / (_BETWEEN + 1)) for i in range(_BETWEEN, 0, -1)]
     return next((p for p, loss in _scored(fit, session, finer) if loss <= max_nll), best)
 
 
 def _scored(fit: EigenFit, session: Session, steps: list[float]) -> list[tuple[Point, float]]:
-    """Codecs of these steps, those left out that code nothing, with their ΔNLL."""
+    """Return the codecs of these steps with their ΔNLL. Steps too coarse to code anything are left out."""
     points: dict[str, Point] = {}
     for step in steps:
         try:
@@ -101,10 +127,10 @@ def _scored(fit: EigenFit, session: Session, steps: list[float]) -> list[tuple[P
 
 
 def _coarsest(fit: EigenFit) -> float:
-    """A step at which hardly anything but the largest coefficient is coded."""
+    """Return a step at which hardly more than the largest coefficient is coded."""
     return 2 * math.sqrt(float(fit.eigenvalues.max()))
 
 
 def _finest(fit: EigenFit) -> float:
-    """A step at which no codec is worth its bytes, and the largest coefficients are still integers of 32 bits."""
+    """Return a step too fine to save bytes, at which the largest coefficients still fit integers of 32 bits."""
     return max(math.sqrt(float(fit.eigenvalues.median())) / 2**8, math.sqrt(float(fit.eigenvalues.max())) / 2**20)

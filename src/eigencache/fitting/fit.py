@@ -1,4 +1,4 @@
-"""`eigen` from text to a codec that can be saved: fitted, brought to its goal, and measured on what was kept apart."""
+"""Fit codecs from a text: fit the transform, find the step or the rate, and measure size and loss on held-out text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numbers import Real
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.saved.card import Expected, LiveCardSettings
+from eigencache.codec.saved.live import LiveCardSettings
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
@@ -18,28 +18,39 @@ from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
 from eigencache.fitting.live import LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
 from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of, live_fitting_of
+from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.run import Run
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a codec has to reach: a size in bits per value, or a loss in nats per token."""
+    """The target of a codec: a size in bits per value, or a loss in nats per token."""
 
     bits: float | None = None
     max_nll: float | None = None
 
     @classmethod
     def of(cls, bits: float | None = None, ratio: float | None = None, max_nll: float | None = None) -> Goal:
-        """Of one of the three, or of 0.01 nats where none is given. Raises `BudgetError` for several and for no numbers."""
+        """Return the goal of one target, or of a loss of 0.01 nats per token where none is given.
+
+        Args:
+            bits: bits per value.
+            ratio: bytes of the 16-bit cache over bytes of the compressed one.
+            max_nll: largest increase of the NLL, in nats per token.
+
+        Raises:
+            BudgetError: several targets are given, or one is not a number above 0.
+        """
         given = {name: x for name, x in (("bits", bits), ("ratio", ratio), ("max_nll", max_nll)) if x is not None}
         if len(given) > 1:
-            raise BudgetError(f"{' and '.join(given)}: give one of bits, ratio and max_nll")
+            names = " and ".join(f"`{name}`" for name in given)
+            raise BudgetError(f"{names} cannot be combined. Give only one of `bits`, `ratio` and `max_nll`.")
         for name, x in given.items():
             if not isinstance(x, Real):
-                raise BudgetError(f"{name} {x!r}: must be a number, not a {type(x).__name__}")
+                raise BudgetError(f"`{name}`={x!r} must be a number above 0, not a {type(x).__name__}.")
             if not (isfinite(x) and x > 0):
-                raise BudgetError(f"{name} {x:g}: must be a number above 0")
+                raise BudgetError(f"`{name}`={x:g} must be a number above 0.")
         if ratio is not None:
             return cls(bits=16 / ratio)
         return cls(bits, None if bits else max_nll or DEFAULT_MAX_NLL)
@@ -47,7 +58,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class LiveGoal:
-    """What the codec of a live cache has to reach: bits per packed value, a loss, or safety; by default 0.01 nats."""
+    """The target of a live codec; at most one of the first three is given, by default a loss of 0.01 nats per token.
+
+    Args:
+        bits: bits per packed value.
+        max_nll: largest increase of the NLL, in nats per token.
+        safe: take the codec of 6.9 bits per packed value.
+        settings: settings of the fit.
+
+    Raises:
+        BudgetError: several targets are given, or `bits` is not above 0 and at most 8.
+    """
 
     bits: float | None = None
     max_nll: float | None = None
@@ -55,16 +76,17 @@ class LiveGoal:
     settings: LiveSettings = field(default_factory=LiveSettings)
 
     def __post_init__(self) -> None:
-        """Raises `BudgetError` for several goals at once, and for bits that no widths give."""
         if sum((self.bits is not None, self.max_nll is not None, self.safe)) > 1:
-            raise BudgetError("a live cache is fitted for one of bits, a loss and safety, not for several")
+            raise BudgetError(
+                "The targets of a live codec cannot be combined. Give only one of `bits`, `max_nll` and `safe`."
+            )
         if self.bits is not None:
             check_bits(self.bits)
 
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """A codec, and what is saved beside it."""
+    """The fitted codecs, with the measurements and the provenance that are saved with them."""
 
     codec: EigenCodec | None
     expected: Expected | None

@@ -4,19 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from eigencache.calibration.session import Session
-from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.records.fit import Expected
 from eigencache.records.quality import Quality, ReadingProtocol
 
-CONTEXT = 2048  # tokens at which a size is meant
-
-
-DEFAULT_MAX_NLL = 0.01  # nats
+CONTEXT = 2048  # default context length, in tokens, at which a size is evaluated
+DEFAULT_MAX_NLL = 0.01  # default loss budget, in nats per token
 
 
 def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bits: float) -> Expected:
-    """The promise of a codec that was scored on sequences kept apart."""
+    """Return the expected size and loss that are saved with a codec.
+
+    Args:
+        quality: scores of the codec on the held-out sequences.
+        context: context length, in tokens, of `bits_per_value`.
+        bits_per_value: size of all that is stored, sinks, window and headers included.
+        coded_bits: mean bits of one coded token, of all layers together.
+    """
     return Expected(
         context=context,
         bits_per_value=bits_per_value,
@@ -29,14 +34,23 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
     )
 
 
-def score_held_out(session: Session, apart: Sequences, codecs: Mapping[str, Any]) -> dict[str, Quality]:
-    """Codecs scored on sequences kept apart, behind prefixes of half their length."""
-    protocol = ReadingProtocol(kind="prefix", length=max(8, apart.corpus.max_length // 2))
+def score_held_out(session: Session, held_out: Sequences, codecs: Mapping[str, Any]) -> dict[str, Quality]:
+    """Score codecs on held-out sequences: each codec compresses a prefix of half the length and predicts the rest.
+
+    Args:
+        session: the model and how it is run.
+        held_out: sequences on which nothing was fitted.
+        codecs: name → codec of a whole cache.
+
+    Returns:
+        The scores by the names of `codecs`.
+    """
+    protocol = ReadingProtocol(kind="prefix", length=max(8, held_out.corpus.max_length // 2))
     scores = score_codecs(
         session.reporting(lambda _, done, of: session.on_progress(f"scoring {len(codecs)} codecs", done, of)),
-        apart,
+        held_out,
         {name: codec.to(session.loaded.device) for name, codec in codecs.items()},
         protocol,
-        calibration=apart.corpus,
+        calibration=held_out.corpus,
     )
     return scores.quality

@@ -1,22 +1,22 @@
-"""The widths of a live codec for a size, for a loss, or for safety, found on sequences that nothing was fitted on."""
+"""Find the bit widths of a live codec for a rate or for a loss, measured on held-out sequences."""
 
 import math
 from typing import NamedTuple
 
 from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.card import Expected
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, score_held_out
 from eigencache.fitting.live import LiveFit
 from eigencache.kernels.packed.format import BLOCK
+from eigencache.records.fit import Expected
 
-TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # bits per value, for a loss
+TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # rates, in bits per value, that are scored for a loss
 
 
 class FittedLive(NamedTuple):
-    """A codec with its size at `context` tokens and its loss, both measured on the sequences kept apart."""
+    """A live codec with its size and its loss on the held-out sequences."""
 
     codec: LiveCodec
     expected: Expected
@@ -25,39 +25,53 @@ class FittedLive(NamedTuple):
 def fit_live_target(
     fit: LiveFit,
     session: Session,
-    apart: Sequences,
+    held_out: Sequences,
     *,
     bits: float | None = None,
     max_nll: float | None = None,
     safe: bool = False,
     context: int = CONTEXT,
 ) -> FittedLive:
-    """The codec of `bits` per packed value, the safe one, or the smallest that loses at most `max_nll` nats (0.01).
+    """Return the live codec of a rate, the safe one, or the smallest within a loss. At most one of the three is given.
 
-    Raises `BudgetError` where several are asked for, and where even 8 bits lose more.
+    Args:
+        fit: the fitted transforms.
+        session: the model and how it is run.
+        held_out: sequences that the loss is measured on.
+        bits: bits per packed value.
+        max_nll: largest increase of the NLL, in nats per token; 0.01 by default.
+        safe: take the codec of 6.9 bits per packed value.
+        context: context length, in tokens, at which the size is evaluated.
+
+    Raises:
+        BudgetError: several targets are given, or even 8 bits lose more than `max_nll`.
+        StatisticsError: the sequences are too short for one packed block.
     """
     if sum((bits is not None, max_nll is not None, safe)) > 1:
-        raise BudgetError("give one of a number of bits, a loss and safe, not several")
+        raise BudgetError("Give only one of `bits`, `max_nll` and `safe`.")
     limit = DEFAULT_MAX_NLL if max_nll is None else max_nll
     if not 0 < limit < math.inf:
-        raise BudgetError(f"`max_nll` {limit:g}: must be a number above 0")
-    kept = fit.sinks + fit.settings.window
-    if apart.corpus.max_length // 2 < kept + BLOCK:
+        raise BudgetError(f"`max_nll`={limit:g} must be a number above 0.")
+    exact = fit.sinks + fit.settings.window
+    if held_out.corpus.max_length // 2 < exact + BLOCK:
         raise StatisticsError(
-            f"behind prefixes of half of {apart.corpus.max_length} tokens no block of {BLOCK} is packed, {kept} being kept "
-            f"apart: raise `max_length` to {2 * (kept + BLOCK)} at least"
+            f"Sequences of {held_out.corpus.max_length} tokens are too short: no block of {BLOCK} tokens is ever packed. "
+            f"Use `max_length` ≥ {2 * (exact + BLOCK)}."
         )
-    one = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
-    tried = [one] if one else [fit.at_bits(b) for b in TRIED]
-    names = {f"{codec.bits_per_value:.4f}": codec for codec in tried}
-    quality = score_held_out(session, apart, names)
-    if one:
+    chosen = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
+    candidates = [chosen] if chosen else [fit.at_bits(b) for b in TRIED]
+    names = {f"{codec.bits_per_value:.4f}": codec for codec in candidates}
+    quality = score_held_out(session, held_out, names)
+    if chosen:
         name = next(iter(names))
     else:
         ordered = sorted(names, key=float)
         within = [i for i in range(len(ordered)) if all(quality[n].delta_nll <= limit for n in ordered[i:])]
         if not within:
-            raise BudgetError(f"`max_nll` {limit:g}: even 8 bits lose {quality[ordered[-1]].delta_nll:.4f} nats: allow more")
+            least = quality[ordered[-1]].delta_nll
+            raise BudgetError(
+                f"`max_nll`={limit:g} nats cannot be met: 8 bits lose {least:.4f} nats. Use a larger `max_nll`."
+            )
         name = ordered[within[0]]
     codec = names[name]
     values = session.loaded.geometry.values_per_token

@@ -1,7 +1,7 @@
-"""Calibration: the moments and metrics of a model on a text, captured once, from which any PCA codec is fitted.
+"""Fit PCA codecs from the moments and metrics of a model on a text, which are captured once for any number of codecs.
 
-A codec is fitted for a target (`k`, `v`, `kv`, `latent`), a scope, a frame of the keys, a metric, centered or not.
-For MLA `latent` is what is cached beside the rotary key; `k` and `v` are what it expands to and are not in its cache.
+A codec has a target (`k`, `v`, `kv`, `latent`), a scope, a frame of the keys and a metric, and is centered or not. With
+MLA the cache holds `latent` and the rotary key. `k` and `v`, to which the latent expands, are not in the cache.
 """
 
 from dataclasses import dataclass, replace
@@ -40,12 +40,23 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "key_rope": ("key_rope",),
 }
 _SLOT = {"keys": 0, "values": 1, "latent": 0, "key_rope": 1}
-MIN_SUPPORT = 1  # independent vectors per dimension, below which a basis is refused
+MIN_SUPPORT = 1  # least number of independent vectors per dimension of a basis
 
 
 @dataclass(frozen=True)
 class PCASettings:
-    """What to compress and how its basis is found."""
+    """Settings of a PCA codec.
+
+    Args:
+        target: cached tensors to compress.
+        scope: vectors that share a basis: each head, each layer, or all layers.
+        frame: keys before or after rotation.
+        metric: error metric.
+        centered: subtract the mean.
+        alpha: exponent of the metric.
+        basis: `fitted`; `pooled`, one for all heads of a layer; or `random`, a control.
+        sinks: first tokens that stay in 16 bits.
+    """
 
     target: Target = "v"
     scope: Scope = "head"
@@ -53,15 +64,15 @@ class PCASettings:
     metric: str = "frobenius"
     centered: bool = True
     alpha: float = 1.0
-    basis: Basis = "fitted"  # `pooled`: one for all heads of a layer; `random`: a control
-    sinks: int = FIRST_EXACT  # first tokens that are kept in 16 bits
+    basis: Basis = "fitted"
+    sinks: int = FIRST_EXACT
 
     def of(self, target: Target) -> "PCASettings":
-        """The same for another target."""
+        """Return these settings with another target."""
         return replace(self, target=target)
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Return one line for tables."""
         parts = [self.target, self.scope]
         if self.target in ("k", "kv", "key_rope"):
             parts.append(f"{self.frame}-RoPE")
@@ -107,9 +118,11 @@ class PCACalibration:
         return self._metrics[name]
 
     def fit(self, settings: PCASettings) -> PCACodec:
-        """Return the codec of full rank, fitted once per settings; its `truncated` gives lower ranks.
+        """Return the codec of full rank, fitted once per settings; its `truncated` returns lower ranks.
 
-        Raises `CodecError` for a target the model does not cache, `StatisticsError` for too little text.
+        Raises:
+            CodecError: the model does not cache the target.
+            StatisticsError: too little text.
         """
         if settings not in self._fitted:
             self._fitted[settings] = self._fit(settings)
@@ -117,7 +130,7 @@ class PCACalibration:
 
     @cached_property
     def captured(self) -> CapturedMoments:
-        """The moments of the text."""
+        """The moments of the calibration text."""
         return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds)
 
     @cached_property
@@ -155,7 +168,7 @@ class PCACalibration:
         return codec.to(self.session.loaded.device)
 
     def _name(self, kind: str, frame: str) -> str:
-        """The tensor name of a kind in the wanted frame, or in the only one it has."""
+        """Return the tensor name of a kind in `frame`, or in its only frame."""
         return next(name for name in (f"{kind}_{frame}_rope", kind) if name in self._columns)
 
     def _groups(self, name: str, settings: PCASettings) -> list[PCAGroup]:
@@ -177,7 +190,7 @@ class PCACalibration:
                 groups += [PCAGroup((part,), pooled) for part in parts]
             else:
                 groups += [
-                    PCAGroup((p,), self._transform(at, name, [p], settings)) for at, p in zip(places, parts, strict=True)
+                    PCAGroup((p,), self._transform(head, name, [p], settings)) for head, p in zip(places, parts, strict=True)
                 ]
         return groups
 
@@ -186,8 +199,10 @@ class PCACalibration:
     ) -> Transform:
         moments = self._moments.get(place)
         if moments is None:
-            raise StatisticsError(f"{name}: scope {place.scope} was not captured, or is too wide to be decomposed")
-        total = moments.total() if pool is None else _pooled([self._moments[at].total() for at in pool])
+            raise StatisticsError(
+                f"{name}: scope {place.scope} was not captured or is too wide to decompose. Choose a narrower `scope`."
+            )
+        total = moments.total() if pool is None else _pooled([self._moments[head].total() for head in pool])
         self._check_support(moments, total, name, place)
         if settings.basis == "random":
             return random_transform(total, self.session.seed).to(torch.float32)
@@ -207,12 +222,12 @@ class PCACalibration:
             where = f"layer {place.layer_idx}" if place.layer_idx is not None else "all layers"
             raise StatisticsError(
                 f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
-                f"{moments.width:,} dimensions: raise `tokens`, or choose a narrower `scope`"
+                f"{moments.width:,} dimensions. Raise `tokens` or choose a narrower `scope`."
             )
 
 
 def _pooled(parts: list[SecondOrder]) -> SecondOrder:
-    """All heads' vectors as one set."""
+    """Merge the moments of all heads into those of one set of vectors."""
     count = sum(part.count for part in parts)
     mean: Tensor = sum(part.count * part.mean for part in parts) / count  # type: ignore[assignment]
     about: Tensor = sum(part.count * part.second_moment for part in parts) / count  # type: ignore[assignment]
@@ -220,21 +235,21 @@ def _pooled(parts: list[SecondOrder]) -> SecondOrder:
 
 
 def targets_of(loaded: LoadedModel) -> tuple[Target, ...]:
-    """The targets that a model's cache has, the most usual first."""
+    """Return the targets that the cache of a model has, the most common first."""
     return ("latent", "key_rope") if loaded.geometry.mla else ("v", "k", "kv")
 
 
 def check_target(loaded: LoadedModel, target: Target) -> None:
-    """Raises `CodecError` for a target that the model does not cache."""
-    cached = sorted({kind for one in targets_of(loaded) for kind in _KINDS[one]})
+    """Raise `CodecError` for a target that the model does not cache."""
+    cached = sorted({kind for target_name in targets_of(loaded) for kind in _KINDS[target_name]})
     if missing := [kind for kind in _KINDS[target] if kind not in cached]:
         raise CodecError(
-            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}; choose such a `target`"
+            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}. Choose another `target`."
         )
 
 
 def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
-    """Numbers of the widest vector that is transformed, which is the full rank of `fit`, from the architecture alone."""
+    """Return the width of the widest transformed vector, the full rank of `fit`, from the architecture alone."""
     widths = []
     for kind in _KINDS[settings.target]:
         sizes = [cached_size(layer, kind) for layer in geometry.layers if layer.cached]
@@ -244,7 +259,7 @@ def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
 
 
 def cached_size(layer: Layer, kind: str) -> tuple[int, int]:
-    """Heads and numbers per head of what one layer caches."""
+    """Return the KV heads of one layer and the numbers per head, for a kind of cached tensor."""
     if layer.mla:
         return 1, {"latent": layer.mla.kv_lora_rank, "key_rope": layer.mla.qk_rope_head_dim}[kind]
     return layer.num_key_value_heads, {"keys": layer.head_dim, "values": layer.v_head_dim}[kind]

@@ -1,4 +1,4 @@
-"""What a codec was fitted from, as the card of a saved codec says it: model, rotation, text, settings, versions."""
+"""Provenance of fitted codecs, as saved in their cards: model, rotation, calibration text, settings and versions."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -7,28 +7,46 @@ from typing import NamedTuple
 import numpy as np
 
 from eigencache.codec.pca import PCACodec
-from eigencache.codec.saved.card import CodecOrigin, EigenCardSettings, Expected, LiveCardSettings, PCACardSettings
+from eigencache.codec.saved.card import CodecOrigin
+from eigencache.codec.saved.eigen import EigenCardSettings
+from eigencache.codec.saved.live import LiveCardSettings
+from eigencache.codec.saved.pca import PCACardSettings
 from eigencache.corpora.overlap import sketch
 from eigencache.corpora.sequences import Sequences
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.pca import PCACalibration, PCASettings
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
+from eigencache.records.base import Record
+from eigencache.records.fit import Expected
 from eigencache.records.run import Run
 from eigencache.spectral.rope import Rotation, rope_sha256
 
 
 class FitProvenance(NamedTuple):
-    """What `save_codec` takes beside the codec; `windows`: sketch of the calibration text."""
+    """Provenance of a fitted codec, which `save_codec` takes.
 
-    settings: PCACardSettings | EigenCardSettings | LiveCardSettings
+    Args:
+        settings: settings of the fit.
+        origin: the model, its rotations, the calibration text and the run.
+        windows: sketch of the calibration text, which finds overlaps with other texts.
+        expected: size and loss on the held-out sequences.
+    """
+
+    settings: Record
     origin: CodecOrigin
     windows: np.ndarray
     expected: Expected | None = None
 
 
 def fitting_of(codec: PCACodec, settings: PCASettings, calibration: PCACalibration) -> FitProvenance:
-    """Of a codec that `calibration` has just fitted with `settings`: the run that is recorded ends now."""
+    """Return the provenance of a PCA codec that was just fitted; the end of its run is the time of this call.
+
+    Args:
+        codec: the codec, truncated to its rank.
+        settings: settings of the fit.
+        calibration: the moments it was fitted from.
+    """
     session = calibration.session
     run = calibration.captured.watch.run(session.seed, {"batch_size": session.batch_size})
     origin = _origin(session.loaded, calibration.rotations, calibration.sequences, run)
@@ -39,9 +57,14 @@ def fitting_of(codec: PCACodec, settings: PCASettings, calibration: PCACalibrati
 def eigen_fitting_of(
     settings: EigenSettings, expected: Expected, loaded: LoadedModel, sequences: Sequences, run: Run
 ) -> FitProvenance:
-    """Of an `EigenCodec` that `fit_eigen` fitted with `settings` on `sequences`, those that it kept apart included.
+    """Return the provenance of a fitted `EigenCodec`. A forward pass over a few tokens finds the rotations.
 
-    Costs one forward pass over a few tokens, which finds the rotations.
+    Args:
+        settings: settings of the fit.
+        expected: size and loss on the held-out sequences.
+        loaded: the model.
+        sequences: the calibration text, held-out sequences included.
+        run: the record of the fit.
     """
     about = EigenCardSettings(**asdict(settings))
     return FitProvenance(about, _origin(loaded, rotations_of(loaded), sequences, run), sketch(sequences.ids), expected)

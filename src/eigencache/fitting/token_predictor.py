@@ -1,7 +1,7 @@
-"""How much of a cache its text says already: ridge regression of every vector on features of its token and the last one.
+"""Predict cached vectors from the text: ridge regression on features of each token and of the token before it.
 
-Features are the model's own input embeddings, each brought to unit mean square, which is what the first layer's norm
-does to them. The prediction is cut to the rank that matters in the metric.
+Features are the input embeddings of the model, scaled to unit mean square as the norm of the first layer does. The
+prediction is restricted to the directions that matter in the metric.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,22 @@ from eigencache.spectral.metric import roots as roots_of
 from eigencache.spectral.spectrum import eigenbasis_of
 
 MAX_FEATURES = 256
-_RIDGE = 1e-4  # of the features' mean variance
-_ROWS = 8192  # at a time
-_SMALL = 0.01
-_PLACES = 32  # dimensions in which tokens are told apart
+_RIDGE = 1e-4  # penalty, as a share of the mean variance of the features
+_ROWS = 8192  # vectors per product
+_SMALL = 0.01  # smallest variance of a predicted direction, as a share of the mean residual variance
+_PLACES = 32  # dimensions of the space in which tokens are identified
 
 
 def vocabulary(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, EmbeddingFeatures]:
-    """Rank of every token id [vocabulary], most frequent first, and features of ranks: centered, 256 at most."""
+    """Rank the token ids by frequency, and make the features of the ranks.
+
+    Args:
+        loaded: the model.
+        ids: token ids of the calibration text [n].
+
+    Returns:
+        The rank of every token id [vocabulary], and the centered features, at most 256, of every rank.
+    """
     embed = embed_of(loaded.model)
     counts = torch.bincount(ids, minlength=loaded.embedded_ids)
     order = counts.argsort(descending=True, stable=True)
@@ -46,7 +54,7 @@ def vocabulary(loaded: LoadedModel, ids: Tensor) -> tuple[Tensor, EmbeddingFeatu
 
 
 def previous(features: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The features of the token before each [n, h], zero at the first of every sequence."""
+    """Return the features of the token before each token [n, h], zero at the start of every sequence."""
     before = F.pad(features, (0, 0, 1, 0))[:-1].clone()
     before[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = 0
     return before
@@ -61,41 +69,47 @@ def fit_text(
     *,
     told_by: int | None = None,
 ) -> TokenPredictor:
-    """Predicts the vectors of `samples`, which are centered, from the `ranks` [n] of their tokens.
+    """Fit the predictor of vectors from tokens. Cost: O(n h width).
 
-    `roots`, `inverses`: blocks of M^{1/2} and M^{−1/2}. Directions of the metric in which the prediction varies by less
-    than a hundredth of what is left over in the mean direction are left out. `told_by`: the layer in which tokens are
-    found, by default the first. Cost: O(n h width).
+    Directions in which the prediction varies by less than 1 % of the mean residual variance are left out.
+
+    Args:
+        samples: centered vectors.
+        ranks: ranks of their tokens [n].
+        features: features of the ranks.
+        roots: blocks of M^{1/2} per part.
+        inverses: blocks of M^{−1/2} per part.
+        told_by: layer whose vectors identify the tokens; by default the first.
     """
-    here = features.of(ranks)
-    both = torch.cat([here, previous(here, samples.lengths)], 1)
-    gram = both.mT.double() @ both.double() / len(both)
-    weights = _ridge(gram, both, samples.vectors)
+    current = features.of(ranks)
+    pairs = torch.cat([current, previous(current, samples.lengths)], 1)
+    gram = pairs.mT.double() @ pairs.double() / len(pairs)
+    weights = _ridge(gram, pairs, samples.vectors)
     weighed = block_product(weights.float(), roots).double()
     factor = torch.linalg.cholesky(gram + 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
     _, singular, directions = torch.linalg.svd(factor.mT @ weighed, full_matrices=False)
-    total = sum(float(block_product(x, roots).double().square().sum()) for x in samples.vectors.split(_ROWS)) / len(both)
-    left_over = max(total - float(singular.square().sum()), 0) / samples.vectors.shape[1]
-    kept = directions[: max(1, int((singular.square() > _SMALL * left_over).sum()))]
+    total = sum(float(block_product(x, roots).double().square().sum()) for x in samples.vectors.split(_ROWS)) / len(pairs)
+    residual = max(total - float(singular.square().sum()), 0) / samples.vectors.shape[1]
+    kept = directions[: max(1, int((singular.square() > _SMALL * residual).sum()))]
     mix, rows = weighed @ kept.mT, block_product(kept.float(), inverses)
-    return TokenPredictor(features, mix.half(), rows.half(), *_finder(samples, here, gram, told_by))
+    return TokenPredictor(features, mix.half(), rows.half(), *_finder(samples, current, gram, told_by))
 
 
 def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
-    """Weights [h, width] float64 of the regression of vectors on features, whose second moment is `gram`."""
+    """Return the weights [h, width] float64 of the regression on features with the second moment `gram`."""
     penalty = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     products = sum(f.mT.double() @ x.double() for f, x in zip(features.split(_ROWS), vectors.split(_ROWS), strict=True))
     return torch.linalg.solve(gram + penalty, products / len(features))  # type: ignore[operator]
 
 
-def _finder(samples: SampledVectors, here: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What of one layer tells tokens apart, whitened by what their own features do not explain."""
+def _finder(samples: SampledVectors, current: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return start column and projections of the layer that identifies tokens, whitened by the residual."""
     start, stop = _columns_of(samples.layout, layer_idx)
     seen = samples.vectors[:, start:stop]
-    h = here.shape[1]
-    weights = _ridge(gram[:h, :h], here, seen)
-    rest = seen.double() - here.double() @ weights
-    noise = rest.mT @ rest / len(rest)
+    h = current.shape[1]
+    weights = _ridge(gram[:h, :h], current, seen)
+    residual = seen.double() - current.double() @ weights
+    noise = residual.mT @ residual / len(residual)
     whiten = roots_of(noise + 1e-4 * seen.var() * torch.eye(len(noise), dtype=noise.dtype), 1.0)[1]
     places = weights @ whiten
     spread = eigenbasis_of(places.mT @ gram[:h, :h] @ places)[1][:, :_PLACES]
@@ -103,7 +117,7 @@ def _finder(samples: SampledVectors, here: Tensor, gram: Tensor, layer_idx: int 
 
 
 def _columns_of(layout: Layout, layer_idx: int | None) -> tuple[int, int]:
-    """Columns of what a layer, or the first one, caches in its wider slot."""
+    """Return the columns of the wider slot of a layer, by default the first."""
     layer_idx = min(part.layer_idx for part in layout.parts) if layer_idx is None else layer_idx
     parts = zip(layout.parts, layout.spans, strict=True)
     return max((part.width, part.slot, span) for part, span in parts if part.layer_idx == layer_idx)[2]

@@ -1,11 +1,11 @@
-"""Where a model's keys and queries stand before rotation; every claim is checked against the cache before it is used.
+"""Adapters: where the attention layers of an architecture have their keys and queries before rotation.
 
-An adapter knows which submodules of an attention layer to listen to and how their outputs can be read. It offers
-readings; `capture` keeps the one whose rotation equals what the cache was given, and none if none does. So a new
-architecture with the usual submodule names needs no code, and a wrong reading is never reported as a key.
+An adapter names the submodules of an attention layer to hook and offers possible readings of their outputs. `capture` uses
+the reading whose rotation equals the stored keys, or none. A new architecture with common submodule names therefore needs
+no code, and a wrong reading is never reported.
 
 To add a style of architecture: write a class with `modules` and `readings`, decorate it with `@adapter`, and add a
-tiny model to `tests/tiny_models.py`.
+tiny model to `tests/helpers/tiny_models.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,18 @@ from torch import Tensor, nn
 
 from eigencache.geometry import Layer
 
-Outputs = Mapping[str, Tensor]  # role → output of that submodule, "role.input" → what it was given
+Outputs = Mapping[str, Tensor]  # role → output of that submodule, "role.input" → its input
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read keys and queries before rotation, each [batch, heads, seq, dim]; queries may be unknown."""
+    """One reading of keys and queries before rotation, each [batch, heads, seq, dim]; queries may be unknown.
+
+    Attributes:
+        how: Name of the reading.
+        keys: Keys before rotation; for MLA the rotary key.
+        queries: Queries before rotation, or None.
+    """
 
     how: str
     keys: Tensor
@@ -30,16 +36,22 @@ class Reading:
 
 
 class Adapter(Protocol):
-    """How one style of attention layer is listened to."""
+    """Interface for one style of attention layer."""
 
     name: str
 
     def modules(self, attention: nn.Module) -> dict[str, nn.Module]:
-        """The submodules to listen to, by role; empty when the layer is not of this style."""
+        """Return the submodules to hook, by role; empty for a layer of another style."""
         ...
 
     def readings(self, outputs: Outputs, layer: Layer, seq: int) -> Iterator[Reading]:
-        """The possible readings of what those submodules gave, the likeliest first."""
+        """Yield the possible readings of the outputs of these submodules, the most likely first.
+
+        Args:
+            outputs: Outputs and inputs by role.
+            layer: Geometry of the layer.
+            seq: Sequence length.
+        """
         ...
 
 
@@ -47,24 +59,24 @@ ADAPTERS: list[Adapter] = []
 
 
 def adapter(style: Any) -> Any:
-    """Register a style of attention layer; the first one whose `modules` is not empty serves a layer."""
+    """Register a style of attention layer; a layer uses the first style whose `modules` is not empty."""
     ADAPTERS.append(style())
     return style
 
 
 def adapter_for(attention: nn.Module) -> Adapter | None:
-    """The adapter that knows this attention layer, or None."""
+    """Return the adapter for an attention layer; None if no style matches."""
     return next((style for style in ADAPTERS if style.modules(attention)), None)
 
 
 def _present(attention: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Module]:
-    """Role → submodule for those of `names` (role → attribute) that exist as modules."""
-    found = {role: getattr(attention, name, None) for role, name in names.items()}
-    return {role: module for role, module in found.items() if isinstance(module, nn.Module)}
+    """Return the existing submodules by role; `names` maps roles to attributes."""
+    modules = {role: getattr(attention, name, None) for role, name in names.items()}
+    return {role: module for role, module in modules.items() if isinstance(module, nn.Module)}
 
 
 def _layouts(x: Tensor, dim: int, seq: int) -> Iterator[tuple[str, Tensor]]:
-    """x as [batch, heads, seq, dim], read from [batch, seq, heads·dim], [batch, seq, heads, dim] or already so."""
+    """Yield x as [batch, heads, seq, dim], for each layout that x may have, with the name of the layout."""
     if x.ndim == 3:
         yield "[b, t, h·d]", x.unflatten(-1, (-1, dim)).transpose(1, 2)
     elif x.ndim == 4:
@@ -76,20 +88,20 @@ def _layouts(x: Tensor, dim: int, seq: int) -> Iterator[tuple[str, Tensor]]:
 
 @adapter
 class LatentAttention:
-    """MLA: the rotary key stands in the down-projection beside the latent."""
+    """MLA: the down-projection returns the latent and the rotary key."""
 
     name = "latent"
 
     def modules(self, attention: nn.Module) -> dict[str, nn.Module]:
-        """The down-projection marks the style; the query comes from `q_proj`, or from `q_b_proj` with a query rank."""
-        found = _present(attention, {"down": "kv_a_proj_with_mqa", "latent": "kv_a_layernorm", "up": "kv_b_proj"})
-        if len(found) < 3:
+        """Return the latent projections, and the projection of queries (`q_b_proj` in models with a query rank)."""
+        modules = _present(attention, {"down": "kv_a_proj_with_mqa", "latent": "kv_a_layernorm", "up": "kv_b_proj"})
+        if len(modules) < 3:
             return {}
-        found |= _present(attention, {"key_rope": "k_rope_only_layernorm"})
-        return found | (_present(attention, {"queries": "q_b_proj"}) or _present(attention, {"queries": "q_proj"}))
+        modules |= _present(attention, {"key_rope": "k_rope_only_layernorm"})
+        return modules | (_present(attention, {"queries": "q_b_proj"}) or _present(attention, {"queries": "q_proj"}))
 
     def readings(self, outputs: Outputs, layer: Layer, seq: int) -> Iterator[Reading]:
-        """The numbers behind the latent are the rotary key, one head, normed in some models."""
+        """Yield the dimensions after the latent as the rotary key, one head; some models normalize it."""
         assert layer.mla is not None
         key_rope = outputs.get("key_rope", outputs["down"][..., layer.mla.kv_lora_rank :])
         queries = outputs["queries"].unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) if "queries" in outputs else None
@@ -98,21 +110,21 @@ class LatentAttention:
 
 @adapter
 class SeparateProjections:
-    """`k_proj` and `q_proj`, followed by a norm of each where the model has one."""
+    """Separate projections `k_proj` and `q_proj`, followed by norms in some models."""
 
     name = "separate projections"
 
     def modules(self, attention: nn.Module) -> dict[str, nn.Module]:
-        """Projections and norms by the names in use."""
-        found = _present(attention, {"keys": "k_proj", "queries": "q_proj"})
+        """Return the projections and norms, by the common names."""
+        modules = _present(attention, {"keys": "k_proj", "queries": "q_proj"})
         for norm in ("norm", "layernorm"):
-            found |= _present(attention, {"keys_normed": f"k_{norm}", "queries_normed": f"q_{norm}"})
-        return found if "keys" in found else {}
+            modules |= _present(attention, {"keys_normed": f"k_{norm}", "queries_normed": f"q_{norm}"})
+        return modules if "keys" in modules else {}
 
     def readings(self, outputs: Outputs, layer: Layer, seq: int) -> Iterator[Reading]:
-        """After the norm, if what it is given is the projection itself; before it otherwise.
+        """Yield the output of the norm if its input is the projection, and the output of the projection.
 
-        A norm that comes after rotation would pass for keys that are never rotated.
+        The output of a norm after the rotation would be mistaken for keys without rotation.
         """
         for stage in ("_normed", ""):
             if (keys := outputs.get(f"keys{stage}")) is None or (
@@ -135,20 +147,20 @@ class SeparateProjections:
 
 @adapter
 class FusedProjection:
-    """One projection gives queries, keys and values: one after the other, or group by group."""
+    """One projection for queries, keys and values: one after the other, or group by group."""
 
     name = "fused projection"
     _NAMES = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
 
     def modules(self, attention: nn.Module) -> dict[str, nn.Module]:
-        """The fused projection under any of its names."""
+        """Return the fused projection, by any of the common names."""
         for name in self._NAMES:
-            if found := _present(attention, {"fused": name}):
-                return found
+            if modules := _present(attention, {"fused": name}):
+                return modules
         return {}
 
     def readings(self, outputs: Outputs, layer: Layer, seq: int) -> Iterator[Reading]:
-        """All queries then all keys (phi3, gpt2, falcon's MQA), or [queries, key, value] per group (gpt_neox, falcon)."""
+        """Yield all queries then all keys (phi3, gpt2, falcon MQA), and [queries, key, value] per group (gpt_neox)."""
         fused, dim, heads = outputs["fused"], layer.head_dim, layer.num_attention_heads
         columns = fused.shape[-1] // dim
         kv_heads = (columns - heads) // 2

@@ -1,9 +1,9 @@
-"""What a model caches, token by token: keys, values and latents in every frame, as they pass into the cache.
+"""Capture of cached keys, values and latents in every frame, from forward passes of a model.
 
-Values, keys after rotation and MLA latents are taken from the call that stores them. Keys before rotation come
-from the projection (through forward hooks), and only after their rotation has been found to equal the stored keys:
-the pairing of the rotation and the layout of the projection are identified by that equality, not by the model's
-name. Layers for which nothing fits are captured after rotation alone, and `Capture.notes` says so.
+Values, keys after rotation and MLA latents are taken from the call that stores them. Keys before rotation are taken from the
+projection by forward hooks and are verified: rotating them must reproduce the stored keys. This test, not the name of the
+model, identifies the layout of the projection and the pairing of the rotation. If no reading passes it, a layer is captured
+after rotation only, and `Capture.notes` reports it.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,14 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """One layer's cache for one batch: tensor name (`keys_pre_rope`, …) → [batch, heads, seq, dim]."""
+    """Cached tensors of one layer for one batch.
+
+    Attributes:
+        layer_idx: Layer.
+        tensors: [batch, heads, seq, dim] by name (`keys_pre_rope`, …).
+        angles: Angles of the rotation; None without rotation.
+        pairing: Pairing of the rotation; None without rotation.
+    """
 
     layer_idx: int
     tensors: dict[str, Tensor]
@@ -34,7 +41,7 @@ class CapturedLayer:
 
 @dataclass
 class _Listener:
-    """Hooks on one attention layer and what they heard in the current forward pass."""
+    """One hooked attention layer with the outputs of its submodules in the current forward pass."""
 
     attention: nn.Module
     adapter: Adapter
@@ -44,21 +51,27 @@ class _Listener:
 
 @dataclass(frozen=True)
 class _Identified:
-    """The reading and pairing that reproduced the stored keys of a layer; `pairing` None means: not rotated."""
+    """Reading and pairing that reproduced the stored keys of a layer; `pairing` is None for keys without rotation."""
 
     how: str
     pairing: Pairing | None
 
 
 class Capture:
-    """Context manager: `run` gives what the model caches; every hook is gone afterwards, also after an error.
+    """Context manager that captures the cached tensors of a model; all hooks are removed on exit, also after an error.
 
     with Capture(model, geometry) as capture:
         for layer in capture.run(input_ids, attention_mask):
             layer.tensors["keys_pre_rope"]          # [batch, kv_heads, seq, head_dim]
 
-    `layers`: only these (default: all that hold a cache). `queries`: also capture queries in both frames.
-    Raises `LayerError` for a layer that does not exist or holds no cache.
+    Args:
+        model: The model.
+        geometry: Its geometry.
+        layers: Layers to capture; default: all layers with a cache.
+        queries: Capture queries as well, in both frames.
+
+    Raises:
+        LayerError: A layer does not exist or has no cache.
     """
 
     def __init__(
@@ -72,10 +85,10 @@ class Capture:
         self._identified: dict[int, _Identified | None] = {}
 
     def __enter__(self) -> Self:
-        wanted = set(self.layers)
+        layers = set(self.layers)
         for module in self.model.modules():
             layer_idx = getattr(module, "layer_idx", None)
-            if layer_idx in wanted and layer_idx not in self._listeners and (style := adapter_for(module)):
+            if layer_idx in layers and layer_idx not in self._listeners and (style := adapter_for(module)):
                 self._listen(layer_idx, module, style)
         return self
 
@@ -102,7 +115,7 @@ class Capture:
 
     @property
     def style(self) -> str:
-        """How the cache is captured, in words for a record."""
+        """Names of the adapters in use, for a record."""
         styles = {
             self._listeners[i].adapter.name if self._identified.get(i) else "generic: the cache itself" for i in self.layers
         }
@@ -110,15 +123,23 @@ class Capture:
 
     @property
     def readings(self) -> dict[int, str]:
-        """Layer → which reading of its projection was verified against the cache; after the first `run`."""
+        """Name of the verified reading of the projection, by layer; complete after the first `run`."""
         return {layer_idx: found.how for layer_idx, found in self._identified.items() if found}
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[CapturedLayer]:
-        """One forward pass over `input_ids` [batch, seq], right-padded where `attention_mask` is 0; no logits are made.
+        """Run one forward pass without logits and return the cached tensors of every layer.
 
-        Tensors are those of the pass itself, in the model's dtype, on the devices of their layers.
-        Raises `NoCacheError` when nothing was stored.
+        Args:
+            input_ids: Token ids [batch, seq].
+            attention_mask: 1 for tokens and 0 for padding on the right [batch, seq]; default: no padding.
+
+        Returns:
+            Layers in order, with tensors in the dtype of the model on the devices of their layers.
+
+        Raises:
+            NoCacheError: The model stored nothing in its cache.
+            UnsupportedArchitectureError: The projections of an MLA layer were not found.
         """
         cache, stored = tapped_cache(self.model)
         for listener in self._listeners.values():
@@ -133,7 +154,7 @@ class Capture:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be captured, with the layers concerned; complete after the first `run`."""
+        """Sentences on tensors that could not be captured, with their layers; complete after the first `run`."""
         return [f"layers {_listed(layers)}: {what}" for what, layers in self._said.items()]
 
     def _say(self, what: str, layer_idx: int) -> None:
@@ -169,22 +190,26 @@ class Capture:
     def _latent(
         self, layer_idx: int, listener: _Listener | None, mla: MLA, keys: Tensor, values: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Latent, expanded keys and values of an MLA layer, and its rotary key [batch, 1, seq, rope] as stored."""
+        """Return latent, expanded keys and values of an MLA layer, and its stored rotary key [batch, 1, seq, rope]."""
         kind = self.geometry.model_type
         if listener is None:
-            raise UnsupportedArchitectureError(f"{kind}: layer {layer_idx} has no latent projections of the usual names")
+            raise UnsupportedArchitectureError(
+                f"{kind}: layer {layer_idx} has no latent projections with the names kv_a_proj_with_mqa, kv_a_layernorm and "
+                "kv_b_proj: this version does not support it"
+            )
         attention, up = listener.attention, listener.outputs["up"]
         nope = getattr(attention, "qk_nope_head_dim", mla.qk_nope_head_dim)
         v_head_dim = getattr(attention, "v_head_dim", mla.v_head_dim)
         if up.shape[-1] % (nope + v_head_dim):
             raise UnsupportedArchitectureError(
-                f"{kind}: layer {layer_idx} expands its latent to {up.shape[-1]} numbers, not heads of {nope} + {v_head_dim}"
+                f"{kind}: layer {layer_idx} expands its latent to {up.shape[-1]} values, which are not divisible into heads "
+                f"of {nope} + {v_head_dim}"
             )
         up = up.reshape(keys.shape[0], keys.shape[2], -1, nope + v_head_dim)
         keys_nope, expanded = up.transpose(1, 2).split([nope, v_head_dim], dim=-1)
         if keys.shape[1] == 1 and keys.shape[-1] == mla.kv_lora_rank:  # the latent itself is stored
             latent, rotated = keys, values
-        else:  # older transformers store what the latent expands to
+        else:  # older transformers store the expanded keys and values
             latent = listener.outputs["latent"].unsqueeze(1) * getattr(attention, "mla_scale_kv_lora", 1.0)
             rotated = keys[:, :1, :, nope:]
         return {"latent": latent, "keys_nope": keys_nope, "values": expanded}, rotated
@@ -192,7 +217,7 @@ class Capture:
     def _identify(
         self, layer_idx: int, listener: _Listener | None, stored: Tensor
     ) -> tuple[_Identified | None, Reading | None, Angles | None]:
-        """The reading whose rotation is what was stored; found on the first batch, looked up afterwards."""
+        """Return the reading whose rotation equals the stored keys; identified on the first batch."""
         if listener is None or not listener.outputs:
             return None, None, None
         angles = None if listener.tables is None else angles_from(_to(listener.tables, stored.device))
@@ -205,26 +230,34 @@ class Capture:
                 continue
             for pairing in (None, *(PAIRINGS if angles else ())):
                 if _reproduces(_expand(reading.keys, stored), stored, angles, pairing):
-                    self._identified[layer_idx] = found = _Identified(reading.how, pairing)
-                    return found, reading, angles
+                    identified = self._identified[layer_idx] = _Identified(reading.how, pairing)
+                    return identified, reading, angles
         self._identified.setdefault(layer_idx, None)
         return None, None, angles
 
     def _queries(
         self, listener: _Listener, reading: Reading, identified: _Identified, angles: Angles | None, nope: int
     ) -> dict[str, Tensor]:
-        """Queries [batch, heads, seq, dim] in the keys' frames; of MLA the rotary part stands last."""
+        """Return queries [batch, heads, seq, dim] in the frames of the keys; for MLA the rotary part is last."""
         if reading.queries is None:
             return {}
         queries = reading.queries * getattr(listener.attention, "mla_scale_q_lora", 1.0)
         if identified.pairing is None or angles is None:
             return {"queries": queries}
-        turned = rotate(queries[..., nope:], angles, identified.pairing)
-        return {"queries_pre_rope": queries, "queries_post_rope": torch.cat((queries[..., :nope], turned), -1)}
+        rotated = rotate(queries[..., nope:], angles, identified.pairing)
+        return {"queries_pre_rope": queries, "queries_post_rope": torch.cat((queries[..., :nope], rotated), -1)}
 
 
 def check_layers(geometry: KVGeometry, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """The layers to look at, all that hold a cache by default. Raises `LayerError` naming what exists."""
+    """Return the requested layers without repetitions; default: all layers with a cache.
+
+    Args:
+        geometry: Geometry of the model.
+        layers: Layer indices, or None.
+
+    Raises:
+        LayerError: A layer does not exist or has no cache, or no layer was given.
+    """
     if layers is None:
         return geometry.cached_layers
     chosen = tuple(dict.fromkeys(layers))
@@ -232,11 +265,9 @@ def check_layers(geometry: KVGeometry, layers: Iterable[int] | None) -> tuple[in
         if not 0 <= layer_idx < geometry.num_hidden_layers:
             raise LayerError(f"no layer {layer_idx}: the model has layers 0 to {geometry.num_hidden_layers - 1}")
         if why := geometry.skipped.get(layer_idx):
-            raise LayerError(
-                f"layer {layer_idx} holds no KV cache ({why}); layers with one: {_listed(geometry.cached_layers)}"
-            )
+            raise LayerError(f"layer {layer_idx} has no KV cache ({why}): use layers {_listed(geometry.cached_layers)}")
     if not chosen:
-        raise LayerError("no layers were named: use for example 0,6,12")
+        raise LayerError("`layers` is empty: give layer indices, for example 0,6,12")
     return chosen
 
 
@@ -245,9 +276,14 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[DynamicCache, dict[int, tuple[Tensor, Tensor]]]:
-    """An ordinary dynamic cache, and the keys and values that each of its layers is given to store.
+    """Return an ordinary dynamic cache, and a dictionary that receives the keys and values stored in it.
 
-    `track`: these keep their gradients in a backward pass.
+    Args:
+        model: The model.
+        track: Retain the gradients of the stored tensors in a backward pass.
+
+    Returns:
+        The cache, and the latest stored (keys, values) by layer.
     """
     cache = DynamicCache(config=model.config)
     stored: dict[int, tuple[Tensor, Tensor]] = {}
@@ -286,7 +322,7 @@ def _expand(keys: Tensor, stored: Tensor) -> Tensor:
 
 
 def _reproduces(keys: Tensor, stored: Tensor, angles: Angles | None, pairing: Pairing | None) -> bool:
-    """Whether `keys`, rotated, are the stored ones, to the rounding of their dtype."""
+    """Return whether `keys`, after rotation, equal the stored keys to the rounding of their dtype."""
     if keys.shape != stored.shape or not keys.numel():
         return False
     if pairing is not None:

@@ -1,4 +1,4 @@
-"""The device on which a module computes, also where accelerate keeps its weights on disk and their tensors are on `meta`."""
+"""The device on which a module computes, including modules whose weights accelerate keeps on disk (device `meta`)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device to which the input of a module belongs; the CPU for a module without tensors."""
+    """Return the device on which a module expects its input; the CPU for a module without tensors."""
     hook: Any = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if (device := getattr(part, "execution_device", None)) is not None:

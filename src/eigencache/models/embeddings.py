@@ -1,4 +1,4 @@
-"""A model's embeddings of tokens, asked of it whenever they are needed: an adapter may sit on them."""
+"""Token embeddings of a model, computed by its current embedding module, which an adapter may have replaced."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from eigencache.models.devices import device_of
 
 
 def embed_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What gives embeddings [n, d] float32 of token ids [n], without gradients, where the ids are."""
+    """Return a function from token ids [n] to embeddings [n, d] in float32, on the device of the ids, without gradients."""
 
     def embed(ids: Tensor) -> Tensor:
         module = model.get_input_embeddings()

@@ -1,9 +1,9 @@
-"""Attention on coefficients gives the logits of decode-then-attend: the bases move into the weights (THEORY 8, 9).
+"""Folding of the bases of a codec into the weights, so that attention reads coefficients directly (THEORY 8, 9).
 
-With x̂ = μ + D y per KV head: q·k̂ = (D_k q)·y + q·μ_k, of which the last term is alike for all tokens and leaves
-softmax; Σ a v̂ W_O = (Σ a y) (D_v W_O) + μ_v W_O, because the a of a query sum to one. An MLA latent goes through
-kv_b_proj, so its basis moves there. The cache holds coefficients alone, in the model's dtype. Keys are compressed after
-rotation: a rotation cannot pass a basis.
+The logits equal those of decoding before attention. With x̂ = μ + D y per KV head, q·k̂ = (D_k q)·y + q·μ_k; the last term
+is equal for all tokens, and softmax cancels it. Σ a v̂ W_O = (Σ a y) (D_v W_O) + μ_v W_O, because the weights a of a query
+sum to one. The basis of an MLA latent is folded into kv_b_proj. The cache stores only coefficients, in the dtype of the
+model. Keys are compressed after rotation, because rotation and basis do not commute.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,23 +28,24 @@ Basis = dict[tuple[int, int], list[Transform]]  # (layer, slot) → one transfor
 
 
 class _Coefficients(DynamicLayer):
-    """A cache layer that holds coefficients, and gives them back as they are or decoded."""
+    """A cache layer that stores coefficients and returns them, decoded or not."""
 
     def __init__(self, bases: list[list[Transform] | None], decoded: bool) -> None:
         super().__init__()
         self.bases, self.decoded = bases, decoded
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Encode what is new; the whole past comes back as coefficients, or decoded."""
+        """Encode and store the new tokens; return the whole past as coefficients, or decoded."""
         pair = [
             x if basis is None else _per_head(x, basis, Transform.encode)
             for x, basis in zip((key_states, value_states), self.bases, strict=True)
         ]
-        held = super().update(*pair)
+        stored = super().update(*pair)
         if not self.decoded:
-            return held
+            return stored
         keys, values = (
-            x if basis is None else _per_head(x, basis, Transform.decode) for x, basis in zip(held, self.bases, strict=True)
+            x if basis is None else _per_head(x, basis, Transform.decode)
+            for x, basis in zip(stored, self.bases, strict=True)
         )
         return keys, values
 
@@ -54,15 +55,22 @@ def _per_head(x: Tensor, basis: list[Transform], apply: Callable[[Transform, Ten
 
 
 def coefficient_cache(model: PreTrainedModel, codec: PCACodec, *, decoded: bool) -> DynamicCache:
-    """A cache of the coefficients of every token, the newest too; `decoded` gives attention x̂, otherwise y.
+    """Return a cache that stores the coefficients of all tokens, including the newest.
 
-    Raises `CodecError` for a codec whose bases are not per head, `UnsupportedArchitectureError` for layers with a window.
+    Args:
+        model: The model.
+        codec: Codec with one basis per head.
+        decoded: Return decoded vectors x̂ to attention if true, coefficients y otherwise.
+
+    Raises:
+        CodecError: A basis spans heads, or applies to keys before rotation.
+        UnsupportedArchitectureError: A layer has a sliding window.
     """
     bases, cache = bases_of(codec, model.dtype, model.device), DynamicCache(config=model.config)
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer:
             raise UnsupportedArchitectureError(
-                f"{model.config.model_type}: layer {layer_idx} has a window: folding needs full attention"
+                f"{model.config.model_type}: layer {layer_idx} has a sliding window: folding requires full attention"
             )
         if type(layer) is DynamicLayer:
             cache.layers[layer_idx] = _Coefficients([bases.get((layer_idx, slot)) for slot in (0, 1)], decoded)
@@ -70,30 +78,52 @@ def coefficient_cache(model: PreTrainedModel, codec: PCACodec, *, decoded: bool)
 
 
 def bases_of(codec: PCACodec, dtype: torch.dtype, device: torch.device) -> Basis:
-    """The codec's transforms by layer, slot and head. Raises `CodecError` where one spans heads, or keys are unrotated."""
+    """Return the transforms of a codec by layer and slot, one per KV head.
+
+    Args:
+        codec: Codec with one basis per head.
+        dtype: Dtype of the returned transforms.
+        device: Device of the returned transforms.
+
+    Raises:
+        CodecError: A basis spans heads, or applies to keys before rotation.
+    """
     if codec.rotations and any(
         slot == part.slot for slot, _ in codec.rotations.values() for g in codec.groups for part in g.parts
     ):
-        raise CodecError(f"{codec.name}: keys before rotation cannot be folded: fit them after rotation (frame post)")
-    found: dict[tuple[int, int], dict[int, Transform]] = {}
+        raise CodecError(f"{codec.name}: keys before rotation cannot be folded: fit them after rotation (`frame` post)")
+    transforms: dict[tuple[int, int], dict[int, Transform]] = {}
     for group in codec.groups:
         part = group.parts[0]
         if len(group.parts) > 1 or part.heads[1] - part.heads[0] > 1:
-            raise CodecError(f"{codec.name}: a basis that spans heads cannot be folded: fit it at scope head")
-        found.setdefault((part.layer_idx, part.slot), {})[part.heads[0]] = group.transform.to(dtype, device)
-    return {place: [heads[h] for h in sorted(heads)] for place, heads in found.items()}
+            raise CodecError(f"{codec.name}: a basis that spans heads cannot be folded: fit it at `scope` head")
+        transforms.setdefault((part.layer_idx, part.slot), {})[part.heads[0]] = group.transform.to(dtype, device)
+    return {place: [heads[h] for h in sorted(heads)] for place, heads in transforms.items()}
 
 
 @contextmanager
 def folded(model: PreTrainedModel, geometry: KVGeometry, codec: PCACodec) -> Iterator[DynamicCache]:
-    """The model with the codec's bases in its weights, and the cache to run it with; undone afterwards, whatever happens."""
+    """Fold the bases of a codec into the weights of a model while the context is open; always undone on exit.
+
+    Args:
+        model: The model; it is changed in place.
+        geometry: Its geometry.
+        codec: Codec with one basis per head, for keys after rotation.
+
+    Yields:
+        The cache of coefficients with which to run the model.
+
+    Raises:
+        CodecError: The codec cannot be folded.
+        UnsupportedArchitectureError: A layer has a sliding window, or its output projection is not linear.
+    """
     bases = bases_of(codec, model.dtype, model.device)
     before: str = model.config._attn_implementation  # type: ignore[assignment]
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for attention in model.modules():
-            layer_idx, found = getattr(attention, "layer_idx", None), output_projection(attention)
-            if found is None or not isinstance(layer_idx, int):
+            layer_idx, output = getattr(attention, "layer_idx", None), output_projection(attention)
+            if output is None or not isinstance(layer_idx, int):
                 continue
             if geometry.mla and (layer_idx, 1) in bases:
                 raise CodecError(f"{codec.name}: the rotary key cannot be folded: choose `target` latent")
@@ -101,9 +131,9 @@ def folded(model: PreTrainedModel, geometry: KVGeometry, codec: PCACodec) -> Ite
                 up: nn.Module = attention.kv_b_proj  # type: ignore[assignment]
                 _swap(swapped, attention, "kv_b_proj", _after_decoding(up, basis[0]))
             elif basis := bases.get((layer_idx, 1)):
-                name, projection = found
-                rows, own = output_rows(projection, geometry.layers[layer_idx])
-                _swap(swapped, attention, name, _output(rows, own, basis))
+                name, projection = output
+                rows, bias = output_rows(projection, geometry.layers[layer_idx])
+                _swap(swapped, attention, name, _output(rows, bias, basis))
         if not geometry.mla:
             _register(bases)
             model.set_attn_implementation(ATTENTION)
@@ -126,27 +156,27 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
-def _output(rows: Tensor, own: Tensor | None, basis: list[Transform]) -> nn.Linear:
-    """D_v W_O per query head, and μ_v W_O in the bias; `rows` [query heads, v_head_dim, hidden], `own` its bias."""
+def _output(rows: Tensor, bias: Tensor | None, basis: list[Transform]) -> nn.Linear:
+    """Return the layer D_v W_O with μ_v W_O in its bias; `rows` is W_O [query heads, v_head_dim, hidden]."""
     group = len(rows) // len(basis)
     weight = torch.cat([basis[h // group].decoder @ rows[h] for h in range(len(rows))])
-    bias = sum(basis[h // group].mean @ rows[h] for h in range(len(rows)))
-    return _linear(weight.mT, bias if own is None else bias + own)  # type: ignore[arg-type]
+    mean = sum(basis[h // group].mean @ rows[h] for h in range(len(rows)))
+    return _linear(weight.mT, mean if bias is None else mean + bias)  # type: ignore[arg-type]
 
 
 def _after_decoding(up: nn.Module, transform: Transform) -> nn.Linear:
-    """kv_b_proj of x̂ = μ + D y, as a layer that takes y."""
-    weight, own = linear_map(up, len(transform.mean), "kv_b_proj")
+    """Return kv_b_proj of x̂ = μ + D y as a linear layer of y."""
+    weight, bias = linear_map(up, len(transform.mean), "kv_b_proj")
     weight = weight.detach()
-    bias = weight @ transform.mean
-    return _linear(weight @ transform.decoder.mT, bias if own is None else bias + own.detach())
+    mean = weight @ transform.mean
+    return _linear(weight @ transform.decoder.mT, mean if bias is None else mean + bias.detach())
 
 
 def _register(bases: Basis) -> None:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Plain attention; queries go to the keys' basis first, values may be narrower than keys."""
+        """Compute plain attention with queries in the basis of the keys; values may be narrower than keys."""
         group = query.shape[1] // key.shape[1]
         if basis := bases.get((module.layer_idx, 0)):  # type: ignore[arg-type]
             decoders = torch.stack([t.decoder for t in basis]).repeat_interleave(group, 0)

@@ -1,4 +1,4 @@
-"""Gradients of the loss with respect to what the cache holds: one backward pass, no gradients of weights (THEORY 4.4)."""
+"""Gradients of the loss with respect to the cached vectors: one backward pass, without gradients of weights (THEORY 4.4)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,18 @@ from eigencache.models.capture import tapped_cache
 def cache_gradients(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """∂(Σ NLL in nats of the text)/∂(cached vector): layer → gradients of both slots, [batch, heads, seq, dim].
+    """Return ∂(Σ NLL in nats)/∂(cached vector) for every cached vector, including the effect through later layers.
 
-    Through everything that reads the vector, later layers included. The model's weights keep their `requires_grad`.
-    Cost: a forward pass with logits and the backward pass through activations; for a model that was loaded in inference
-    mode also a copy of its weights, because autograd does not save inference tensors.
+    The weights keep their `requires_grad`. Cost: a forward pass with logits and a backward pass through activations. A
+    model loaded in inference mode also needs a copy of its weights, because autograd does not save inference tensors.
+
+    Args:
+        model: The model.
+        input_ids: Token ids [batch, seq].
+        attention_mask: 1 for tokens and 0 for padding on the right [batch, seq]; default: no padding.
+
+    Returns:
+        Gradients of both slots by layer, each [batch, heads, seq, dim].
     """
     copies = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_inference()}
     with _frozen(model), torch.enable_grad():
@@ -30,7 +37,7 @@ def cache_gradients(
             input_ids[:, 1:] if attention_mask is None else input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
         )
         F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum").backward()
-        zero = lambda x: torch.zeros_like(x) if x.grad is None else x.grad  # noqa: E731 - a vector that nothing reads
+        zero = lambda x: torch.zeros_like(x) if x.grad is None else x.grad  # noqa: E731 - nothing reads the vector
         return {layer_idx: (zero(keys), zero(values)) for layer_idx, (keys, values) in stored.items()}
 
 

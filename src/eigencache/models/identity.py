@@ -1,8 +1,8 @@
-"""Which model a cache is of: a hash of all that its cache depends on, and a cheap look at whether that has changed.
+"""Identity of a model: a hash of everything that its cache depends on, and a cheap test for changes.
 
-The hash is of geometry, rotation, activation and whatever else the configuration says of the computation, of numbers of
-every weight, and of the adapters that are active. Where a model lies, what wraps it, its labels, tokens and generation
-settings, and the version of transformers do not enter.
+The hash covers the configuration of the computation (geometry, rotation, activation, …), a sample of every weight, and the
+active adapters. It does not cover location, wrappers, labels, special tokens, generation settings or the version of
+transformers.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-_SAMPLE = 4096  # numbers of a weight at least; more where it has more columns
+_SAMPLE = 4096  # minimum number of sampled values of a weight; more for a weight with more columns
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "base_layer.", "original_module.")
 _NOT_THE_CACHE = {
     "use_cache",
@@ -26,18 +26,18 @@ _NOT_THE_CACHE = {
     "initializer_factor",
     "pretraining_tp",
     "tie_word_embeddings",
-    "num_hidden_layers",  # weights tell how many
-    "partial_rotary_factor",  # is in rope_parameters as well
-    "quantization_config",  # packed weights are hashed themselves
+    "num_hidden_layers",  # follows from the weights
+    "partial_rotary_factor",  # also in rope_parameters
+    "quantization_config",  # the packed weights are hashed
 }
 _NOT_THE_CACHE_ENDS = ("token_id", "token_ids", "dropout", "_pdrop", "_implementation")
-_RENAMED_LAYER_TYPES = {"deepseek_sparse_attention": "indexed_attention"}  # of transformers 5.17 by their name since
+_RENAMED_LAYER_TYPES = {"deepseek_sparse_attention": "indexed_attention"}  # name in transformers 5.17 → name since
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()  # state and hash
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all that the cache of `model` depends on: two models alike are one model."""
+    """Return the SHA-256 of everything that the cache of a model depends on; equal for equal models."""
     digest = hashlib.sha256(json.dumps(_of_the_cache(model.config), sort_keys=True, default=str).encode())
     for name, weight in sorted(_weights(model), key=lambda named: named[0]):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def known_fingerprint(model: nn.Module) -> str:
-    """`fingerprint`, made anew only where `state_of` says that the model has changed since."""
+    """Return `fingerprint(model)`, computed again only after a change of `state_of(model)`."""
     state, known = state_of(model), _KNOWN.get(model)
     if known is None or known[0] != state:
         known = _KNOWN[model] = state, fingerprint(model)
@@ -57,13 +57,13 @@ def known_fingerprint(model: nn.Module) -> str:
 
 
 def fingerprint_before(model: Any) -> str | None:
-    """What codecs hold that were saved before the hash was of every column of the weights.
+    """Return the hash of earlier releases, which sampled not every column; saved codecs may have it.
 
-    None for packed weights, of which it could not be made.
+    None for packed weights, for which it was not defined.
     """
     try:
         return _fingerprint_before(model)
-    except (NotImplementedError, RuntimeError):  # by kind of tensor
+    except (NotImplementedError, RuntimeError):  # depends on the type of the tensor
         return None
 
 
@@ -81,23 +81,24 @@ def _fingerprint_before(model: Any) -> str:
 
 
 def state_of(model: nn.Module) -> int:
-    """A number that changes whenever a weight is replaced or written, or an adapter added, switched or merged.
+    """Return a number that changes when a weight is replaced or written, or an adapter is added, switched or merged.
 
-    Costs microseconds per weight and reads none. PyTorch counts no write through `weight.data`: that alone goes unseen.
+    Cost: microseconds per weight; no weight is read. Writes through `weight.data` are not detected, because PyTorch does
+    not count them.
     """
     parts: list[Any] = []
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             offloaded = _offloaded(module, name, weight)
-            parts.append(id(weight) if offloaded is None else (id(offloaded), name))  # made anew at every pass
+            parts.append(id(weight) if offloaded is None else (id(offloaded), name))  # the tensor is created at every pass
             parts += [(0 if part.is_inference() else part._version, part.data_ptr()) for part in _dense(weight)]
     return hash((tuple(parts), tuple(sorted(_active_adapters(model)))))
 
 
 def _of_the_cache(config: Any) -> dict[str, Any]:
-    """The entries of a configuration that say how keys and values come about, where they are not the class's defaults.
+    """Return the entries of a configuration that affect keys and values and differ from the defaults of its class.
 
-    Versions of transformers give classes new entries, whose defaults are what earlier versions did without them.
+    New versions of transformers add entries to classes; their defaults describe the behavior of earlier versions.
     """
     config = config.get_text_config(decoder=True)
     general = PreTrainedConfig().to_dict().keys()
@@ -109,36 +110,37 @@ def _of_the_cache(config: Any) -> dict[str, Any]:
 
     entries = {name: value for name, value in config.to_dict().items() if kept(name, value)}
     types = [_RENAMED_LAYER_TYPES.get(kind, kind) for kind in entries.pop("layer_types", ())]
-    if set(types) - {"full_attention"}:  # which is what a version without such an entry does
+    if set(types) - {"full_attention"}:  # the behavior of a version without this entry
         entries["layer_types"] = types
     return entries | {"model_type": config.model_type}
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights by the name that they have without wrappers; those of adapters only where these are active."""
+    """Yield weights with their names outside of wrappers; weights of adapters only if the adapter is active."""
     for path, module in model.named_modules():
         if _adapter_of(model, path) is False:
             continue
-        for own, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if own not in module._non_persistent_buffers_set:
-                yield _unwrapped(f"{path}.{own}"), _loaded(module, own, weight)
-                yield from ((_unwrapped(f"{path}.{own}.{name}"), scale) for name, scale in _scales(module, own, weight))
+        for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if name not in module._non_persistent_buffers_set:
+                yield _unwrapped(f"{path}.{name}"), _loaded(module, name, weight)
+                for scale_name, scale in _scales(module, name, weight):
+                    yield _unwrapped(f"{path}.{name}.{scale_name}"), scale
 
 
 def _unwrapped(name: str) -> str:
-    """A name without the prefixes of PEFT and `torch.compile`."""
+    """Remove the prefixes of PEFT and `torch.compile` from a name."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put an adapter, or a copy of its own, beside a module of the model."""
+    """Return whether PEFT has wrapped a module with an adapter or with a trainable copy."""
     return hasattr(module, "active_adapters") and (hasattr(module, "base_layer") or hasattr(module, "original_module"))
 
 
 def _adapter_of(model: Any, path: str) -> bool | None:
-    """Whether a module belongs to an active adapter of PEFT; None for one that belongs to no adapter."""
+    """Return whether a module belongs to an active adapter of PEFT; None if it belongs to no adapter."""
     parts, module = path.split("."), model
     for index, part in enumerate(parts):
         module = getattr(module, part, module)
@@ -151,7 +153,7 @@ def _adapter_of(model: Any, path: str) -> bool | None:
 
 
 def _active_adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The adapters that a layer's output depends on beside its weights, with their scale."""
+    """Yield every wrapped layer with its active, not merged adapters and their scales."""
     module: Any
     for path, module in model.named_modules():
         if _is_adapted(module):
@@ -163,26 +165,26 @@ def _active_adapters(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _loaded(module: nn.Module, name: str, weight: Tensor) -> Tensor:
-    """A weight from where accelerate keeps it, if that is not the module."""
-    kept = _offloaded(module, name, weight)
-    return weight if kept is None else kept[name]
+    """Return a weight, loaded from where accelerate has offloaded it."""
+    weights = _offloaded(module, name, weight)
+    return weight if weights is None else weights[name]
 
 
 def _offloaded(module: nn.Module, name: str, weight: Tensor) -> Any | None:
-    """What accelerate keeps a weight in between passes, by name; None for a weight that is in its module."""
+    """Return the mapping in which accelerate stores an offloaded weight; None for a weight in its module."""
     hooks = getattr(module, "_hf_hook", None)
     for hook in getattr(hooks, "hooks", [hooks]):
-        kept = getattr(hook, "weights_map", None)
-        if weight.device.type == "meta" and kept is not None:
-            return kept
+        weights = getattr(hook, "weights_map", None)
+        if weight.device.type == "meta" and weights is not None:
+            return weights
     return None
 
 
 def _scales(module: Any, name: str, weight: Any) -> Iterator[tuple[str, Tensor]]:
-    """The scales of a weight packed by bitsandbytes, which are no parameters of their own."""
+    """Yield the scales of a weight packed by bitsandbytes; they are not parameters of the module."""
     if name != "weight":
         return
-    first = getattr(weight, "SCB", None)  # before the first pass; then it is the module's
+    first = getattr(weight, "SCB", None)  # before the first forward pass; afterwards in the state of the module
     scale = first if first is not None else getattr(getattr(module, "state", None), "SCB", None)
     if isinstance(scale, Tensor):
         yield "SCB", scale.detach()
@@ -192,17 +194,17 @@ def _scales(module: Any, name: str, weight: Any) -> Iterator[tuple[str, Tensor]]
 
 
 def _dense(weight: Any) -> list[Tensor]:
-    """The plain tensors that a weight is made of; none of one that is nowhere in memory."""
+    """Return the plain tensors that a weight consists of; none for a weight that is not in memory."""
     if hasattr(weight, "__tensor_flatten__"):
         return [part for name in weight.__tensor_flatten__()[0] for part in _dense(getattr(weight, name))]
     return [] if weight.device.type == "meta" else [weight.detach()]
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """At least 4,096 numbers, from every row and every column, on the CPU: the stride has no factor of the shape's."""
+    """Return at least 4,096 values from all rows and columns, on the CPU; the stride is coprime to the shape."""
     flat = weight.flatten()
-    wanted = max(_SAMPLE, 2 * weight.shape[-1] if weight.ndim else 1)
-    stride = max(1, flat.numel() // wanted)
+    count = max(_SAMPLE, 2 * weight.shape[-1] if weight.ndim else 1)
+    stride = max(1, flat.numel() // count)
     while any(math.gcd(stride, size) > 1 for size in weight.shape):
         stride += 1
     return flat[::stride].cpu()

@@ -1,4 +1,4 @@
-"""The bias that a model adds to its keys, read in the layout that the capture verified against the cache."""
+"""The bias that a model adds to its keys, in the layout that the capture verified against the cache."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ _PROBE_TOKENS = 16
 
 
 def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
-    """Layer → bias of its keys before rotation, [heads, dim] in float32.
+    """Return the bias of the keys before rotation by layer, [heads, dim] in float32.
 
-    Absent are layers without a bias, with a norm behind it (what remains of a bias then differs by token), whose keys
-    could not be verified before rotation, and all layers of MLA, where the bias is the latent's.
+    Layers are absent if they have no bias, if a norm follows the bias (its effect then differs by token), or if their keys
+    could not be verified before rotation. MLA models have none, because their bias belongs to the latent. Cost: one
+    forward pass over 16 tokens.
     """
     if loaded.geometry.mla or not loaded.geometry.key_bias:
         return {}
@@ -23,11 +24,11 @@ def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
     with Capture(loaded.model, loaded.geometry) as capture:
         capture.run(ids.to(loaded.device))
     readings, hidden = capture.readings, loaded.model.config.get_text_config(decoder=True).hidden_size
-    found: dict[int, Tensor] = {}
+    biases: dict[int, Tensor] = {}
     for module in loaded.model.modules():
         layer_idx = getattr(module, "layer_idx", None)
         style = adapter_for(module)
-        if style is None or layer_idx not in readings or layer_idx in found:
+        if style is None or layer_idx not in readings or layer_idx in biases:
             continue
         role, projection = next((r, m) for r, m in style.modules(module).items() if r in ("keys", "fused"))
         inputs = getattr(projection, "in_features", hidden)
@@ -37,5 +38,5 @@ def key_biases(loaded: LoadedModel) -> dict[int, Tensor]:
         outputs = {role: bias.detach().float()[None, None]}
         for reading in style.readings(outputs, loaded.geometry.layers[layer_idx], 1):
             if reading.how == readings[layer_idx]:
-                found[layer_idx] = reading.keys[0, :, 0].cpu()
-    return found
+                biases[layer_idx] = reading.keys[0, :, 0].cpu()
+    return biases

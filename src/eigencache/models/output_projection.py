@@ -1,4 +1,4 @@
-"""The output projection of an attention layer, by the names in use, as rows per query head."""
+"""The output projection of an attention layer, found by the common names, and its rows per query head."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
 def output_projection(attention: nn.Module) -> tuple[str, nn.Module] | None:
-    """Its name and itself, or None for a module that is no attention layer of a known kind."""
+    """Return name and module of the output projection; None for a module that is not a known attention layer."""
     for name in OUTPUT_PROJECTIONS:
         module = getattr(attention, name, None)
         if isinstance(module, nn.Module):
@@ -18,7 +18,18 @@ def output_projection(attention: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def output_rows(projection: nn.Module, layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """Return W_O per query head [heads, v_head_dim, hidden], which multiplies a head's output, and the bias or None."""
+    """Return W_O per query head and its bias.
+
+    Args:
+        projection: The output projection of the layer.
+        layer: Geometry of the layer.
+
+    Returns:
+        W_O [heads, v_head_dim, hidden], by which the outputs of the heads are multiplied, and the bias [hidden] or None.
+
+    Raises:
+        UnsupportedArchitectureError: The projection is not linear.
+    """
     name = f"layer {layer.layer_idx}, the output projection"
     weight, bias = linear_map(projection, layer.num_attention_heads * layer.v_head_dim, name)
     rows = weight.detach().mT.unflatten(0, (layer.num_attention_heads, layer.v_head_dim))

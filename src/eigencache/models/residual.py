@@ -1,8 +1,8 @@
-"""Residual adapters in a frozen model: what a projection gives to the cache becomes x + s·W_out(W_in(x)).
+"""Residual adapters in a frozen model: cached values or keys x become x + s·W_out(W_in(x)).
 
-They sit in forward hooks on the projections of values or keys, heads of a layer joined; the model itself is not touched.
-Where the values or keys of a layer stand in its projection's output is found as a capture finds it: by equality with
-what the cache was given. With an adapter in place the cache therefore holds V_eff = M·V and never V.
+The adapters act on the joined heads of a layer, in forward hooks on the projections; the weights are not changed. The
+columns of values or keys in the output of a projection are found by equality with the stored tensors. With an adapter the
+cache stores V_eff = M·V and not V.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,11 +22,18 @@ from eigencache.models.linear_map import linear_map
 
 AdapterTarget = Literal["v", "k"]
 WORDS: dict[AdapterTarget, str] = {"v": "values", "k": "keys"}
-_INITIAL_STD = 0.02  # of W_in; W_out is zero
+_INITIAL_STD = 0.02  # standard deviation of W_in before training; W_out is zero
 
 
 class Residual(nn.Module):
-    """x + s·W_out(W_in(x)) over the last dimension; with W_out zero, as before training, x comes back bit for bit."""
+    """The adapter x + s·W_out(W_in(x)) over the last dimension; before training W_out is zero, which leaves x unchanged.
+
+    Args:
+        width: Dimension p of a vector.
+        inner_rank: Inner dimension k.
+        scale: s.
+        generator: Random generator of W_in.
+    """
 
     def __init__(self, width: int, inner_rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -35,43 +42,48 @@ class Residual(nn.Module):
         self.w_out = nn.Parameter(torch.zeros(width, inner_rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """M x for x [..., p] in its dtype; the change is computed in float32."""
+        """Return M x for x [..., p], in the dtype of x; the change is computed in float32."""
         return x + (self.scale * (x.to(self.w_in.dtype) @ self.w_in.mT) @ self.w_out.mT).to(x.dtype)
 
     @property
     def operator(self) -> Tensor:
-        """M = I + s·W_out W_in [p, p] in float64: M v for a column vector v."""
+        """The matrix M = I + s·W_out W_in [p, p] in float64, for column vectors."""
         w_out, w_in = (weight.detach().double().cpu() for weight in (self.w_out, self.w_in))
         return torch.eye(len(w_out), dtype=torch.float64) + self.scale * w_out @ w_in
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where the values or keys of a layer leave their projection: these `columns` of the last dimension it gives."""
+    """The columns of the output of a projection that are the values or keys of a layer."""
 
     layer_idx: int
     module: nn.Module
     columns: Tensor  # Int64 [heads · dim], head by head
-    inputs: int  # numbers per token that the projection is given
+    inputs: int  # last dimension of the input of the projection
 
     @property
     def width(self) -> int:
-        """Numbers per token."""
+        """Values per token, heads · dim."""
         return len(self.columns)
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
 @contextmanager
 def inserted(
-    sites: Iterable[Site], residuals: Mapping[int, Residual], behind: Callable[[Tensor], Tensor] = _as_it_is
+    sites: Iterable[Site], residuals: Mapping[int, Residual], behind: Callable[[Tensor], Tensor] = _unchanged
 ) -> Iterator[dict[int, Tensor]]:
-    """While it is open the residuals act; afterwards every hook is gone, also after an error.
+    """Apply residual adapters while the context is open; all hooks are removed on exit, also after an error.
 
-    Gives layer → the vectors [batch, seq, p] that the latest forward pass made for the cache, before any rotation.
-    `behind`: what becomes of them on their way to the cache and to attention.
+    Args:
+        sites: Sites of the adapted layers.
+        residuals: Adapter by layer.
+        behind: Function applied to the adapted vectors before they reach cache and attention; default: identity.
+
+    Yields:
+        Adapted vectors [batch, seq, p] of the latest forward pass by layer, before any rotation and before `behind`.
     """
     made: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -99,10 +111,19 @@ def find_sites(
     layers: Iterable[int] | None,
     input_ids: Tensor,
 ) -> list[Site]:
-    """One site per layer, proved on one forward pass: its columns are what the cache was given, bit for bit.
+    """Return one site per layer, verified on one forward pass: its columns equal the stored tensors bit for bit.
 
-    Keys are those before rotation. Raises `LayerError` for a layer without a cache, `NonFiniteError`, and
-    `UnsupportedArchitectureError` for MLA and for keys or values that are normed or scaled after the projection.
+    Args:
+        model: The model.
+        geometry: Its geometry.
+        target: `v` for values, `k` for keys before rotation.
+        layers: Layer indices; default: all layers with a cache.
+        input_ids: Token ids of the forward pass [batch, seq].
+
+    Raises:
+        LayerError: A layer does not exist or has no cache.
+        NonFiniteError: Stored tensors contain NaN or infinite values.
+        UnsupportedArchitectureError: The model uses MLA, or normalizes or scales keys or values after the projection.
     """
     chosen = check_layers(geometry, layers)
     if latent := [layer_idx for layer_idx in chosen if geometry.layers[layer_idx].mla]:
@@ -110,14 +131,14 @@ def find_sites(
             f"{geometry.model_type}: layer {latent[0]} caches an MLA latent and not {WORDS[target]}, so an adapter of "
             f"{WORDS[target]} has no cache mode: use a model with MHA, GQA or MQA"
         )
-    found: dict[int, tuple[nn.Module, bool]] = {}
+    projections: dict[int, tuple[nn.Module, bool]] = {}
     outputs: dict[int, tuple[Tensor, Tensor]] = {}  # input and output of the projection
     with ExitStack() as stack:
         for module in model.modules():
             layer_idx = getattr(module, "layer_idx", None)
-            if layer_idx not in chosen or layer_idx in found or not (projection := _projection(module, target)):
+            if layer_idx not in chosen or layer_idx in projections or not (projection := _projection(module, target)):
                 continue
-            found[layer_idx] = projection
+            projections[layer_idx] = projection
 
             def after(_module: nn.Module, args: tuple, output: Tensor, layer_idx: int = layer_idx) -> None:
                 outputs[layer_idx] = args[0], output
@@ -131,20 +152,22 @@ def find_sites(
         site = None
         if stored is not None and layer_idx in outputs:
             if not stored.isfinite().all():
-                raise NonFiniteError(f"{WORDS[target]}: layer {layer_idx} holds NaN or infinite values: try `dtype` float32")
-            module, fused = found[layer_idx]
+                raise NonFiniteError(
+                    f"{WORDS[target]}: layer {layer_idx} contains NaN or infinite values: try `dtype` float32"
+                )
+            module, fused = projections[layer_idx]
             site = _proved(layer_idx, module, *outputs[layer_idx], stored, geometry.layers[layer_idx], target, fused)
         if site is None:
             raise UnsupportedArchitectureError(
-                f"{geometry.model_type}: the {WORDS[target]} that layer {layer_idx} caches are not what a projection of it "
-                "gives (a norm or a scale stands between, or its name is unknown): an adapter cannot be inserted there"
+                f"{geometry.model_type}: the {WORDS[target]} that layer {layer_idx} caches are not the output of a known "
+                "projection (a norm or a scale follows it, or its name is unknown): an adapter cannot be inserted there"
             )
         sites.append(site)
     return sites
 
 
 def _projection(attention: nn.Module, target: AdapterTarget) -> tuple[nn.Module, bool] | None:
-    """The submodule that gives values or keys, and whether it gives queries beside them."""
+    """Return the projection of values or keys, and whether it is fused with the projection of queries."""
     style = adapter_for(attention)
     if style is None:
         return None
@@ -165,7 +188,7 @@ def _proved(
     target: AdapterTarget,
     fused: bool,
 ) -> Site | None:
-    """The site whose columns, read head by head, are what the cache was given."""
+    """Return the site whose columns, head by head, equal the stored tensor; None if there is none."""
     for columns in _columns(output.shape[-1], layer, target, fused):
         read = output[..., columns.to(output.device)]
         if read.shape[-1] % stored.shape[-1] == 0 and torch.equal(
@@ -176,7 +199,7 @@ def _proved(
 
 
 def _columns(width: int, layer: Layer, target: AdapterTarget, fused: bool) -> Iterator[Tensor]:
-    """Where values or keys may stand among `width` numbers: all of them, behind the queries, or group by group."""
+    """Yield possible columns of values or keys: all of them, after the queries, or group by group."""
     every = torch.arange(width)
     if not fused:
         yield every
@@ -190,9 +213,10 @@ def _columns(width: int, layer: Layer, target: AdapterTarget, fused: bool) -> It
 
 
 def weight_rows(site: Site) -> tuple[Tensor, Tensor | None]:
-    """Return weight [columns, inputs] and bias [columns] of the map that gives a site its vectors; None without a bias.
+    """Return weight [columns, inputs] and bias [columns] (or None) of the projection, for the columns of a site.
 
-    Raises `UnsupportedArchitectureError` for a module that is not linear.
+    Raises:
+        UnsupportedArchitectureError: The projection is not linear.
     """
     rows, bias = linear_map(site.module, site.inputs, f"layer {site.layer_idx}")
     columns = site.columns.to(rows.device)

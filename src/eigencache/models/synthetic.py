@@ -1,7 +1,7 @@
-"""Models of well-known attention geometries with random weights and few layers, and caches full of noise: for speed alone.
+"""Synthetic models and caches for speed measurements: known attention geometries, random weights, caches of noise.
 
-How long a step takes does not depend on what numbers say, so neither weights nor text of models are needed. It depends on
-what a fit gives: bundles of unlike widths, first tokens in 16 bits, and, of keys with biases, means that turn.
+The time of a decode step does not depend on the values in weights and cache. It depends on the structure of a fitted codec,
+which is reproduced here: bundles of different bit widths, sinks in 16 bits, and rotated means for keys with biases.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,20 +29,21 @@ from eigencache.errors import CodecError, ModelError
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.caches.hf_quantized import Backend, Quantized, refusal
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer, updated
+from eigencache.models.live_cache.layer import CompressedLayer
+from eigencache.models.live_cache.pending import pending
 from eigencache.spectral.rope import Rotation
 
-_VOCABULARY = 1024  # a head for the whole vocabulary would say nothing of the cache
-_PIECE = 4096  # tokens that enter a cache at a time
-_SHARED = 128  # numbers of heads that share a basis, as in a fit
+_VOCABULARY = 1024  # small, because the output head is not part of the measurement
+_PIECE = 4096  # tokens added to a cache at a time
+_SHARED = 128  # maximum dimension of a bundle, the heads that share a basis, as in a fit
 _SHARES = {2.5: (1 / 16, 5 / 16, 6 / 16), 3.125: (1 / 16, 7 / 16, 7 / 16), 4.0: (2 / 16, 10 / 16, 4 / 16), 8.0: (1, 0, 0)}
-_UNEVEN = {
+_UNEVEN = {  # sixteenths of the dimensions that move from one bundle to its neighbor
     2.5: (1, 2, -2),
     3.125: (1, 2, -2),
     4.0: (1, 1, -2),
     8.0: (0, 0, 0),
-}  # sixteenths that go from a bundle to another
-Shapes = list[tuple[tuple[int, int], tuple[int, int]]]  # heads and dim of both slots of every layer
+}
+Shapes = list[tuple[tuple[int, int], tuple[int, int]]]  # (heads, dim) of both slots of every layer
 
 
 def _llama(layers: int, positions: int) -> PreTrainedConfig:
@@ -78,17 +79,36 @@ RATES = tuple(_SHARES)
 
 
 def require_known(names: Sequence[str], rates: Sequence[float]) -> None:
-    """Raises `ModelError` for a geometry that there is not, and for bits that no widths are known for."""
+    """Check the names of geometries and the rates.
+
+    Args:
+        names: Names of geometries, of `GEOMETRIES`.
+        rates: Bits per value, of `RATES`.
+
+    Raises:
+        ModelError: A name or rate does not exist.
+    """
     for name in names:
         if name not in _CONFIGS:
-            raise ModelError(f"{name}: no geometry of that name: there are {', '.join(_CONFIGS)}")
+            raise ModelError(f"{name}: no geometry of that name: use {', '.join(_CONFIGS)}")
     for bits in rates:
         if bits not in _SHARES:
-            raise ModelError(f"{bits:g} bits: widths are known for {', '.join(f'{b:g}' for b in RATES)}")
+            raise ModelError(f"{bits:g} bits per value are not available: use {', '.join(f'{b:g}' for b in RATES)}")
 
 
 def random_model(name: str, layers: int, positions: int, *, device: str = "cpu", dtype: torch.dtype) -> PreTrainedModel:
-    """A model of that attention geometry, hidden size and feed-forward network. Raises `ModelError` for another name."""
+    """Return a model with random weights and the attention geometry, hidden size and feed-forward network of a known one.
+
+    Args:
+        name: Name of a geometry, of `GEOMETRIES`.
+        layers: Number of layers.
+        positions: Maximum number of positions.
+        device: Device of the weights.
+        dtype: Dtype of the weights.
+
+    Raises:
+        ModelError: `name` does not exist.
+    """
     require_known([name], ())
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -101,7 +121,7 @@ def random_model(name: str, layers: int, positions: int, *, device: str = "cpu",
 
 
 def stored_shapes(model: PreTrainedModel) -> Shapes:
-    """What every layer stores, seen in a short pass."""
+    """Return (heads, dim) of keys and values of every layer in the cache, from a short forward pass."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
@@ -111,10 +131,20 @@ def stored_shapes(model: PreTrainedModel) -> Shapes:
 def noise_codec(
     shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = FIRST_EXACT, turning: bool = False, seed: int = 0
 ) -> LiveCodec:
-    """Random bases and widths as a fit deals them out at so many bits per value, for noise of variance 1.
+    """Return a live codec with random bases for noise of variance 1, and bit widths like those of a fit.
 
-    Every other bundle has more bits than its neighbor. `turning`: keys have a mean in every pair that turns with their
-    position, the most that a fit takes out. Raises `ModelError` for other bits than 2.5, 3.125, 4 and 8.
+    Bundles alternate between more and fewer bits than the mean.
+
+    Args:
+        shapes: (heads, dim) of keys and values of every layer.
+        bits: Bits per value, of `RATES`.
+        dtype: Dtype of the model.
+        sinks: First tokens stored in 16 bits.
+        turning: Give keys a rotated mean in every pair, the largest that a fit subtracts.
+        seed: Seed of bases and means.
+
+    Raises:
+        ModelError: `bits` is not available.
     """
     require_known((), [bits])
     generator = torch.Generator().manual_seed(seed)
@@ -123,11 +153,11 @@ def noise_codec(
         share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= _SHARED))
         numbers, bundles = share * dim, heads // share
         widths = tuple(_widths(bits, numbers, _sign(bundle, bundles)) for bundle in range(bundles))
-        most = max(one.coefficients for one in widths)
+        most = max(width.coefficients for width in widths)
         basis = torch.linalg.qr(torch.randn(bundles, numbers, numbers, generator=generator)).Q[:, :most]
         steps = torch.zeros(bundles, most, 1)
-        for one, of_bundle in zip(steps, widths, strict=True):
-            one[: of_bundle.coefficients, 0] = 6 / 2.0 ** of_bundle.per_coefficient()
+        for step, width in zip(steps, widths, strict=True):
+            step[: width.coefficients, 0] = 6 / 2.0 ** width.per_coefficient()
         mean = torch.randn(heads, dim, generator=generator)
         rotation = Rotation(10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)), 1.0, "half")
         encoder = torch.where(steps > 0, basis / steps, 0.0)
@@ -138,27 +168,37 @@ def noise_codec(
 
 
 def _widths(bits: float, numbers: int, more: int) -> Widths:
-    """Of a bundle of so many numbers that has `more` than its share: 1, less: -1, or just that: 0."""
+    """Return the widths of a bundle of dimension `numbers` with more (1), fewer (-1) or exactly (0) the mean bits."""
     shares = [part + more * moved / 16 for part, moved in zip(_SHARES[bits], _UNEVEN[bits], strict=True)]
     return Widths(*(GROUP * round(part * numbers / GROUP) for part in shares))
 
 
 def _sign(bundle: int, bundles: int) -> int:
-    """Of pairs of bundles the first has more bits, the second less."""
+    """Return 1 for the first and -1 for the second bundle of every pair, 0 for a last one without a neighbor."""
     return 0 if bundle == bundles - 1 and bundles % 2 else 1 - 2 * (bundle % 2)
 
 
 def keys_turn(model: PreTrainedModel) -> bool:
-    """Whether a geometry's keys have biases, whose means a fit takes out before rotation."""
+    """Return whether the keys of a model have biases, whose means a fit subtracts before rotation."""
     return model.config.model_type == "qwen2"
 
 
 def filled_caches(
     model: PreTrainedModel, tokens: int, batch: int, rates: Sequence[float], *, quantized: bool = True
 ) -> Iterator[tuple[str, Cache | str]]:
-    """By name, one after the other: transformers' own caches and live ones that hold so much noise, or why there is none.
+    """Yield caches filled with noise, one after the other: caches of transformers and compressed caches.
 
-    Of MLA also a live cache that keeps everything in 16 bits: what attending to the latent itself brings.
+    For MLA this includes a compressed cache with all tokens in 16 bits, which shows the effect of attending to the latent.
+
+    Args:
+        model: The model.
+        tokens: Tokens per sequence.
+        batch: Number of sequences.
+        rates: Bits per value of the compressed caches, of `RATES`.
+        quantized: Include the quantized caches of transformers.
+
+    Yields:
+        The name of a cache, and the cache or the reason why it is not available.
     """
     shapes = stored_shapes(model)
     yield "DynamicCache", _filled(DynamicCache(config=model.config), shapes, tokens, batch, model)
@@ -166,33 +206,33 @@ def filled_caches(
         name, why = f"QuantizedCache, {backend}, 4 bits", refusal(backend, model)
         yield name, why or _quantized(backend, model, shapes, tokens, batch)
     if hasattr(model.config, "kv_lora_rank"):
-        held = noise_codec(shapes, rates[0], model.dtype, sinks=tokens)
-        yield "live, 16 bits", _filled(CompressedCache(model, held), shapes, tokens, batch, model)
+        exact = noise_codec(shapes, rates[0], model.dtype, sinks=tokens)
+        yield "live, 16 bits", _filled(CompressedCache(model, exact), shapes, tokens, batch, model)
     for bits in rates:
         cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype, turning=keys_turn(model)))
         yield f"live, {bits:g} bits", _filled(cache, shapes, tokens, batch, model)
 
 
 def _filled(cache: Cache, shapes: Shapes, tokens: int, batch: int, model: PreTrainedModel) -> Cache:
-    for layer_idx, both in enumerate(shapes):
-        for at in range(0, tokens, _PIECE):
-            keys, values = _noise(both, min(_PIECE, tokens - at), batch, model)
+    for layer_idx, slots in enumerate(shapes):
+        for start in range(0, tokens, _PIECE):
+            keys, values = _noise(slots, min(_PIECE, tokens - start), batch, model)
             cache.update(keys, values, layer_idx)
             layer = cache.layers[layer_idx]
             if isinstance(layer, CompressedLayer):
-                updated.set(None)
+                pending.clear()
                 layer.compact()
     return cache
 
 
 def _quantized(backend: Backend, model: PreTrainedModel, shapes: Shapes, tokens: int, batch: int) -> Cache | str:
-    """All at once, as a prefill gives it."""
-    stored = {i: _noise(both, tokens, batch, model) for i, both in enumerate(shapes)}
+    """Return a quantized cache filled at once, like by a prefill, or the reason why this is not possible."""
+    stored = {i: _noise(slots, tokens, batch, model) for i, slots in enumerate(shapes)}
     try:
         return Quantized(backend, 4).cache_of(SimpleNamespace(loaded=SimpleNamespace(model=model), stored=stored))
     except CodecError as error:
         return str(error)
 
 
-def _noise(both: tuple[tuple[int, int], tuple[int, int]], tokens: int, batch: int, model: PreTrainedModel) -> list[Tensor]:
-    return [torch.randn(batch, heads, tokens, dim, dtype=model.dtype, device=model.device) for heads, dim in both]
+def _noise(slots: tuple[tuple[int, int], tuple[int, int]], tokens: int, batch: int, model: PreTrainedModel) -> list[Tensor]:
+    return [torch.randn(batch, heads, tokens, dim, dtype=model.dtype, device=model.device) for heads, dim in slots]

@@ -1,7 +1,7 @@
-"""Records of residual adapters: what was trained, which operators came out, and what their truncation costs.
+"""Records of residual adapters: their training, the resulting operators, and the loss of truncating them.
 
-An adapter makes x_eff = M x with M = I + s·W_out W_in. Energies of M are of squared gains; energies of values or keys
-are of variance. The two stand beside each other and are never mixed.
+An adapter computes x_eff = M x with M = I + s·W_out W_in. The energy of M is a share of its squared singular values; the
+energy of keys and values is a share of their variance. They are different quantities with fields of their own.
 """
 
 from typing import Literal
@@ -15,23 +15,23 @@ Method = Literal["operator-svd", "operator-svd-centered", "random-basis", "adapt
 
 
 class Training(Record):
-    """How the adapters were trained; losses are means per token in the unit of `loss`."""
+    """The training of the adapters; losses are means per token in the unit of `loss`."""
 
     loss: LossName
-    loss_rank: int | None  # r of nll+tail and nll@rank
-    tail_weight: float | None  # of nll+tail, nats
+    loss_rank: int | None  # r of `nll+tail` and `nll@rank`
+    tail_weight: float | None  # of `nll+tail`, nats
     inner_rank: int
     scale: float  # s
     steps: int
     learning_rate: float
     parameters: int  # trained
-    losses: list[float]  # of each step's own batch
-    loss_before: float  # on the same first sequences of the training text
-    loss_after: float
+    losses: list[float]  # by step, on the batch of the step
+    loss_before: float  # on the first sequences of the training text
+    loss_after: float  # on the same sequences
 
     @property
     def warnings(self) -> list[str]:
-        """Says so where the loss did not go down."""
+        """A warning if training did not lower the loss."""
         if not self.steps or self.loss_after < self.loss_before:
             return []
         return [
@@ -41,12 +41,12 @@ class Training(Record):
 
 
 class Operator(Record):
-    """One layer's M [p, p] after training, beside the variance of the vectors before it and behind it."""
+    """M [p, p] of one layer after training, and the variance of the vectors before and after it."""
 
     layer_idx: int
     width: int  # p
     singular_values: list[float]  # gains, descending
-    unit_gains: int  # gains equal to 1 to rounding: at least p − 2 · inner rank, whatever was trained
+    unit_gains: int  # gains equal to 1 up to rounding: at least p − 2 · inner rank for any training
     condition_number: float
     energy: dict[int, float]  # r → share of Σσ² in the r largest; r/p for the identity
     effective_rank: float  # exp of the entropy of the singular values (Roy & Vetterli 2007)
@@ -56,7 +56,7 @@ class Operator(Record):
 
 
 class Truncation(Record):
-    """What a cache of r coefficients per layer costs; ΔNLL is against the same model with its uncompressed cache."""
+    """Loss of a cache of r coefficients per layer; ΔNLL is above the same model with its uncompressed cache."""
 
     method: Method
     rank: int
@@ -69,17 +69,17 @@ class AdapterRecord(StoredRecord):
     schema_version: Literal["eigencache.adapter/1"] = "eigencache.adapter/1"
     model: Model
     corpus: Corpus  # scored
-    calibration: Corpus  # trained on, and behind every basis
+    calibration: Corpus  # of training and of all bases
     protocol: ReadingProtocol
     run: Run
     target: Literal["v", "k"]  # k: before rotation
     training: Training
     operators: list[Operator]
     frozen_nll: float  # nats per token, uncompressed cache, no adapter
-    adapted_nll: float  # the same with the adapters
+    adapted_nll: float  # nats per token, uncompressed cache, with the adapters
     results: list[Truncation]
     warnings: list[str]
 
     def of(self, method: Method) -> list[Truncation]:
-        """The results of one method, by rank."""
+        """Return the results of one method, by ascending rank."""
         return sorted((r for r in self.results if r.method == method), key=lambda r: r.rank)

@@ -1,6 +1,6 @@
-"""Records of advice: which way of compressing a cache to choose within a budget, the evidence, and what is not known.
+"""Records of recommendations: the compression setting for a loss budget, the evidence, and the limitations.
 
-A way is chosen by the upper end of its interval on one part of the text; its loss is stated on another part.
+A setting is chosen by the upper end of its interval on one part of the text; its loss is stated on a held-out part.
 """
 
 import math
@@ -16,66 +16,79 @@ from eigencache.records.run import Corpus, Model, Run
 
 DEFAULT_PPL = "1%"
 WORDS = {"k": "K", "v": "V", "kv": "K and V", "latent": "the latent", "key_rope": "the rotary key"}
-_WHERE = {"pre": " before rotation", "post": " after rotation", "none": ""}
-_OVER = {"head": "one basis per head", "layer": "one basis per layer", "all": "one basis for all layers"}
+_FRAMES = {"pre": " before rotation", "post": " after rotation", "none": ""}
+_SCOPES = {"head": "one basis per head", "layer": "one basis per layer", "all": "one basis for all layers"}
 
 
 class Budget(Record):
-    """The loss that is allowed, in nats per token, and how the user put it."""
+    """The allowed loss."""
 
-    nats: float
-    given: str
+    nats: float  # per token
+    given: str  # as the user gave it
 
     @classmethod
     def of_nll(cls, text: str) -> Self:
-        """`0.01` nats per token. Raises `BudgetError`."""
-        what = f"`budget_nll` {text}"
-        nats = _number(text, f"{what}: give nats per token, such as 0.01")
+        """Read a budget in nats per token, such as `0.01`.
+
+        Raises:
+            BudgetError: `text` is not a finite number of at least 0.
+        """
+        given = f"`budget_nll` {text}"
+        nats = _number(text, f"{given}: give nats per token, such as 0.01")
         if nats < 0:
-            raise BudgetError(f"{what}: a budget below zero asks for a gain: give nats per token, such as 0.01")
+            raise BudgetError(f"{given}: a budget must not be negative: give nats per token, such as 0.01")
         return cls(nats=nats, given=f"--budget-nll {text}")
 
     @classmethod
     def of_ppl(cls, text: str) -> Self:
-        """`1%` or `0.01` of perplexity: ΔNLL = ln(1 + share). Raises `BudgetError`."""
-        what = f"`budget_ppl` {text}"
-        say = f"{what}: give a share of perplexity of at least 0 and below 100 %, such as 1% or 0.01"
+        """Read a perplexity increase, such as `1%` or `0.01`: ΔNLL = ln(1 + increase).
+
+        Raises:
+            BudgetError: `text` is not a share of at least 0 and below 1.
+        """
+        message = f"`budget_ppl` {text}: give a perplexity increase of at least 0 and below 100 %, such as 1% or 0.01"
         percent = text.strip().endswith("%")
-        share = _number(text.strip().removesuffix("%"), say) / (100 if percent else 1)
+        share = _number(text.strip().removesuffix("%"), message) / (100 if percent else 1)
         if not 0 <= share < 1:
-            raise BudgetError(say)
+            raise BudgetError(message)
         return cls(nats=math.log1p(share), given=f"--budget-ppl {text}")
 
 
-def _number(text: str, say: str) -> float:
+def _number(text: str, message: str) -> float:
     try:
         number = float(text)
     except ValueError as error:
-        raise BudgetError(say) from error
+        raise BudgetError(message) from error
     if not math.isfinite(number):
-        raise BudgetError(say)
+        raise BudgetError(message)
     return number
 
 
 class Candidate(Record):
-    """One way of compressing at one rank: what it is, what it cost where it was chosen, and what elsewhere."""
+    """One compression setting at one rank, with its loss on the part for choosing and on the held-out part."""
 
     name: str
     target: str
     scope: str
-    frame: str  # of keys: `pre` or `post` rotation; `none` where nothing that is compressed is rotated
+    frame: str  # of keys: `pre` or `post` rotation; `none` if no compressed tensor is rotated
     metric: str
     centered: Centered
     bits: int
-    rank: int  # coefficients per group
+    rank: int  # coefficients per head, layer or all layers, depending on the scope
     width: int  # full rank
-    target_ratio: float
-    choosing: Quality
-    stating: Quality | None = None
+    target_ratio: float  # bytes of the target in 16 bits / bytes of its coefficients
+    choosing: Quality  # on the part that the choice used
+    stating: Quality | None = None  # on the held-out part
 
     @classmethod
     def of(cls, series: SweepSeries, point: SweepPoint, rotated: bool) -> Self:
-        """A point of a sweep; `rotated`: whether the model rotates its keys."""
+        """Return the candidate of one point of a sweep.
+
+        Args:
+            series: The setting.
+            point: One of its ranks.
+            rotated: Whether the model rotates its keys.
+        """
         fields = ("target", "scope", "metric", "centered", "bits", "width")
         return cls(
             name=point.quality.codec,
@@ -87,113 +100,113 @@ class Candidate(Record):
         )
 
     def describe(self) -> str:
-        """`K before rotation and V, one basis per head, metric fisher, rank 12 of 32 in 8 bits`."""
-        where = _WHERE[self.frame]
-        what = f"K{where} and V" if self.target == "kv" and where else WORDS[self.target] + where
-        about = "" if self.centered else ", about zero"
+        """Return a phrase such as `K before rotation and V, one basis per head, metric fisher, rank 12 of 32 in 8 bits`."""
+        frame = _FRAMES[self.frame]
+        target = f"K{frame} and V" if self.target == "kv" and frame else WORDS[self.target] + frame
+        centering = "" if self.centered else ", uncentered"
         rank = "full rank" if self.rank == self.width else f"rank {self.rank} of {self.width}"
-        return f"{what}, {_OVER[self.scope]}, metric {self.metric}{about}, {rank} in {self.bits} bits"
+        return f"{target}, {_SCOPES[self.scope]}, metric {self.metric}{centering}, {rank} in {self.bits} bits"
 
     @property
     def upper_nats(self) -> float:
-        """Upper end of the interval on the choosing part; infinite where there were too few sequences for one."""
+        """Upper end of the interval on the part for choosing; infinite if there are too few sequences for an interval."""
         interval = self.choosing.delta_nll_interval
         return interval[1] if interval else math.inf
 
     @property
     def nbytes_per_token(self) -> float:
-        """Bytes held per encoded token, of all the model caches, the basis apart."""
+        """Bytes of the compressed cache per token, without the basis."""
         return self.choosing.encoded_nbytes / self.choosing.encoded_tokens
 
     @property
     def sixteen_bit_nbytes_per_token(self) -> float:
-        """Bytes of the same in 16 bits."""
+        """Bytes of the 16-bit cache per token."""
         return self.choosing.sixteen_bit_nbytes / self.choosing.encoded_tokens
 
     @property
-    def paid_back_tokens(self) -> int | None:
-        """Tokens of context from which the bytes saved exceed those of the basis; None where none are saved."""
+    def break_even_context(self) -> int | None:
+        """Context length in tokens whose saved bytes equal the basis; None if nothing is saved."""
         saved = self.sixteen_bit_nbytes_per_token - self.nbytes_per_token
         return math.ceil(self.choosing.basis_nbytes / saved) if saved > 0 else None
 
 
 class Evidence(Record):
-    """One line: a claim, the figure behind it, and where that comes from."""
+    """One line of evidence."""
 
     claim: str
-    figure: str
-    source: str
+    figure: str  # the number that supports the claim
+    source: str  # of the number
 
 
 class KeyBias(Record):
-    """How large the bias of one layer's keys is, before rotation, heads joined."""
+    """Size of the key bias of one layer, before rotation, heads concatenated."""
 
     layer_idx: int
     bias_norm: float
-    mean_key_norm: float  # over tokens, the bias included
-    largest_to_median: float  # of the bias's channels, by magnitude; infinite where the median is zero
+    mean_key_norm: float  # over tokens, with the bias
+    largest_to_median: float  # magnitude of the channels of the bias; infinite if the median is zero
 
     @property
     def share(self) -> float:
-        """Norm of the bias over the mean norm of the keys."""
+        """Norm of the bias / mean norm of the keys."""
         return self.bias_norm / self.mean_key_norm
 
 
 class KeyRounding(Record):
-    """Keys in fp8 or int8, values in 16 bits: the loss through the cache, with and without the mean taken out."""
+    """Loss of keys in fp8 or int8 and values in 16 bits."""
 
     kind: Literal["fp8", "int8"]
-    mean_out: bool
+    mean_out: bool  # whether the mean is subtracted first
     quality: Quality
 
 
 class Keys(Record):
-    """What biases do to the keys of a model, and to keys that are rounded."""
+    """Key biases of a model, and the loss of rounded keys."""
 
     biases: list[KeyBias]
     roundings: list[KeyRounding]
 
 
 class Advice(StoredRecord):
-    """What to do with a model's cache within a budget; `chosen` None: nothing that was measured qualifies."""
+    """The recommended compression setting for a loss budget; `chosen` None: no measured setting meets it."""
 
-    schema_version: Literal["eigencache.records.advice/1"] = "eigencache.records.advice/1"
-    subject: str  # what was asked about: a model, or the file of a record
+    schema_version: Literal["eigencache.advice/1"] = "eigencache.advice/1"
+    subject: str  # the model, or the file of a record
     model: Model
     budget: Budget
     protocol: ReadingProtocol
     calibration: Corpus
     choosing: Corpus
-    stating: Corpus | None  # None: advice from a sweep, chosen and stated on the same tokens
-    uncompressed_nll: float  # nats per token, on the choosing part
+    stating: Corpus | None  # held-out part; None for a recommendation from a sweep, on the tokens of the choice
+    uncompressed_nll: float  # nats per token, on the part for choosing
     chosen: Candidate | None
-    others: list[Candidate]  # the best of every other target within the budget
-    nearest: Candidate | None  # where nothing qualifies: the one with the lowest upper end
-    keys: Keys | None  # None: no biases of keys, or not measured
+    others: list[Candidate]  # the best within the budget of every other target
+    nearest: Candidate | None  # if no setting meets the budget: the one with the lowest upper end
+    keys: Keys | None  # None: no key biases, or not measured
     evidence: list[Evidence]
-    unknown: list[str]
-    sweeps: dict[str, SweepRecord]  # every point behind the advice, by pass
+    unknown: list[str]  # limitations
+    sweeps: dict[str, SweepRecord]  # all measured points, by pass
     run: Run
     warnings: list[str]
 
     @property
     def holds(self) -> bool | None:
-        """Whether the chosen way's interval stays within the budget on the stating part; None where nothing tells."""
-        stated = self.chosen.stating if self.chosen else None
-        if stated is None or stated.delta_nll_interval is None:
+        """Whether the held-out interval of the chosen setting is within the budget; None if there is no interval."""
+        held_out = self.chosen.stating if self.chosen else None
+        if held_out is None or held_out.delta_nll_interval is None:
             return None
-        return stated.delta_nll_interval[1] <= self.budget.nats
+        return held_out.delta_nll_interval[1] <= self.budget.nats
 
 
 class Verdict(Record):
-    """What a report says about compressing one model: advice, or why there is none."""
+    """The verdict of a report on one model: a recommendation, or the reason why there is none."""
 
     advice: Advice | None = None
     reason: str = ""
 
 
 class ReportRecord(StoredRecord):
-    """What stands behind one report: the probes, and a verdict on each where verdicts were asked for."""
+    """The data of one report: the probes, and a verdict on each if compression was measured."""
 
     schema_version: Literal["eigencache.report/1"] = "eigencache.report/1"
     probes: list[ProbeRecord]

@@ -1,4 +1,4 @@
-"""Base of all records: what is written to JSON is read back equal, and a damaged file is refused by name."""
+"""The base of all records, which are read back from JSON as they were written, and writing of whole files."""
 
 import os
 import tempfile
@@ -9,32 +9,36 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from eigencache.errors import OutputError, RecordError
 
-Scope = Literal["head", "layer", "all"]
-
-
+Scope = Literal["head", "layer", "all"]  # what one basis or spectrum is over
 SCOPES: tuple[Scope, ...] = ("head", "layer", "all")
-
-
-Interval = tuple[float, float]
-Centered = Annotated[bool, Field(validation_alias=AliasChoices("centered", "centred"))]  # read in either spelling
+Interval = tuple[float, float]  # lower and upper end
+Centered = Annotated[bool, Field(validation_alias=AliasChoices("centered", "centred"))]  # files have either spelling
 
 
 class Record(BaseModel):
-    """Base of all records: unknown fields are refused, infinities survive JSON."""
+    """Base of all records: unknown fields are refused, and infinities survive JSON."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", val_json_bytes="utf8")
 
 
 class StoredRecord(Record):
-    """A record that is a file of its own: it names its schema, and is read back equal or refused."""
+    """A record that is stored in a file, with the id of its schema."""
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON; the file appears whole or not at all."""
+        """Write the record as JSON, completely or not at all.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
         write_whole(path, self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read back what `save` wrote. Raises `RecordError`, naming the file and the first field at fault."""
+        """Read a record that `save` wrote.
+
+        Raises:
+            RecordError: The file cannot be read, or is not a record of this schema; the message names the first bad field.
+        """
         path = Path(path)
         schema = cls.model_fields["schema_version"].default
         try:
@@ -48,7 +52,15 @@ class StoredRecord(Record):
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file completely or not at all, also when interrupted. Raises `OutputError`."""
+    """Write a file completely or not at all, also if interrupted; missing folders are made.
+
+    Args:
+        path: The file.
+        data: Its contents.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

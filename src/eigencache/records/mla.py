@@ -1,14 +1,14 @@
-"""Records of an MLA latent against its expansion."""
+"""The result of comparing the latent cache of an MLA model with a cache of expanded keys and values."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LatentComparison:
-    """Bytes per token of both ways to cache, and how far their logits are apart."""
+    """Bytes per token of both caches, and the difference of their logits."""
 
-    latent_nbytes: int  # latent and rotary key, 16 bit
-    expanded_nbytes: int  # keys and values of all heads, 16 bit
+    latent_nbytes: int  # latent and rotary key, 16 bits
+    expanded_nbytes: int  # keys and values of all heads, 16 bits
     tokens: int  # compared
-    largest_difference: float  # of any logit
-    largest_logit: float
+    largest_difference: float  # absolute, of any logit
+    largest_logit: float  # absolute

@@ -1,8 +1,8 @@
-"""Typed, versioned results: what is written to JSON is read back equal, and a damaged file is refused by name.
+"""Records of a probe: spectra of the cached tensors, and the figures of the original probe.
 
-A statistic without its frame, centering and scope is meaningless (THEORY 1), so every `Spectrum` carries all three,
-together with how much data stands behind it. Rates of a share are fractions in [0, 1]. `None` means: the data
-could not support this number, and `refusals` of the record says why.
+A statistic has no meaning without its frame, centering and scope (THEORY 1), so every `Spectrum` has all three, and the
+amount of data it rests on. Shares are in [0, 1]. `None`: withheld, because the sample cannot support the number;
+`refusals` gives the reason.
 """
 
 from typing import Literal
@@ -13,88 +13,88 @@ from eigencache.records.run import Corpus, Model, Run
 
 
 class Spectrum(Record):
-    """The spectrum of one kind in one frame and scope, with every statistic of THEORY 3 and what supports it."""
+    """The spectrum of one tensor at one scope, with the statistics of THEORY 3 and their support."""
 
     layer_idx: int | None  # None at scope `all`
     head: int | None  # None at scopes `layer` and `all`
-    kind: str
-    frame: str
+    kind: str  # such as `keys`, `values`, `latent`
+    frame: str  # `pre_rope`, `post_rope` or `unrotated`
     scope: Scope
     centered: Centered
     width: int  # p
-    vectors: int  # n: tokens that were summed up
-    effective_vectors: float | None  # n_eff <= n, autocorrelation discounted; None with too few sequences
-    distinct_contexts: int  # distinct 8-grams behind the vectors: no more independent rows than these
-    support: float  # min(n_eff, distinct contexts) / p: below 10 ranks are doubtful, below 1 they are refused
-    eigenvalues: list[float]  # descending, all p of them
-    energy: dict[int, float]  # k -> share of the sum of the leading k
-    held_out_energy: dict[int, float] | None  # the same on sequences the basis has not seen
-    rank_90: int | None
+    vectors: int  # n, tokens in the moments
+    effective_vectors: float | None  # n_eff ≤ n, corrected for autocorrelation; None with too few sequences
+    distinct_contexts: int  # distinct 8-grams of the text: an upper bound of the independent vectors
+    support: float  # min(n_eff, distinct_contexts) / p; below 10 ranks are doubtful, below 1 withheld
+    eigenvalues: list[float]  # all p, descending
+    energy: dict[int, float]  # k → share of the sum in the leading k
+    held_out_energy: dict[int, float] | None  # k → the same on held-out sequences
+    rank_90: int | None  # smallest k with 90 % of the energy
     rank_95: int | None
     rank_99: int | None
     effective_rank: float | None  # exp of the entropy of the singular values (Roy & Vetterli 2007)
-    effective_rank_eigen: float | None  # the same of the eigenvalues
+    effective_rank_eigen: float | None  # exp of the entropy of the eigenvalues
     participation_ratio: float | None
     stable_rank: float | None
     condition_number: float | None  # sqrt(first / last eigenvalue); infinite is possible
     mean_norm: float  # norm of the mean vector
-    mean_share: float  # |mean|^2 / E|x|^2: what a shared offset carries
+    mean_share: float  # |mean|² / E|x|²
     spread: float  # max / min standard deviation (root mean square if uncentered) over raw dimensions
-    spread_p95_p5: float  # the same between the 95th and 5th percentiles
-    null_edge: float | None  # Marchenko-Pastur upper edge of white noise of the same total
-    null_eigenvalues: list[float] | None  # its expected eigenvalues, descending, at most 256 of them
-    above_null: int | None  # eigenvalues above the edge
-    split_half: float | None  # mean squared cosine of the principal angles of the halves' leading rank_90 subspaces
-    intervals: dict[str, Interval] = {}  # statistic -> 95 % bootstrap interval over sequences
-    refusals: list[str] = []
+    spread_p95_p5: float  # ratio of the 95th to the 5th percentile of the same
+    null_edge: float | None  # upper edge of the Marchenko–Pastur law of white noise with the same total variance
+    null_eigenvalues: list[float] | None  # expected eigenvalues of that noise, descending, at most 256
+    above_null: int | None  # number of eigenvalues above the edge
+    split_half: float | None  # mean squared cosine of the principal angles between the rank_90 subspaces of two halves
+    intervals: dict[str, Interval] = {}  # statistic → 95 % interval, bootstrap over sequences
+    refusals: list[str] = []  # reasons for withheld statistics
     warnings: list[str] = []
 
     @property
     def name(self) -> str:
-        """Kind and frame in one word, such as `keys_pre_rope`."""
+        """Name of the tensor: kind and frame, such as `keys_pre_rope`."""
         return tensor_name(self.kind, self.frame)
 
 
 class FrameComparison(Record):
-    """How much of a layer's key spread is the rotation of a shared mean (RoPE models only)."""
+    """Spread and variance of the keys of one layer before and after rotation (models with RoPE only)."""
 
     layer_idx: int
     kind: str
-    spread_post_rope: float  # std over raw dimensions, as a Hugging Face cache holds them
+    spread_post_rope: float  # max / min standard deviation over raw dimensions, of keys as cached
     spread_pre_rope: float
-    spread_pre_rope_uncentered: float  # root mean square instead of std: the mean counted in
+    spread_pre_rope_uncentered: float  # of the root mean square instead of the standard deviation
     variance_post_rope: float  # total variance after rotation
     variance_pre_rope: float
-    rotated_mean_share: float  # (variance_post - variance_pre) / variance_post: spread that rotation of the mean makes
+    rotated_mean_share: float  # (variance_post − variance_pre) / variance_post: variance that rotating the mean causes
     rank_90_post_rope: int | None
     rank_90_pre_rope: int | None
 
 
 class ClassicRow(Record):
-    """The historic probe: centered, post-RoPE, heads concatenated, averaged over layers, in-sample."""
+    """A row of the original probe: centered, post-RoPE, heads concatenated, in-sample, mean over layers."""
 
     kind: str
     text: str
     vectors: int
     energy_16: float
     energy_32: float
-    rank_99: float  # what the old tables called effective rank
+    rank_99: float  # the original tables call it effective rank
     assessment: str
 
 
 class ScoreRecord(Record):
-    """How well a model predicts held-out text, and whether it copies from its context."""
+    """Held-out loss of one model, and its accuracy in copying from the context."""
 
     model: str
     corpus: Corpus
     loss_nats: float  # per token, over all positions
-    loss_by_position: dict[int, float]  # upper end of a range of positions -> nats per token in it
-    copy_accuracy: float
+    loss_by_position: dict[int, float]  # upper end of a range of positions → nats per token
+    copy_accuracy: float  # share of tokens
     run: Run
 
 
 class ProbeRecord(StoredRecord):
-    """Everything one probe of one model found."""
+    """The result of one probe of one model."""
 
     schema_version: Literal["eigencache.probe/1"] = "eigencache.probe/1"
     model: Model
@@ -113,7 +113,15 @@ class ProbeRecord(StoredRecord):
         head: int | None = None,
         centered: bool | None = True,
     ) -> list[Spectrum]:
-        """All spectra that match; an argument that is None matches everything."""
+        """Return all matching spectra; an argument of None matches everything.
+
+        Args:
+            name: Name of the tensor, such as `keys_pre_rope`.
+            scope: `head`, `layer` or `all`.
+            layer_idx: Index of the layer.
+            head: Index of the KV head.
+            centered: Whether the mean was subtracted.
+        """
         return [
             s
             for s in self.spectra
@@ -126,5 +134,5 @@ class ProbeRecord(StoredRecord):
 
     @property
     def names(self) -> list[str]:
-        """The captured tensors in the order of capture, such as `keys_pre_rope`, `keys_post_rope`, `values`."""
+        """Names of the captured tensors in order of capture, such as `keys_pre_rope`, `keys_post_rope`, `values`."""
         return list(dict.fromkeys(s.name for s in self.spectra))

@@ -1,4 +1,4 @@
-"""How a result came about: versions, machine, wall time and peak memory, for every record."""
+"""Measure the cost of a study and describe its machine and versions, for the `run` of its record."""
 
 import platform
 import sys
@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 
 class Stopwatch:
-    """Wall time of a study and of the parts of it that `timed` surrounds."""
+    """Wall time of a study, and of its forward passes: the blocks inside `with watch:`."""
 
     def __init__(self) -> None:
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -32,7 +32,12 @@ class Stopwatch:
         self.inside += time.perf_counter() - self._entered
 
     def run(self, seed: int, settings: dict[str, str | int | float | bool | None]) -> Run:
-        """The record of a run that ends now."""
+        """Return the record of a run that ends now.
+
+        Args:
+            seed: Seed of the study.
+            settings: Settings of the study.
+        """
         return Run(
             eigencache=version("eigencache"),
             python=platform.python_version(),
@@ -50,7 +55,7 @@ class Stopwatch:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB; on an accelerator, what was allocated there; 0 on Windows."""
+    """Return the peak memory of this process in MB: on a GPU, of the memory allocated there; 0 on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0

@@ -1,7 +1,7 @@
-"""Records of quality through the cache: losses per sequence, what they say together, and curves over ranks.
+"""Records of model quality with a compressed cache: losses, sweeps over ranks, generation, retrieval and bytes.
 
-Differences are compressed minus uncompressed on the same tokens, so a positive ΔNLL is a loss. Intervals are 95 %
-bootstrap intervals over sequences, paired.
+Differences are compressed minus uncompressed on the same tokens: a positive ΔNLL is a loss. Intervals are 95 %, from a
+paired bootstrap over sequences.
 """
 
 import math
@@ -13,35 +13,37 @@ from eigencache.records.run import Corpus, Model, Run
 
 
 class ReadingProtocol(Record):
-    """How a text was read through the cache: in pieces, what lies before each piece and its window held encoded."""
+    """How a text is read through the cache: a compressed prefix and the rest, or chunk by chunk."""
 
     kind: Literal["prefix", "chunked"]
     length: int  # tokens of the prefix, or of each chunk
-    window: int = 0  # most recent tokens that stay as they are
-    block: int = 1  # least tokens that are encoded at a time
-    step: int = 0  # behind a prefix, tokens that are read at a time, all before them held encoded; 0: all
+    window: int = 0  # most recent tokens that stay uncompressed
+    block: int = 1  # tokens that are compressed at a time, at least
+    step: int = 0  # of a prefix protocol: tokens after the prefix that are read at a time; 0: all at once
 
     def describe(self) -> str:
-        """One line for tables."""
+        """Return the protocol as one line for tables."""
         if self.kind == "prefix":
             rest = (
-                f"the rest scored {self.step:,} at a time, all before them held encoded" if self.step else "the rest scored"
+                f"the rest scored {self.step:,} at a time with everything before them compressed"
+                if self.step
+                else "the rest scored"
             )
-            return f"prefix of {self.length:,} tokens encoded and decoded, {rest}"
-        return f"chunks of {self.length:,}, all older than {self.window:,} tokens held encoded"
+            return f"prefix of {self.length:,} tokens compressed, {rest}"
+        return f"chunks of {self.length:,} tokens, all but the {self.window:,} most recent tokens compressed"
 
 
 class SequenceLoss(Record):
-    """Sums over the scored tokens of one sequence for one codec."""
+    """Sums over the scored tokens of one sequence, for one codec."""
 
     tokens: int
     nll: float  # nats
     kl: float  # nats, KL(uncompressed ‖ compressed)
-    agree: int  # tokens where both rank the same token first
+    agree: int  # tokens with the same most likely token
 
 
 class Quality(Record):
-    """What one codec costs: bytes that exist against loss through the cache."""
+    """Loss and bytes of one codec on one text."""
 
     codec: str
     tokens: int  # scored
@@ -50,11 +52,11 @@ class Quality(Record):
     delta_nll: float  # nats per token above the uncompressed cache
     delta_nll_interval: Interval | None  # None with fewer than 8 sequences
     kl: float  # nats per token
-    top1_agreement: float  # share of tokens
-    encoded_tokens: int  # positions that were held encoded, all sequences
-    encoded_nbytes: int  # bytes that were held for them
-    sixteen_bit_nbytes: int  # bytes of 16-bit keys and values (or latent and rotary key) of the same positions
-    basis_nbytes: int  # held once: bases, means
+    top1_agreement: float  # share of tokens with the same most likely token
+    encoded_tokens: int  # that were compressed, over all sequences
+    encoded_nbytes: int  # of their compressed cache
+    sixteen_bit_nbytes: int  # of the same tokens in 16 bits: keys and values, or latent and rotary key
+    basis_nbytes: int  # stored once: bases, means
 
     @property
     def perplexity_increase(self) -> float:
@@ -63,12 +65,12 @@ class Quality(Record):
 
     @property
     def compression_ratio(self) -> float:
-        """16-bit bytes of K and V over bytes held, the basis apart."""
+        """Bytes of the 16-bit cache / bytes of the compressed cache; the basis is not included."""
         return self.sixteen_bit_nbytes / self.encoded_nbytes
 
     @property
-    def paid_back_at(self) -> int | None:
-        """Tokens whose saved bytes are as many as the basis; None where nothing is saved."""
+    def break_even_context(self) -> int | None:
+        """Context length in tokens whose saved bytes equal the basis; None if nothing is saved."""
         saved = (self.sixteen_bit_nbytes - self.encoded_nbytes) / self.encoded_tokens
         return math.ceil(self.basis_nbytes / saved) if saved > 0 else None
 
@@ -76,13 +78,13 @@ class Quality(Record):
 class SweepPoint(Record):
     """One rank of a series."""
 
-    rank: int  # coefficients per group: per head, per layer or for all layers, by scope
-    target_ratio: float  # 16-bit bytes of what the target holds over the bytes of its coefficients
+    rank: int  # coefficients per head, per layer or for all layers, depending on the scope
+    target_ratio: float  # bytes of the target in 16 bits / bytes of its coefficients
     quality: Quality
 
 
 class SweepSeries(Record):
-    """One way of compressing, at several ranks; ranks ascending."""
+    """One compression setting at several ranks, ascending."""
 
     name: str
     target: str
@@ -99,7 +101,7 @@ class SweepSeries(Record):
 
 
 class SweepRecord(StoredRecord):
-    """Quality against rank and bytes, for several ways of compressing one model's cache directly."""
+    """Loss and bytes by rank, for several compression settings of the cache of one model."""
 
     schema_version: Literal["eigencache.sweep/1"] = "eigencache.sweep/1"
     model: Model
@@ -113,69 +115,69 @@ class SweepRecord(StoredRecord):
 
 
 class Divergence(Record):
-    """Where greedy generation through a codec parts from the uncompressed one, prompt by prompt."""
+    """Where greedy generation with a codec differs from that of the uncompressed cache, by prompt."""
 
     codec: str
     prompt_tokens: int
     new_tokens: int  # generated per prompt
-    tokens_until_parting: list[int]  # per prompt: equal tokens before the first other one; new_tokens if there is none
-    agreement: list[float]  # per prompt: share of positions with equal tokens
+    tokens_until_parting: list[int]  # by prompt: tokens before the first difference; `new_tokens` if there is none
+    agreement: list[float]  # by prompt: share of equal tokens
 
     @property
     def mean_tokens_until_parting(self) -> float:
-        """Over prompts; those that never part count with new_tokens."""
+        """Mean over prompts; one without a difference counts with `new_tokens`."""
         return statistics.fmean(self.tokens_until_parting)
 
     @property
     def median_tokens_until_parting(self) -> float:
-        """Over prompts; those that never part count with new_tokens."""
+        """Median over prompts; one without a difference counts with `new_tokens`."""
         return statistics.median(self.tokens_until_parting)
 
     @property
     def mean_agreement(self) -> float:
-        """Over prompts, a share."""
+        """Mean share of equal tokens over prompts."""
         return statistics.fmean(self.agreement)
 
     @property
     def median_agreement(self) -> float:
-        """Over prompts, a share."""
+        """Median share of equal tokens over prompts."""
         return statistics.median(self.agreement)
 
     @property
     def never_parted(self) -> int:
-        """Prompts whose answers are equal to the end."""
+        """Number of prompts without a difference."""
         return sum(tokens == self.new_tokens for tokens in self.tokens_until_parting)
 
 
 class Accuracy(Record):
-    """How many examples of a task are answered exactly."""
+    """Number of examples of a task that are answered exactly."""
 
     codec: str
     correct: int
     examples: int
-    interval: Interval  # 95 %, Wilson's, of the accuracy
+    interval: Interval  # 95 %, Wilson score interval of the accuracy
 
     @property
     def accuracy(self) -> float:
-        """A share of the examples."""
+        """Share of the examples that are answered exactly."""
         return self.correct / self.examples
 
 
 class Retrieval(Record):
-    """One retrieval task at one length and depth: the uncompressed cache, and codecs on the same examples."""
+    """One retrieval task at one length and depth, with the uncompressed cache and with codecs on the same examples."""
 
     task: str
     length: int  # tokens of the context
-    depth: float | None  # where what is asked for lies, from 0 (start) to 1 (end); None where it lies all over
+    depth: float | None  # position of the answer in the context, from 0 (start) to 1 (end); None if it is spread out
     answer_tokens: int
-    chance: float  # accuracy of taking a place of the right kind at random
-    threshold: float  # the lower end of the uncompressed interval must lie above it
-    applicable: bool  # whether it does: if not, the model cannot do the task, and no codec is scored
+    chance: float  # accuracy of guessing
+    threshold: float  # that the lower end of the uncompressed interval must exceed
+    applicable: bool  # whether it does; if not, the model fails the task, and no codec is scored
     uncompressed: Accuracy
     results: list[Accuracy]
 
     def describe(self) -> str:
-        """One line for tables: accuracies, or that the task is not applicable."""
+        """Return the accuracies as one line for tables, or that the task is not applicable."""
         if not self.applicable:
             return f"not applicable: uncompressed accuracy {self.uncompressed.accuracy:.2f}"
         return ", ".join(f"{a.codec} {a.accuracy:.2f}" for a in (self.uncompressed, *self.results))
@@ -185,23 +187,23 @@ class LedgerRow(Record):
     """Bytes of one sequence at one context length (THEORY 11)."""
 
     context: int  # tokens
-    sixteen_bit_nbytes: int  # K and V, or latent and rotary key
-    payload_nbytes: int  # everything held per token, scales included
-    basis_nbytes: int  # held once, for all sequences
+    sixteen_bit_nbytes: int  # keys and values, or latent and rotary key
+    payload_nbytes: int  # of the compressed cache, with scales
+    basis_nbytes: int  # stored once for all sequences
 
     @property
     def ratio(self) -> float:
-        """Without the basis, which many sequences share."""
+        """Bytes of the 16-bit cache / bytes of the compressed cache; the basis is not included."""
         return self.sixteen_bit_nbytes / self.payload_nbytes
 
     @property
     def ratio_with_basis(self) -> float:
-        """With the basis, as if there were this sequence alone."""
+        """Bytes of the 16-bit cache / bytes of the compressed cache and the basis, for a single sequence."""
         return self.sixteen_bit_nbytes / (self.payload_nbytes + self.basis_nbytes)
 
 
 class Likelihood(Record):
-    """Codecs under one protocol, each against the uncompressed cache."""
+    """Losses of codecs with one protocol, relative to the uncompressed cache."""
 
     protocol: ReadingProtocol
     uncompressed_nll: float  # nats per token
@@ -209,7 +211,7 @@ class Likelihood(Record):
 
 
 class EvaluationRecord(StoredRecord):
-    """What codecs of one model do to what it says: likelihood, generation, retrieval, and their bytes."""
+    """Effect of codecs on one model: likelihood, generation, retrieval, and bytes."""
 
     schema_version: Literal["eigencache.evaluation/1"] = "eigencache.evaluation/1"
     model: Model
@@ -219,5 +221,5 @@ class EvaluationRecord(StoredRecord):
     likelihood: list[Likelihood]
     divergence: list[Divergence]
     retrieval: list[Retrieval]
-    ledgers: dict[str, list[LedgerRow]]  # codec → context lengths ascending
+    ledgers: dict[str, list[LedgerRow]]  # codec → rows by ascending context length
     warnings: list[str]

@@ -1,25 +1,25 @@
-"""The text, the model and the run behind a result."""
+"""Records of the text, the model and the run of a result; every stored record contains them."""
 
 from eigencache.geometry import KVGeometry
 from eigencache.records.base import Record
 
 
 class Corpus(Record):
-    """Which text stands behind a result."""
+    """The text of a result, as it was tokenized."""
 
     name: str
-    sha256: str  # of the text that was read
-    tokens: int  # used, padding not counted
+    sha256: str  # of the text
+    tokens: int  # used, without padding
     sequences: int
-    max_length: int
+    max_length: int  # tokens of a sequence, at most
     distinct_token_ids: int
     distinct_8grams: int
-    repetition: float  # 1 - distinct 8-grams / 8-grams: 0 for text that never repeats
+    repetition: float  # 1 − distinct 8-grams / 8-grams: 0 for text without repetition
     warnings: list[str] = []
 
 
 class Model(Record):
-    """Which model stands behind a result."""
+    """The model of a result."""
 
     name: str
     architecture: str
@@ -32,9 +32,9 @@ class Model(Record):
 
 
 class Run(Record):
-    """How a result came about."""
+    """Versions, settings and cost of the run of a result."""
 
-    eigencache: str
+    eigencache: str  # version, like the next four
     python: str
     torch: str
     transformers: str
@@ -44,5 +44,5 @@ class Run(Record):
     settings: dict[str, str | int | float | bool | None]
     started: str  # ISO 8601, UTC
     wall_s: float
-    forward_s: float  # of it in the model's forward passes
+    forward_s: float  # part of `wall_s` in forward passes of the model
     peak_memory_mb: float

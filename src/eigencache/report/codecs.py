@@ -1,68 +1,50 @@
-"""A fitted codec in one table: what it holds at several lengths, what it loses, and what is held once."""
+"""The table that `eigencache fit` prints: bytes of one sequence by context length, with size and loss in the notes."""
 
-from collections.abc import Sequence
-
-from eigencache.codec.byte_ledger import CONTEXTS, ledger, paid_back_at
-from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.card import Expected
-from eigencache.kernels.packed.format import BLOCK
+from eigencache.records.fit import Expected, FittedEigenRecord, FittedLiveRecord, FittedRecord
 from eigencache.report.core.table import Table
 
-
-def codec_table(
-    model: str, codec: EigenCodec, expected: Expected, values_per_token: int, warnings: Sequence[str] = ()
-) -> Table:
-    """Bytes of one sequence as the context grows; size and loss in the notes, with the tokens behind them."""
-    notes = (
-        _loss(expected),
-        f"{codec.transform.coefficients:,} of {values_per_token:,} coefficients are coded, {codec.kept.sinks} sinks and a "
-        f"window of {codec.kept.window} kept in {codec.kept.bits} bits. {_held_once(codec, values_per_token, expected)}",
-    )
-    return _table(model, codec, values_per_token, notes, warnings, expected.coded_bits)
+_COLUMNS = ("Context", "16-bit bytes", "Bytes", "Bits per value", "Ratio", "Ratio with side information")
 
 
-def live_table(model: str, codec: LiveCodec, expected: Expected, values_per_token: int) -> Table:
-    """The same of the codec of a live cache."""
-    notes = (
-        _loss(expected),
-        f"{codec.bits_per_value:.3f} bits per packed value; {codec.sinks} sinks and up to {codec.window + BLOCK - 1} last "
-        f"tokens in 16 bits. {_held_once(codec, values_per_token, expected)}",
-    )
-    return _table(model, codec, values_per_token, notes)
+def codec_table(record: FittedEigenRecord) -> Table:
+    """Return the bytes of one sequence by context length for a fitted `EigenCodec`."""
+    kept = f"{record.sinks} sinks and a window of {record.window} tokens are stored in {record.kept_bits} bits."
+    coded = f"{record.coded_coefficients:,} of {record.values_per_token:,} coefficients per token are coded; {kept}"
+    return _table(record, f"{coded} {_stored_once(record)}")
 
 
-def _table(
-    model: str,
-    codec: EigenCodec | LiveCodec,
-    values_per_token: int,
-    notes: tuple[str, ...],
-    warnings: Sequence[str] = (),
-    coded_bits: float | None = None,
-) -> Table:
+def live_table(record: FittedLiveRecord) -> Table:
+    """Return the bytes of one sequence by context length for a fitted `LiveCodec`."""
+    kept = f"{record.sinks} sinks and at most {record.longest_window} most recent tokens are stored in 16 bits."
+    return _table(record, f"{record.packed_bits_per_value:.3f} bits per packed value; {kept} {_stored_once(record)}")
+
+
+def _table(record: FittedRecord, note: str) -> Table:
     rows = tuple(
         (
             f"{row.context:,}",
             f"{row.sixteen_bit_nbytes:,}",
             f"{row.payload_nbytes:,}",
-            f"{8 * row.payload_nbytes / (row.context * values_per_token):.3f}",
+            f"{8 * row.payload_nbytes / (row.context * record.values_per_token):.3f}",
             f"{row.ratio:.1f}",
             f"{row.ratio_with_basis:.1f}",
         )
-        for row in ledger(codec, values_per_token, CONTEXTS, coded_bits=coded_bits)
+        for row in record.ledger
     )
-    columns = ("Context", "16 bit", "Held", "Bits per value", "Ratio", "with what is held once")
-    return Table(f"{model}: {codec.name}", columns, rows, notes=notes, warnings=tuple(warnings))
+    title = f"{record.model}: {record.codec}"
+    return Table(title, _COLUMNS, rows, notes=(_loss(record.expected), note), warnings=tuple(record.warnings))
 
 
-def _held_once(codec: EigenCodec | LiveCodec, values_per_token: int, expected: Expected) -> str:
-    """What comes on top of every sequence's bytes, once, and how long one sequence must be to make up for it."""
-    bits = expected.coded_bits if isinstance(codec, EigenCodec) else None
-    tokens = paid_back_at(codec, values_per_token, coded_bits=bits)
-    when = "none is long enough to make up for them" if tokens is None else f"one of {tokens:,} tokens makes up for them"
+def _stored_once(record: FittedRecord) -> str:
+    """State the size of the side information and the context length from which it pays."""
+    if record.break_even_context is None:
+        pays = "no sequence is long enough to break even"
+    else:
+        pays = f"break-even context: {record.break_even_context:,} tokens"
+    sixteen_bit_tokens = record.stored_once_nbytes / (2 * record.values_per_token)
     return (
-        f"{codec.nbytes:,} bytes are held once for all sequences, as many as {codec.nbytes / (2 * values_per_token):,.0f} "
-        f"tokens in 16 bits; {when}."
+        f"Side information: {record.stored_once_nbytes:,} bytes, stored once for all sequences "
+        f"(the 16-bit cache of {sixteen_bit_tokens:,.0f} tokens); {pays}."
     )
 
 
@@ -70,6 +52,6 @@ def _loss(expected: Expected) -> str:
     interval = expected.delta_nll_interval
     loss = f"{expected.delta_nll:+.4f} nats" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
     return (
-        f"Loses {loss}, KL {expected.kl:.4f}, top-1 {100 * expected.top1_agreement:.1f} %, on {expected.tokens:,} tokens "
-        "that nothing was fitted on, behind prefixes of half a sequence."
+        f"ΔNLL {loss} per token, KL {expected.kl:.4f} nats, top-1 agreement {100 * expected.top1_agreement:.1f} %, on "
+        f"{expected.tokens:,} held-out tokens; the first half of every sequence is compressed."
     )

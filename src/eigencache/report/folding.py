@@ -1,4 +1,4 @@
-"""Folded attention against decode-then-attend, as a table."""
+"""The table of folded attention compared with decoding before attention."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,20 @@ from eigencache.report.core.table import Table
 
 
 def folding_table(model: str, dtype: str, results: Sequence[FoldingResult]) -> Table:
-    """One row per target: what folding changes, beside what compression changes."""
+    """Return one row per codec: the change of the logits by folding and by compression, and cache bytes.
+
+    Args:
+        model: Name of the model.
+        dtype: Dtype of the computation.
+        results: One result per codec.
+    """
     columns = (
         "Compressed",
-        "Folded against decoded",
-        "Decoded against uncompressed",
+        "Folded vs decoded",
+        "Decoded vs uncompressed",
         "Largest logit",
-        "Cache bytes",
-        "Uncompressed",
+        "Folded cache bytes",
+        "Plain cache bytes",
     )
     rows = tuple(
         (
@@ -28,7 +34,7 @@ def folding_table(model: str, dtype: str, results: Sequence[FoldingResult]) -> T
         for result in results
     )
     notes = (
-        f"Largest difference of any logit over {results[0].tokens:,} tokens, computed in {dtype}. "
-        "Bytes: what the cache of the last sequence holds, in that dtype.",
+        f"Largest absolute difference of any logit over {results[0].tokens:,} tokens, computed in {dtype}. "
+        "Bytes: of the cache after the last sequence, in that dtype.",
     )
     return Table(f"{model}: attention on coefficients", columns, rows, notes=notes)

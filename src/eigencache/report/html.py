@@ -1,4 +1,4 @@
-"""One self-contained offline page: interactive figures, every number behind them, and loud warnings first."""
+"""The HTML report: one self-contained page with warnings, tables, interactive figures and the records as JSON."""
 
 import base64
 import gzip
@@ -10,54 +10,70 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from eigencache.records.advice import ReportRecord
 from eigencache.records.base import write_whole
 from eigencache.records.probe import ProbeRecord
 from eigencache.report.advice.verdict import Shown, short_table, shown
-from eigencache.report.core.lookup import loud_warnings
+from eigencache.report.core.drawing import require
+from eigencache.report.core.lookup import all_warnings
 from eigencache.report.core.measured import LEGEND, short_names
 from eigencache.report.core.palette import DARK, LIGHT
 from eigencache.report.probe.assess import RULE, assess
 from eigencache.report.probe.comparison import classic_table, compare_table
-from eigencache.report.probe.figures import Interactive, cross_figures, model_figures
-from eigencache.report.probe.tables import geometry_lines, probe_table, spread_sentences, spread_table
+from eigencache.report.probe.interactive import Interactive, cross_figures, model_figures
+from eigencache.report.probe.spread_table import spread_sentences, spread_table
+from eigencache.report.probe.tables import geometry_lines, probe_table
 
-_LAYERS = {  # shades from the first layer to the last
+_LAYERS = {  # color scale from the first layer to the last
     "light": [[68, 1, 84], [59, 82, 139], [33, 145, 140], [70, 160, 80]],
     "dark": [[180, 150, 255], [110, 170, 255], [80, 210, 190], [210, 230, 100]],
 }
 _METHOD = (
-    ("energy@k", "share of the sum of all eigenvalues in the leading k; held-out: basis from one half of the sequences, "
-     "energy on the other half, both ways, averaged"),
+    ("energy@k", "share of the sum of all eigenvalues in the leading k; held-out: the basis is from one half of the "
+     "sequences, the energy from the other half; mean of both ways"),
     ("effective rank", "exp(−Σ p ln p), p = σ/Σσ, σ the singular values (Roy & Vetterli 2007)"),
-    ("independent vectors", "n ÷ autocorrelation time of the leading directions (batch means over sequences), or the "
-     "distinct 8-token contexts where those are fewer; after rotation never more than before it"),
-    ("null", "white noise of the same total variance: Marchenko–Pastur with γ = dimensions ÷ independent vectors"),
+    ("independent vectors", "n / autocorrelation time of the leading directions (batch means over sequences), or the "
+     "number of distinct 8-token contexts if smaller; after rotation at most as many as before it"),
+    ("null", "white noise of the same total variance: Marchenko–Pastur with γ = dimensions / independent vectors"),
     ("intervals", "95 %, bootstrap over groups of whole sequences"),
-    ("spread", "largest over smallest standard deviation of the raw dimensions; p95/p5 beside it"),
-    ("! and —", "fewer than 10 independent vectors per dimension; the data cannot support the number"),
+    ("spread", "largest / smallest standard deviation of the raw dimensions; also the 95th / 5th percentile (p95/p5)"),
+    ("! and —", "doubtful: fewer than 10 independent vectors per dimension; withheld: the sample cannot support the number"),
 )  # fmt: skip
 
 
 def write_report(report: ReportRecord, path: str | Path) -> None:
-    """Write the page, whole or not at all. Raises `OutputError`."""
+    """Write the report as one HTML page, completely or not at all.
+
+    Args:
+        report: The probes and verdicts.
+        path: The file to write.
+
+    Raises:
+        OutputError: The file cannot be written.
+        MissingPackageError: plotly is not installed.
+    """
     write_whole(path, page(report).encode())
 
 
 def page(report: ReportRecord) -> str:
-    """The page as one string that loads nothing from anywhere."""
+    """Return the report as an HTML page that loads nothing from the network.
+
+    Raises:
+        MissingPackageError: plotly is not installed.
+    """
+    require("plotly", "HTML reports")
+    from plotly.offline import get_plotlyjs
+
     records = report.probes
     names = short_names(records)
     verdicts = dict(zip(names, map(shown, report.verdicts), strict=False))
     sections = [(name, record, model_figures(record)) for name, record in zip(names, records, strict=True)]
     across = cross_figures(records)
     figures = {figure.name: figure.data for figure in across}
-    figures |= {f"{name}-{figure.name}": figure.data for name, _, found in sections for figure in found}
+    figures |= {f"{name}-{figure.name}": figure.data for name, _, drawn in sections for figure in drawn}
     figures |= {f"{name}-{v.figure.name}": v.figure.data for name, v in verdicts.items() if v.figure}
     everything = report.model_dump_json().encode()
-    in_short = short_table(report, names)
+    summary = short_table(report, names)
     scripts = [
         _json("figures", figures),
         _json("palette", {"light": LIGHT, "dark": DARK, "layers": _LAYERS}),
@@ -67,22 +83,21 @@ def page(report: ReportRecord) -> str:
     ]
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in names)
     body = [
-        '<header><h1>What the KV cache holds</h1><p class="lead">Spectra of keys, values and latents as these models cache '
-        "them, and what compressing them costs, with the data behind every number. What the data cannot support is refused "
-        "or marked.</p>"
+        '<header><h1>Spectra and compressibility of the KV cache</h1><p class="lead">Spectra of the cached keys, values and '
+        "latents, and the loss of compressing them. Statistics that the sample cannot support are marked or withheld.</p>"
         f'<nav>{links}<a href="#method">method</a><button id="theme" type="button">Dark</button>'
         '<button id="json" type="button">All numbers (JSON)</button></nav></header><main>',
-        _warnings(f"{name}: {warning}" for name, record, _ in sections for warning in loud_warnings(record)),
-        in_short.html() if in_short else "",
+        _warnings(f"{name}: {warning}" for name, record, _ in sections for warning in all_warnings(record)),
+        summary.html() if summary else "",
         "<h2>Models compared</h2>",
         _assessments(records, names),
         replace(compare_table(records), notes=LEGEND).html(),
         _grid(across, ""),
-        "<h2>What a repeated text does</h2><p>The historic probe: centered, post-RoPE, heads joined, in-sample, on four "
-        "sentences repeated to fill 64 samples. Such a probe measures its own text. Beside it the same figure on this "
-        "text, and the figure that does not flatter.</p>",
+        "<h2>Bias of the original probe</h2><p>The original probe measured energy@32 in-sample (centered, post-RoPE, heads "
+        "concatenated) on four sentences repeated to fill 64 samples, so its numbers reflect the repetition. The tables "
+        "compare them with the same statistic on this text, and with held-out energy before rotation.</p>",
         *(classic_table(record).html() for record in records),
-        *(_section(name, record, found) + _verdict(name, verdicts.get(name)) for name, record, found in sections),
+        *(_section(name, record, drawn) + _verdict(name, verdicts.get(name)) for name, record, drawn in sections),
         _method(),
         "</main>",
         _footer(report),
@@ -103,7 +118,7 @@ def _packed(data: bytes) -> str:
 
 
 def _json(identity: str, data: Any) -> str:
-    """Data inside a script element: no string in it can end the element."""
+    """Return a script element with JSON data; no string in the data can end the element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{identity}">{text}</script>'
 
@@ -116,12 +131,13 @@ def _warnings(lines: Iterable[str]) -> str:
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     if not items:
         return ""
-    return f'<section class="warnings" role="note"><h3>What the data cannot support</h3><ul>{items}</ul></section>'
+    title = "Warnings: statistics that the sample cannot support"
+    return f'<section class="warnings" role="note"><h3>{title}</h3><ul>{items}</ul></section>'
 
 
 def _assessments(records: list[ProbeRecord], names: list[str]) -> str:
-    found = [(name, assess(record)) for name, record in zip(names, records, strict=True)]
-    rows = (f"<dt>{escape(n)}</dt><dd><b>{escape(a.verdict)}</b>: {escape('; '.join(a.reasons))}</dd>" for n, a in found)
+    assessed = [(name, assess(record)) for name, record in zip(names, records, strict=True)]
+    rows = (f"<dt>{escape(n)}</dt><dd><b>{escape(a.verdict)}</b>: {escape('; '.join(a.reasons))}</dd>" for n, a in assessed)
     return f'<div class="card"><dl>{"".join(rows)}</dl><p class="note">{escape(RULE)}</p></div>'
 
 
@@ -132,8 +148,8 @@ def _grid(figures: list[Interactive], prefix: str) -> str:
 def _figure(figure: Interactive, key: str) -> str:
     key, title = escape(key, quote=True), escape(figure.title)
     return (
-        f'<figure class="figure"><h3>{title}</h3><p class="says">{escape(figure.says)}</p>'
-        f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}: {escape(figure.says, quote=True)}"></div>'
+        f'<figure class="figure"><h3>{title}</h3><p class="caption">{escape(figure.caption)}</p>'
+        f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}: {escape(figure.caption, quote=True)}"></div>'
         f'<div class="foot"><button type="button" data-csv="{key}">CSV</button></div></figure>'
     )
 
@@ -150,7 +166,7 @@ def _section(name: str, record: ProbeRecord, figures: list[Interactive]) -> str:
     sentences = "".join(f"<p>{escape(sentence)}.</p>" for sentence in (*_rotation(record), *spread_sentences(record)))
     return (
         f'<h2 id="{_anchor(name)}">{escape(name)}</h2><div class="card"><ul>{lines}</ul>{_facts(facts)}</div>'
-        f"{_warnings(loud_warnings(record))}{_grid(figures, f'{name}-')}{sentences}"
+        f"{_warnings(all_warnings(record))}{_grid(figures, f'{name}-')}{sentences}"
         f"{probe_table(record).html()}{spread_table(record).html()}"
     )
 
@@ -160,26 +176,26 @@ def _verdict(name: str, verdict: Shown | None) -> str:
         return ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in verdict.lines)
     if not verdict.figure:
-        return f"<h3>What is compressible</h3>{lines}"
+        return f"<h3>Compressibility</h3>{lines}"
     safe, *points = (table.html() for table in verdict.compressible)
     ways, *behind = (table.html() for table in verdict.advice)
     return (
-        f"<h3>What is compressible, at what loss</h3>{safe}{_grid([verdict.figure], f'{name}-')}"
-        f"<details><summary>Every point that was measured</summary>{''.join(points)}</details>"
-        f"<h3>What to do</h3>{lines}{ways}"
-        f"<details><summary>The evidence, and what this does not know</summary>{''.join(behind)}</details>"
+        f"<h3>Compression ratio and loss</h3>{safe}{_grid([verdict.figure], f'{name}-')}"
+        f"<details><summary>All measured points</summary>{''.join(points)}</details>"
+        f"<h3>Recommendation</h3>{lines}{ways}"
+        f"<details><summary>Evidence and limitations</summary>{''.join(behind)}</details>"
     )
 
 
 def _rotation(record: ProbeRecord) -> tuple[str, ...]:
-    """How much of the keys' spread is rotation, in one sentence of this record's numbers."""
+    """Return a sentence on the share of the key variance that rotation causes; none for models without rotation."""
     if not record.frames:
         return ()
     shares = [frame.rotated_mean_share for frame in record.frames]
     mean = sum(shares) / len(shares)
     return (
-        f"Rotation turns the keys' shared mean into variance: it makes {mean:.0%} of the variance after rotation "
-        f"(mean of layers; {min(shares):.0%} to {max(shares):.0%}), which undoing the rotation and the mean removes",
+        f"Rotation turns the shared mean of the keys into variance: this is {mean:.0%} of the variance after rotation "
+        f"(mean over layers; {min(shares):.0%} to {max(shares):.0%}). Compressing keys before rotation avoids it",
     )
 
 
@@ -194,11 +210,11 @@ def _method() -> str:
 def _footer(report: ReportRecord) -> str:
     rows = []
     runs = [(record.model.name, "probe", record.run) for record in report.probes]
-    found = [verdict.advice for verdict in report.verdicts if verdict.advice]
-    for name, what, run in [*runs, *((a.model.name, "verdict", a.sweeps["given"].run) for a in found)]:
+    advised = [verdict.advice for verdict in report.verdicts if verdict.advice]
+    for name, part, run in [*runs, *((a.model.name, "verdict", a.sweeps["given"].run) for a in advised)]:
         settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
         rows.append(
-            f"{name}, {what}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "
+            f"{name}, {part}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "
             f"{run.peak_memory_mb:,.0f} MB, {run.machine}; eigencache {run.eigencache}, torch {run.torch}, transformers "
             f"{run.transformers}, Python {run.python}; seed {run.seed}; {settings}; {run.started}"
         )

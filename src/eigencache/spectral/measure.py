@@ -1,8 +1,7 @@
-"""From moments to a `Spectrum` record: every statistic of THEORY 3, and a refusal wherever the data are too few.
+"""Computation of a `Spectrum` record from moments: all statistics of THEORY 3, withheld where the sample is too small.
 
-Rules (THEORY 3.1). Support is min(n_eff, distinct contexts) / p. Below 1 no rank exists that the data could show:
-ranks are refused. Below 10 they are given with a warning; statistics of the spectrum's tail (rank at 99 %, condition
-number) are refused below 10 and given with a warning below 50.
+Rules (THEORY 3.1): support is min(n_eff, distinct contexts) / p. Ranks are withheld below a support of 1 and marked with a
+warning below 10. Statistics of the tail (rank at 99 %, condition number) are withheld below 10 and marked below 50.
 """
 
 import math
@@ -18,17 +17,17 @@ from eigencache.spectral import spectrum as sp
 from eigencache.spectral.moments import Moments, SecondOrder
 
 REFUSED_BELOW, DOUBTFUL_BELOW, TAIL_DOUBTFUL_BELOW = 1, 10, 50
-MIN_SEQUENCES = 8  # to tell how much the sequences' means vary
-MIN_FOLDS = 8  # to resample
+MIN_SEQUENCES = 8  # for an estimate of the variance of sequence means
+MIN_FOLDS = 8  # for a bootstrap
 LEADING = 8  # directions whose autocorrelation is measured
 REPLICATES = 500
 NULL_POINTS = 256
-WIDE = 512  # above it float32 is used for what only energies and intervals rest on
+WIDE = 512  # above this width, held-out energies and intervals are computed in float32
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a spectrum is of: everything without which its numbers mean nothing."""
+    """Identification of a spectrum: layer and head (None: all), kind and frame of the vectors, and scope."""
 
     layer_idx: int | None
     head: int | None
@@ -38,11 +37,19 @@ class Place:
 
 
 def effective_vectors(moments: Moments, total: SecondOrder, basis: Tensor, eigenvalues: Tensor) -> float | None:
-    """n_eff = n / (1 + 2Σρ_k), the autocorrelation time estimated by batch means with sequences as the batches.
+    """Return the effective sample size n_eff = n / (1 + 2Σρ_k), estimated by batch means over sequences.
 
-    The variance of the sequences' means over what independent vectors would give is 1 + 2Σ(1 − k/T)ρ_k (Flegal &
-    Jones 2010); averaged over the leading directions with their eigenvalues as weights, and never below 1. None
-    with fewer than 8 sequences.
+    The variance of the sequence means, divided by that of means of independent vectors, is 1 + 2Σ(1 − k/T)ρ_k (Flegal &
+    Jones 2010). It is averaged over the 8 leading directions, weighted by eigenvalue, and never below 1.
+
+    Args:
+        moments: Moments of one block; supplies the scatter of the sequence means.
+        total: Count of all folds of `moments`.
+        basis: Eigenvectors of the covariance [p, p], as columns.
+        eigenvalues: Eigenvalues of the covariance [p], descending.
+
+    Returns:
+        The effective number of vectors; None for fewer than 8 sequences or a zero covariance.
     """
     if moments.sequences < MIN_SEQUENCES or eigenvalues[0] <= 0:
         return None
@@ -54,7 +61,7 @@ def effective_vectors(moments: Moments, total: SecondOrder, basis: Tensor, eigen
 
 @dataclass(frozen=True)
 class _Decomposed:
-    """What the centered and the uncentered spectrum of one place share."""
+    """Decomposition of the covariance, used by both the centered and the uncentered spectrum."""
 
     total: SecondOrder
     eigenvalues: Tensor
@@ -72,7 +79,18 @@ def _decomposed(moments: Moments, at_most: float | None) -> _Decomposed:
 def measure_both(
     place: Place, moments: Moments, *, distinct_contexts: int, at_most: float | None = None, seed: int = 0
 ) -> tuple[Spectrum, Spectrum]:
-    """The centered and the uncentered spectrum of one place, as `measure` gives them, decomposing what they share once."""
+    """Measure the centered and the uncentered spectrum of one place; the covariance is decomposed only once.
+
+    Args:
+        place: What the vectors are.
+        moments: Moments of one block.
+        distinct_contexts: Number of distinct contexts of the text (`corpora.contexts`).
+        at_most: Upper bound of the effective sample size; None: no bound.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The centered and the uncentered spectrum, each equal to the result of `measure`.
+    """
     shared = _decomposed(moments, at_most)
     centered, uncentered = (_spectrum(place, moments, shared, c, distinct_contexts, seed) for c in (True, False))
     return centered, uncentered
@@ -81,10 +99,18 @@ def measure_both(
 def measure(
     place: Place, moments: Moments, *, centered: bool, distinct_contexts: int, at_most: float | None = None, seed: int = 0
 ) -> Spectrum:
-    """The spectrum of one place from its moments (one block), with statistics, support, refusals and intervals.
+    """Measure the spectrum of one place: statistics, support, refusals, warnings and intervals.
 
-    `at_most`: an upper bound of n_eff from elsewhere. Held-out energy, split-half agreement, null and intervals are
-    those of the centered spectrum; the uncentered one goes without.
+    Held-out energy, split-half agreement, the Marchenko–Pastur null and intervals are computed for the centered spectrum
+    only.
+
+    Args:
+        place: What the vectors are.
+        moments: Moments of one block.
+        centered: Use the covariance (about the mean) if true, the second moment (about zero) otherwise.
+        distinct_contexts: Number of distinct contexts of the text (`corpora.contexts`).
+        at_most: Upper bound of the effective sample size; None: no bound.
+        seed: Seed of the bootstrap.
     """
     return _spectrum(place, moments, _decomposed(moments, at_most), centered, distinct_contexts, seed)
 
@@ -146,7 +172,7 @@ def _spectrum(
 
 
 def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) -> tuple[list[str], list[str]]:
-    """What is refused and what is doubtful, in words with the figures."""
+    """Return refusals and warnings for a support, as sentences with figures."""
     have = f"{contexts:,} distinct contexts" if n_eff is None or contexts < n_eff else f"{n_eff:,.0f} effective vectors"
     behind = f"{have} for {width} dimensions"
     if support < REFUSED_BELOW:
@@ -161,7 +187,7 @@ def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) ->
 
 
 def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Covariance and eigenbasis of the even and of the odd folds, each about its own mean; None if one never varies."""
+    """Return covariance and eigenbasis of the even and the odd folds; None if either half has zero covariance."""
     folds = [f for f in range(moments.folds) if moments.count[f]]
     if len(folds) < 2:
         return None
@@ -175,17 +201,17 @@ def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
 
 
 def _fast(matrix: Tensor) -> Tensor:
-    """A wide matrix in float32, as energies and intervals need it; others as they are."""
+    """Convert a matrix wider than `WIDE` to float32; return others unchanged."""
     return matrix.float() if matrix.shape[-1] > WIDE else matrix
 
 
 def _along(matrix: Tensor, basis: Tensor) -> Tensor:
-    """uᵀ M u for every column u of the basis [p] float64; the product runs in the basis' dtype."""
+    """Return uᵀ M u for every column u of the basis, [p] float64; the product is computed in the dtype of the basis."""
     return (basis * (matrix.to(basis.dtype) @ basis)).sum(0, dtype=torch.float64).clamp_min(0)
 
 
 def _held_out(halves: tuple, points: list[int]) -> dict[int, float]:
-    """Energy of either half in the other half's basis, averaged."""
+    """Return the energy of each half in the basis of the other, averaged, by number of directions."""
     (first, first_basis), (second, second_basis) = halves
     crossed = _along(first, second_basis), _along(second, first_basis)
     shares = sp.energy_shares(torch.stack(crossed)).mean(0)
@@ -193,12 +219,12 @@ def _held_out(halves: tuple, points: list[int]) -> dict[int, float]:
 
 
 def _split_half(halves: tuple, rank: int) -> float:
-    """Mean squared cosine of the principal angles between the halves' leading subspaces."""
+    """Return the mean squared cosine of the principal angles between the leading subspaces of the halves."""
     return float(sp.principal_cosines(halves[0][1][:, :rank], halves[1][1][:, :rank]).square().mean())
 
 
 def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
-    """Everything that gets an interval, of eigenvalues and raw variances [..., p]."""
+    """Return the statistics that have an interval, from eigenvalues and raw variances [..., p]."""
     shares = sp.energy_shares(values)
     return {
         "effective_rank": sp.effective_rank(values),
@@ -213,13 +239,13 @@ def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
 
 
 def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tuple, seed: int) -> dict[str, Interval]:
-    """95 % intervals by a bootstrap over groups of whole sequences (the folds), eigenvalues moved to first order.
+    """Return 95 % intervals by a bootstrap over folds (groups of whole sequences).
 
-    λ_i of a resample is taken as u_iᵀ C* u_i in the basis of all data (first-order perturbation). Decomposing each
-    resample anew would bias every rank downward, since a resample repeats some groups and lacks others.
-    All data are biased the same way by their finite number, about as much as the halves are against the whole
-    (Quenouille 1956): an interval spans the estimate as it stands and the estimate freed of that bias. Not covered:
-    energies that cut through eigenvalues equal in truth, whose bias falls with the root of the vectors alone.
+    λ_i of a resample is u_iᵀ C* u_i in the basis of all data (first-order perturbation). Decomposing each resample again
+    would bias every rank downward, because a resample repeats some folds and omits others. The estimate from all data has
+    a finite-sample bias of about the difference between the halves and the whole (Quenouille 1956): an interval covers
+    both the plain and the bias-corrected estimate. It does not cover the energy at a rank that separates equal true
+    eigenvalues, because that bias decreases only with the square root of the number of vectors.
     """
     folds = [f for f in range(moments.folds) if moments.count[f]]
     if len(folds) < MIN_FOLDS:
@@ -235,7 +261,7 @@ def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tupl
     n = (weights @ counts)[:, None]
 
     def resampled(scatters: Tensor, offsets: Tensor) -> Tensor:
-        """Variances of every resample about its own mean, per direction [replicates, p]."""
+        """Return the variances of every resample about its own mean, by direction [replicates, p]."""
         second = weights @ (scatters + counts[:, None] * offsets.square())
         mean = weights @ (counts[:, None] * offsets) / n
         return (second / n - mean.square()).clamp_min(0)

@@ -1,9 +1,9 @@
-"""Streaming second-order moments: parts computed anywhere add up to the same result as one pass (THEORY 2).
+"""Streaming second-order moments; merged parts equal the result of one pass (THEORY 2).
 
-Memory is `folds x blocks x width^2` numbers whatever the number of vectors. Folds are disjoint groups of whole
-sequences: they give the halves for held-out statistics and the units that a bootstrap resamples. A product runs
-in the dtype of its input, at least float32, on vectors centered on the running mean; sums are kept in float64.
-Combination of parts: Chan, Golub & LeVeque 1979.
+Memory is `folds × blocks × width²` values, independent of the number of vectors. Folds are disjoint groups of whole
+sequences; they supply the halves for held-out statistics and the units of the bootstrap. Products are computed in the
+dtype of the input, at least float32, on vectors centered on the running mean, and summed in float64. Parts are combined
+by the formulas of Chan, Golub & LeVeque 1979.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _PANEL = 128  # columns per panel of a wide Gram matrix: only panels on or right
 
 @dataclass(frozen=True)
 class SecondOrder:
-    """Count, mean [p] and scatter about the mean [p, p] of one set of vectors, in float64."""
+    """Count, mean [p] and scatter about the mean [p, p] of a set of vectors, in float64."""
 
     count: float
     mean: Tensor
@@ -32,14 +32,16 @@ class SecondOrder:
 
     @property
     def second_moment(self) -> Tensor:
-        """E[x xᵀ] about zero [p, p]."""
+        """Second moment about zero, E[x xᵀ] [p, p]."""
         return self.covariance + torch.outer(self.mean, self.mean)
 
 
 def add_gram(out: Tensor, x: Tensor) -> None:
-    """out += xᵀx per block, in place, upper triangle only: out [blocks, p, p] float64, x [n, blocks, p].
+    """Add xᵀx to `out` in place, for each block; of the lower triangle only a part is computed.
 
-    Of a wide product only the panels on or right of the diagonal are multiplied and added.
+    Args:
+        out: [blocks, p, p], float64. Only its upper triangle is valid afterwards.
+        x: Vectors [n, blocks, p].
     """
     x = x.transpose(0, 1)
     width = x.shape[-1]
@@ -49,18 +51,24 @@ def add_gram(out: Tensor, x: Tensor) -> None:
 
 
 def _symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle is given [p, p]."""
+    """Return the symmetric matrix [p, p] with the given upper triangle."""
     return upper.triu() + upper.triu(1).mT
 
 
 def add_outer(out: Tensor, factor: float, x: Tensor) -> None:
-    """out += factor · x xᵀ per block, in place: out [blocks, p, p] or [p, p], x [blocks, p] or [p]."""
+    """Add factor · x xᵀ to `out` in place, for each block.
+
+    Args:
+        out: [blocks, p, p] or [p, p].
+        factor: Weight of the outer product.
+        x: One vector for each block, [blocks, p] or [p].
+    """
     out, x = out if out.ndim == 3 else out[None], x if x.ndim == 2 else x[None]
     out.baddbmm_(x.unsqueeze(-1), x.unsqueeze(-2), alpha=factor)
 
 
 def _combine(count: float, mean: Tensor, scatter: Tensor, n: float, shift: Tensor, more: Tensor | None) -> None:
-    """Add in place a part of n vectors with mean `mean + shift` and scatter `more` about it (None: already added)."""
+    """Add in place n vectors with mean `mean + shift` and scatter `more` about their mean (None: already added)."""
     total = count + n
     if more is not None:
         scatter += more
@@ -69,11 +77,23 @@ def _combine(count: float, mean: Tensor, scatter: Tensor, n: float, shift: Tenso
 
 
 class Moments:
-    """n, Σx and Σxxᵀ of `blocks` kinds of vectors side by side, per fold, and the scatter of the sequences' means.
+    """Streaming moments of `blocks` sets of vectors for each fold, and the scatter of the sequence means.
 
-    Attributes: `count` [folds], `mean` [folds, blocks, width], `scatter` [folds, blocks, width, width] about the
-    fold's mean, `between` [blocks, width, width] = Σ_s n_s (m_s − m)(m_s − m)ᵀ over sequences s, `sequences`.
-    Of `scatter` and `between` only the upper triangle is kept up; `total` and `between_sequences` are symmetric.
+    Of `scatter` and `between` only the upper triangle is valid; `total` and `between_sequences` return symmetric matrices.
+
+    Args:
+        width: Dimension of a vector.
+        blocks: Number of sets of vectors (layers, heads or kinds) that are accumulated together.
+        folds: Number of disjoint groups of sequences.
+        device: Device of the sums.
+
+    Attributes:
+        count: Vectors per fold [folds], float64.
+        mean: Mean of every fold [folds, blocks, width].
+        scatter: Scatter about the mean of the fold [folds, blocks, width, width].
+        between: Σ_s n_s (m_s − m)(m_s − m)ᵀ over sequences s [blocks, width, width].
+        sequences: Number of sequences.
+        precision: ε of the coarsest dtype used in products: eigenvalues below ε λ₁ are rounding noise.
     """
 
     def __init__(self, width: int, *, blocks: int = 1, folds: int = 1, device: str | torch.device = "cpu") -> None:
@@ -85,19 +105,29 @@ class Moments:
         self.between = torch.zeros(blocks, width, width, **options)
         self._total_mean = torch.zeros(blocks, width, **options)
         self.sequences = 0
-        self.precision = 0.0  # ε of the coarsest products so far: eigenvalues below ε λ₁ are rounding
+        self.precision = 0.0
 
     @staticmethod
     def nbytes(width: int, blocks: int = 1, folds: int = 1) -> int:
-        """Bytes that a `Moments` of this size holds."""
+        """Return the bytes of a `Moments` of this size."""
         return 8 * blocks * (width * width * (folds + 1) + width * (folds + 1))
 
     def update(self, vectors: Tensor, lengths: Sequence[int] | None = None, fold: int = 0) -> None:
-        """Add whole sequences to one fold: `vectors` [n, blocks, width], `lengths` of the sequences in them (sum n)."""
+        """Add whole sequences to one fold.
+
+        Args:
+            vectors: [n, blocks, width], sequence after sequence.
+            lengths: Length of every sequence, n in total; default: one sequence.
+            fold: Index of the fold.
+
+        Raises:
+            StatisticsError: The shape of `vectors` or the sum of `lengths` is wrong.
+        """
         lengths = list(lengths or [len(vectors)])
         if vectors.shape[1:] != (self.blocks, self.width) or sum(lengths) != len(vectors) or min(lengths) < 1:
             raise StatisticsError(
-                f"vectors {tuple(vectors.shape)}, sequences {lengths}: not of {self.blocks} x {self.width}"
+                f"vectors of shape {tuple(vectors.shape)} with sequence lengths {lengths}: expected "
+                f"[n, {self.blocks}, {self.width}] and positive lengths that add up to n"
             )
         n = len(vectors)
         before, total_before = float(self.count[fold]), float(self.count.sum())
@@ -120,9 +150,14 @@ class Moments:
         self.sequences += len(lengths)
 
     def merge(self, other: "Moments") -> None:
-        """Add what another part has seen, fold by fold; the result is that of one pass over both."""
+        """Add the moments of another part, fold by fold; the result equals one pass over both parts.
+
+        Raises:
+            StatisticsError: `other` has another width, number of blocks or number of folds.
+        """
         if (self.width, self.blocks, self.folds) != (other.width, other.blocks, other.folds):
-            raise StatisticsError("moments of different shapes cannot be merged")
+            shapes = (f"{m.folds} folds × {m.blocks} blocks × width {m.width}" for m in (self, other))
+            raise StatisticsError(f"moments of different shapes cannot be merged: {' and '.join(shapes)}")
         if other.count.sum():
             shift = other._total_mean - self._total_mean
             _combine(float(self.count.sum()), self._total_mean, self.between, float(other.count.sum()), shift, other.between)
@@ -136,7 +171,7 @@ class Moments:
         self.precision = max(self.precision, other.precision)
 
     def part(self, block: int, start: int = 0, stop: int | None = None) -> "Moments":
-        """The moments of dimensions start:stop of one block, sharing memory: heads are parts of their layer."""
+        """Return the moments of dimensions start:stop of one block as a view, for example of one head of a layer."""
         view = object.__new__(Moments)
         columns = slice(start, self.width if stop is None else stop)
         view.blocks, view.folds, view.count, view.sequences = 1, self.folds, self.count, self.sequences
@@ -148,10 +183,14 @@ class Moments:
         return view
 
     def total(self, block: int = 0, folds: Sequence[int] | None = None) -> SecondOrder:
-        """Count, mean and scatter of one block over all folds, or over the given ones."""
+        """Return count, mean and scatter of one block over the given folds; default: all.
+
+        Raises:
+            StatisticsError: The folds contain no vectors.
+        """
         chosen = [f for f in (range(self.folds) if folds is None else folds) if self.count[f]]
         if not chosen:
-            raise StatisticsError("no vectors were seen")
+            raise StatisticsError("the moments contain no vectors: the text is empty or was not captured")
         mean, scatter = self.mean[chosen[0], block].clone(), self.scatter[chosen[0], block].clone()
         count = float(self.count[chosen[0]])
         for fold in chosen[1:]:
@@ -161,5 +200,5 @@ class Moments:
         return SecondOrder(count, mean, _symmetric(scatter))
 
     def between_sequences(self, block: int = 0) -> Tensor:
-        """Scatter of the sequences' means about the total mean, each weighted by its length [p, p]."""
+        """Return the scatter [p, p] of the sequence means about the total mean, weighted by sequence length."""
         return _symmetric(self.between[block])

@@ -1,7 +1,7 @@
-"""What a linear operator does to a spectrum: of the identity, energy at rank r is exactly r/p and no rank is special.
+"""Spectral analysis of a linear operator M: its gains, and the variance of real vectors that a truncation of M retains.
 
-An operator's singular values are gains. The energy of M is that of what M makes of white noise; how much of real
-vectors a truncation of M keeps needs their covariance as well.
+The singular values of M are its gains. The energy of M is the energy of M x for white noise x; for the identity it is
+exactly r/p at rank r. The retained variance of real vectors depends on their covariance as well.
 """
 
 import torch
@@ -11,14 +11,17 @@ from eigencache.records.adapter import Operator
 from eigencache.spectral import spectrum as sp
 from eigencache.spectral.transform import Transform
 
-_UNIT = 1e-9  # a gain nearer to 1 than this is 1: M is built of float32 weights in float64
+_UNIT = 1e-9  # gains within this distance of 1 count as 1: M is computed in float64 from float32 weights
 
 
 def operator_transform(matrix: Tensor, mean: Tensor | None = None) -> Transform:
-    """The SVD of M = U S Vᵀ as a transform of M x: its r leading coefficients are S_r V_rᵀ x, and U_r decodes them.
+    """Return the SVD M = U S Vᵀ as a transform of vectors M x.
 
-    U_r U_rᵀ M x = U_r S_r V_rᵀ x, so a cache that is given M x encodes with U_r and decodes with U_rᵀ.
-    `matrix` [p, p], float64. `mean` [p]: subtracted before and added afterwards; None: about zero, as M itself works.
+    U_rᵀ M x = S_r V_rᵀ x: a cache that stores M x encodes with U_r and decodes with U_rᵀ.
+
+    Args:
+        matrix: M [p, p], float64.
+        mean: Mean [p], subtracted before encoding and added after decoding; default: zero.
     """
     left, gains, _ = torch.linalg.svd(matrix)
     mean = torch.zeros(len(matrix), dtype=matrix.dtype) if mean is None else mean.to(matrix)
@@ -26,16 +29,31 @@ def operator_transform(matrix: Tensor, mean: Tensor | None = None) -> Transform:
 
 
 def kept_shares(svd: Transform, pca: Transform) -> Tensor:
-    """The share of variance in the leading r directions of an orthonormal `svd`, r = 1 … p: [p], ending in 1.
+    """Return the share of variance in the leading r directions of an orthonormal basis, for r = 1 … p.
 
-    `pca` holds the vectors' covariance as its full basis and spectrum. By Ky Fan no basis keeps more than `pca` does.
+    By Ky Fan's theorem no basis retains more than `pca`.
+
+    Args:
+        svd: Transform with the orthonormal basis.
+        pca: Full PCA of the vectors; its basis and spectrum represent their covariance.
+
+    Returns:
+        Shares [p], ascending to 1.
     """
     svd, pca = (transform.to(torch.float64) for transform in (svd, pca))
     return sp.energy_shares((svd.encoder.mT @ pca.encoder).square() @ pca.spectrum)
 
 
 def analyze(layer_idx: int, matrix: Tensor, frozen: Transform, adapted: Transform, ranks: list[int]) -> Operator:
-    """Gains of M [p, p] beside variances: `frozen` and `adapted` are full PCAs of the vectors before and behind it."""
+    """Measure the gains of an operator and the variance that its leading directions retain.
+
+    Args:
+        layer_idx: Layer of the operator.
+        matrix: M [p, p], float64.
+        frozen: Full PCA of the vectors x before the operator.
+        adapted: Full PCA of the vectors M x after the operator.
+        ranks: Ranks at which energies are recorded, in addition to powers of two.
+    """
     width = len(matrix)
     svd = operator_transform(matrix)
     gains = svd.spectrum.sqrt()

@@ -1,9 +1,9 @@
-"""Rotary position embedding as an exact, invertible map: rotation undone and redone returns the vector.
+"""Rotary position embedding as an exactly invertible map.
 
-Pairs of a vector are rotated by n·θ_i (Su et al. 2021). Implementations differ in which numbers form a pair:
+Pairs of dimensions are rotated by n·θ_i (Su et al. 2021). Implementations differ in the dimensions that form a pair:
 `half` pairs i with i + r/2; `interleaved` pairs 2i with 2i + 1; `split` reads pairs 2i, 2i + 1 and writes them as
-i, i + r/2. Numbers beyond the rotary width pass unchanged. Scaled variants (YaRN, LongRoPE) multiply cos and sin
-by a common factor, which the inverse divides out.
+i, i + r/2. Dimensions beyond the rotary width are unchanged. Scaled variants (YaRN, LongRoPE) multiply cos and sin by a
+common factor, which the inverse divides out.
 """
 
 import hashlib
@@ -17,30 +17,32 @@ from torch import Tensor
 
 Pairing = Literal["half", "interleaved", "split"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
-_STEPS = 16  # per octave, of frequencies and scales in a hash
+_STEPS = 16  # steps per octave to which frequencies and scales are rounded for the hash
 
 
 @dataclass(frozen=True)
 class Angles:
-    """cos and sin of every pair's angle, [batch or 1, 1, seq, r / 2], already scaled where a model scales them."""
+    """cos and sin of the angles of all pairs, each [batch or 1, 1, seq, r / 2], including the scale of the model."""
 
     cos: Tensor
     sin: Tensor
 
     @property
     def rotary_dim(self) -> int:
-        """How many numbers of a vector are rotated."""
+        """Number of rotated dimensions, r."""
         return 2 * self.cos.shape[-1]
 
     def to(self, device: torch.device) -> "Angles":
-        """The same on another device."""
+        """Return a copy on another device."""
         return Angles(self.cos.to(device), self.sin.to(device))
 
 
 def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
-    """Angles from what a model hands to its attention layers: a complex table, or cos and sin [batch, seq, r or r/2].
+    """Return the angles from the tables that a model passes to its attention layers.
 
-    A table that repeats itself, as two halves or in neighbors, has one entry per number and not per pair.
+    Args:
+        tables: A complex table [batch, seq, r/2], or cos and sin, each [batch, seq, r/2] or [batch, seq, r]. A table of r
+            columns repeats each entry, in two halves or in neighboring columns.
     """
     if isinstance(tables, Tensor):
         return Angles(tables.real.unsqueeze(1), tables.imag.unsqueeze(1))
@@ -54,17 +56,28 @@ def angles_from(tables: Tensor | tuple[Tensor, Tensor]) -> Angles:
 
 
 def pairs(x: Tensor, neighbors: bool) -> tuple[Tensor, Tensor]:
-    """What turns together, the first of every pair and the second: neighbors, or the two halves."""
+    """Return the first and the second members of all pairs, each [..., r / 2].
+
+    Args:
+        x: Vectors [..., r].
+        neighbors: Pair 2i with 2i + 1 if true, i with i + r/2 otherwise.
+    """
     return (x[..., ::2], x[..., 1::2]) if neighbors else x.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
 def joined(first: Tensor, second: Tensor, neighbors: bool) -> Tensor:
-    """The inverse of `pairs`."""
+    """Return vectors [..., r] from the members of their pairs, the inverse of `pairs`."""
     return torch.stack((first, second), -1).flatten(-2) if neighbors else torch.cat((first, second), -1)
 
 
 def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
-    """R_n x for x [batch, heads, seq, d]: what a model does to its keys and queries."""
+    """Return R_n x, as a model rotates its keys and queries.
+
+    Args:
+        x: Vectors [batch, heads, seq, d].
+        angles: Angles of their positions; the first `angles.rotary_dim` dimensions are rotated.
+        pairing: Dimensions that form a pair.
+    """
     head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
     first, second = pairs(head, pairing != "half")
     turned = first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin
@@ -72,7 +85,10 @@ def rotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
 
 
 def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
-    """The inverse of `rotate`, in float32 at least: cos² + sin² of a 16-bit table is not 1."""
+    """Return x with its rotation undone, the inverse of `rotate`; arguments as there.
+
+    Computed in float32 at least, and divided by cos² + sin², which is not exactly 1 for a 16-bit table.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     head, tail = x[..., : angles.rotary_dim], x[..., angles.rotary_dim :]
     first, second = pairs(head, pairing == "interleaved")
@@ -84,23 +100,30 @@ def unrotate(x: Tensor, angles: Angles, pairing: Pairing) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """One layer's rotation at any position n: pairs turned by n·θ_i and scaled; what a codec needs to undo and redo it."""
+    """Rotation of one layer for any position n: pairs are rotated by n·θ_i and multiplied by `scale`."""
 
     frequencies: Tensor  # θ [pairs], radians per position, float64
     scale: float
     pairing: Pairing
 
     def angles(self, positions: Tensor) -> Angles:
-        """cos and sin at `positions` [seq], float32: [1, 1, seq, pairs]."""
+        """Return cos and sin at `positions` [seq], each [1, 1, seq, pairs] in float32."""
         turned = positions.to(self.frequencies.device, torch.float64)[:, None] * self.frequencies
         return Angles(*((self.scale * part).float()[None, None] for part in (turned.cos(), turned.sin())))
 
 
 def rotation_from(angles: Angles, pairing: Pairing) -> Rotation | None:
-    """The rotation behind a table of positions 0, 1, … [1, 1, seq, pairs]; None where the table is not n·θ_i.
+    """Return the rotation that produced a table of angles.
 
-    Frequencies are fitted to all positions, so that the rounding of a 16-bit table averages out. A rotation whose angles
-    depend on the length of the text, or that turns by more than π per position, is None.
+    Frequencies are fitted to all positions, so that the rounding of a 16-bit table averages out.
+
+    Args:
+        angles: Table of the positions 0, 1, … [1, 1, seq, pairs].
+        pairing: Dimensions that form a pair.
+
+    Returns:
+        The rotation; None where the angles are not n·θ_i, for example if they depend on the length of the text, or where
+        a pair rotates by more than π per position.
     """
     cos, sin = angles.cos[0, 0].double().cpu(), angles.sin[0, 0].double().cpu()
     if len(cos) < 2 or not (scale := float(torch.hypot(cos, sin).mean())):
@@ -112,9 +135,10 @@ def rotation_from(angles: Angles, pairing: Pairing) -> Rotation | None:
 
 
 def _frequencies(turned: Tensor) -> Tensor:
-    """θ [pairs] that fits angles n·θ modulo 2π best, [seq, pairs] from n = 0; from twice as many positions at a time.
+    """Return the least-squares fit of θ [pairs] to angles n·θ modulo 2π [seq, pairs], n = 0, 1, ….
 
-    What half as many positions say of θ tells how often a pair has turned round by now.
+    The number of positions is doubled step by step. The fit to the first half determines the number of full turns at
+    each position of the second half.
     """
     frequencies, last = turned[1], len(turned) - 1
     known = 1
@@ -127,10 +151,14 @@ def _frequencies(turned: Tensor) -> Tensor:
 
 
 def rope_sha256(rotations: Mapping[int, Rotation]) -> str:
-    """SHA-256 of the layers that rotate, their pairings, scales and frequencies: equal for rotations equal to rounding.
+    """Return a SHA-256 of the rotations of all layers that ignores rounding.
 
-    Frequencies and scales enter in steps of 1/16 octave (4 %). Machines and library versions compute them equal to about
-    1e-6, so that one in 40,000 falls on either side of a step's border: such a rotation passes for another one.
+    It covers the layer indices, pairings, scales and frequencies. Scales and frequencies are rounded to steps of 1/16
+    octave (4 %). Machines and library versions agree to about 1e-6, so about one value in 40,000 is close enough to the
+    boundary of a step to give different hashes for the same rotation.
+
+    Args:
+        rotations: Rotation by layer index; layers without rotation are absent.
     """
     digest = hashlib.sha256()
     for layer_idx, rotation in sorted(rotations.items()):
@@ -140,7 +168,7 @@ def rope_sha256(rotations: Mapping[int, Rotation]) -> str:
 
 
 def _step(value: float) -> str:
-    """Sign and step of a number; what never turns over any length of text is 0."""
+    """Return sign and step of a value; 0 for a frequency too low to rotate noticeably over any length of text."""
     if abs(value) < 1e-12:
         return "0"
     return f"{'-' if value < 0 else '+'}{round(_STEPS * math.log2(abs(value)))}"

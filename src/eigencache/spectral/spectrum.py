@@ -1,6 +1,7 @@
-"""The statistics of THEORY 3 as functions of eigenvalues; each agrees with its formula in NumPy float64.
+"""Statistics of a spectrum as functions of its eigenvalues (THEORY 3).
 
-`eigenvalues` are descending and non-negative, [p] or [..., p] where a docstring says so.
+`eigenvalues` are descending and non-negative: [..., p], with the leading dimensions [...] in the result, unless a docstring
+says [p].
 """
 
 import math
@@ -11,28 +12,28 @@ from torch import Tensor
 
 
 def eigenvalues_of(matrix: Tensor) -> Tensor:
-    """Eigenvalues of a symmetric positive matrix [p, p], descending, rounding below zero cut to zero."""
+    """Return the eigenvalues [p] of a symmetric positive matrix [p, p], descending, with negative rounding set to zero."""
     return torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0)
 
 
 def eigenbasis_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues descending [p] and eigenvectors [p, p] in the same order, as columns."""
+    """Return the eigenvalues [p], descending, and the eigenvectors [p, p] as columns, of a symmetric matrix [p, p]."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
 def energy_shares(eigenvalues: Tensor) -> Tensor:
-    """energy@k for k = 1 … p: Σ_{i≤k} λ_i / Σ λ, [..., p]; of an all-zero spectrum nothing is known: NaN."""
+    """Return energy@k = Σ_{i≤k} λ_i / Σ λ for k = 1 … p, [..., p]; NaN for an all-zero spectrum."""
     return eigenvalues.cumsum(-1) / eigenvalues.sum(-1, keepdim=True)
 
 
 def energy_points(width: int) -> list[int]:
-    """The k at which energy is recorded: 1, 2, 4, … and p itself."""
+    """Return the ranks at which energy is recorded: 1, 2, 4, … and p = `width`."""
     return [1 << i for i in range(width.bit_length()) if 1 << i < width] + [width]
 
 
 def rank_at(eigenvalues: Tensor, share: float) -> Tensor:
-    """The least r with energy@r ≥ share, [...] integers; rounding of the last bit does not add a rank."""
+    """Return the smallest r with energy@r ≥ `share`, [...] integers; a relative tolerance of 1e-12 absorbs rounding."""
     return (energy_shares(eigenvalues) < share * (1 - 1e-12)).sum(-1) + 1
 
 
@@ -42,29 +43,31 @@ def _exp_entropy(weights: Tensor) -> Tensor:
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """exp(−Σ p ln p) with p = σ/Σσ, σ = √λ, [...]: the effective rank of Roy & Vetterli (2007)."""
+    """Return exp(−Σ p ln p) with p = σ/Σσ and σ = √λ, [...]: the effective rank of Roy & Vetterli (2007)."""
     return _exp_entropy(eigenvalues.sqrt())
 
 
 def effective_rank_eigen(eigenvalues: Tensor) -> Tensor:
-    """exp(−Σ p ln p) with p = λ/Σλ, [...]: never more than `effective_rank`."""
+    """Return exp(−Σ p ln p) with p = λ/Σλ, [...]; never larger than `effective_rank`."""
     return _exp_entropy(eigenvalues)
 
 
 def participation_ratio(eigenvalues: Tensor) -> Tensor:
-    """(Σλ)² / Σλ², [...]: r equal eigenvalues give r."""
+    """Return (Σλ)² / Σλ², [...]; r for r equal eigenvalues."""
     return eigenvalues.sum(-1).square() / eigenvalues.square().sum(-1)
 
 
 def stable_rank(eigenvalues: Tensor) -> Tensor:
-    """Σλ / λ₁, [...]."""
+    """Return Σλ / λ₁, [...]."""
     return eigenvalues.sum(-1) / eigenvalues[..., 0]
 
 
 def condition_number(eigenvalues: Tensor, precision: float = 0.0) -> float:
-    """√(λ₁/λ_p); infinite where the last eigenvalue is zero or rounding noise.
+    """Return √(λ₁/λ_p); infinite where the last eigenvalue is zero or rounding noise.
 
-    Noise is what lies below p ε λ₁ of the decomposition's own ε, or below `precision` · λ₁ of the products before it.
+    Args:
+        eigenvalues: [p]. Rounding noise of the decomposition is below p ε λ₁, with ε of their dtype.
+        precision: ε of the products from which the matrix was computed; their noise is below `precision` · λ₁.
     """
     floor = eigenvalues[0] * max(len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps, precision)
     return math.sqrt(eigenvalues[0] / eigenvalues[-1]) if eigenvalues[-1] > floor else math.inf
@@ -75,21 +78,33 @@ def _ratio(high: Tensor, low: Tensor) -> Tensor:
 
 
 def spread(variances: Tensor) -> Tensor:
-    """max std / min std over raw dimensions, [...]; infinite where a dimension never varies."""
+    """Return max std / min std over the raw dimensions, [...]; infinite where a dimension has zero variance.
+
+    Args:
+        variances: Variances of the raw dimensions [..., p].
+    """
     return _ratio(variances.amax(-1), variances.amin(-1)).sqrt()
 
 
 def spread_p95_p5(variances: Tensor) -> Tensor:
-    """95th / 5th percentile of the std over raw dimensions, [...]: the spread without its two extremes."""
+    """Return the ratio of the 95th to the 5th percentile of std over the raw dimensions, [...]; arguments as `spread`."""
     low, high = torch.quantile(variances.sqrt(), torch.tensor([0.05, 0.95], dtype=variances.dtype), dim=-1)
     return _ratio(high, low)
 
 
 def marchenko_pastur(variance: float, aspect: float, count: int) -> tuple[float, np.ndarray]:
-    """Upper edge s²(1+√γ)² and `count` expected eigenvalues, descending, of white noise with γ = p / n_eff.
+    """Return the upper edge s²(1+√γ)² and the expected eigenvalues of white noise (Marchenko & Pastur 1967).
 
-    Marchenko & Pastur 1967. Above γ = 1 the share 1 − 1/γ of the eigenvalues is zero. An eigenvalue of real data
-    tells of a direction only above the edge (Baik, Ben Arous & Péché 2005).
+    For γ > 1 the share 1 − 1/γ of the eigenvalues is zero. An eigenvalue of real data is evidence of a direction only if
+    it exceeds the edge (Baik, Ben Arous & Péché 2005).
+
+    Args:
+        variance: s², the variance of each dimension.
+        aspect: γ = p / n_eff.
+        count: Number of expected eigenvalues to return.
+
+    Returns:
+        The edge, and the expected eigenvalues [count], descending.
     """
     low, high = variance * (1 - math.sqrt(aspect)) ** 2, variance * (1 + math.sqrt(aspect)) ** 2
     angle = np.linspace(0, np.pi, 4097)  # x = center − radius cos(angle) resolves both edges
@@ -106,5 +121,10 @@ def marchenko_pastur(variance: float, aspect: float, count: int) -> tuple[float,
 
 
 def principal_cosines(basis: Tensor, other: Tensor) -> Tensor:
-    """Cosines of the principal angles between the spans of two orthonormal bases [p, r]: 1 for the same subspace."""
+    """Return the cosines [r] of the principal angles between two subspaces; 1 for equal subspaces.
+
+    Args:
+        basis: Orthonormal basis [p, r].
+        other: Orthonormal basis [p, r].
+    """
     return torch.linalg.svdvals(basis.mT @ other).clamp(max=1)

@@ -1,7 +1,7 @@
-"""The Karhunen–Loève transform in a metric: truncation to rank r loses exactly Σ_{i>r} Λ_i of the cost (THEORY 5).
+"""The Karhunen–Loève transform in a metric: truncation to rank r costs exactly Σ_{i>r} Λ_i (THEORY 5).
 
-With C the covariance and M the metric, M^{1/2} C M^{1/2} = U Λ Uᵀ; encode y = Uᵀ M^{1/2} (x − μ), decode
-x̂ = μ + M^{−1/2} U ŷ. Then ‖y − ŷ‖² is the cost of the error, and Λ the spectrum that matters. M = I is PCA.
+With the covariance C and the metric M, M^{1/2} C M^{1/2} = U Λ Uᵀ. Encoding is y = Uᵀ M^{1/2} (x − μ), decoding
+x̂ = μ + M^{−1/2} U ŷ. Then ‖y − ŷ‖² is the cost of the error and Λ its spectrum. M = I is PCA.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ from eigencache.spectral.spectrum import eigenbasis_of
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """A fitted transform: `mean` [p], `encoder` [p, r], `decoder` [r, p] and all p eigenvalues of the cost."""
+    """A fitted transform.
+
+    Attributes:
+        mean: μ [p].
+        encoder: M^{1/2} U [p, r].
+        decoder: Uᵀ M^{−1/2} [r, p].
+        spectrum: Λ, all p eigenvalues in the metric, descending.
+    """
 
     mean: Tensor
     encoder: Tensor
@@ -26,51 +33,66 @@ class Transform:
 
     @property
     def rank(self) -> int:
-        """How many coefficients a vector becomes."""
+        """Number of coefficients per vector, r."""
         return self.encoder.shape[1]
 
     @property
     def width(self) -> int:
-        """Numbers of a vector."""
+        """Dimension of a vector, p."""
         return self.encoder.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what both sides must hold: mean, encoder, decoder."""
+        """Bytes of mean, encoder and decoder."""
         return self.mean.nbytes + self.encoder.nbytes + self.decoder.nbytes
 
     def truncated(self, rank: int) -> "Transform":
-        """The leading `rank` coefficients. Raises `StatisticsError` for a rank that does not exist."""
+        """Return the transform with the leading `rank` coefficients.
+
+        Raises:
+            StatisticsError: `rank` is not between 1 and the rank of the transform.
+        """
         if not 1 <= rank <= self.rank:
-            raise StatisticsError(f"rank {rank}: this transform has ranks 1 to {self.rank}")
+            raise StatisticsError(f"rank {rank} is out of range: this transform has ranks 1 to {self.rank}")
         return Transform(self.mean, self.encoder[:, :rank].contiguous(), self.decoder[:rank].contiguous(), self.spectrum)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Coefficients [..., r] of vectors [..., p], in the transform's dtype."""
+        """Return the coefficients [..., r] of vectors [..., p], in the dtype of the transform."""
         return (x.to(self.mean.dtype) - self.mean) @ self.encoder
 
     def decode(self, y: Tensor) -> Tensor:
-        """Vectors [..., p] of coefficients [..., r]."""
+        """Return the vectors [..., p] of coefficients [..., r], in the dtype of the transform."""
         return y.to(self.mean.dtype) @ self.decoder + self.mean
 
     def to(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> "Transform":
-        """The same in another dtype or place."""
+        """Return a copy in another dtype and on another device; default: the CPU."""
         return Transform(*(getattr(self, f).to(device, dtype) for f in ("mean", "encoder", "decoder", "spectrum")))
 
 
 def fit_transform(
     moments: SecondOrder, *, metric: Tensor | None = None, alpha: float = 1.0, centered: bool = True
 ) -> Transform:
-    """The transform of all p coefficients, in float64. `metric` [p, p] positive definite; None is Frobenius.
+    """Fit the transform with all p coefficients, in float64.
 
-    Raises `StatisticsError` where there are fewer vectors than dimensions, or the moments are not finite.
+    Args:
+        moments: Moments of the calibration vectors.
+        metric: M [p, p], positive definite; default: the Frobenius norm.
+        alpha: Exponent of the metric.
+        centered: Subtract the mean if true; use the second moment about zero otherwise.
+
+    Raises:
+        StatisticsError: There are not more vectors than dimensions, or the moments are not finite.
     """
     matrix = moments.covariance if centered else moments.second_moment
     width = len(matrix)
     if moments.count <= width:
-        raise StatisticsError(f"{moments.count:.0f} vectors cannot carry a basis of {width} dimensions: give more text")
+        raise StatisticsError(
+            f"{moments.count:.0f} vectors are too few for a basis of {width} dimensions: give more calibration text"
+        )
     if not matrix.isfinite().all():
-        raise StatisticsError("the moments hold NaN or infinite values: the calibration text broke the model")
+        raise StatisticsError(
+            "the moments contain NaN or infinite values: the model overflows on the calibration text; try `dtype` float32"
+        )
     mean = moments.mean if centered else torch.zeros_like(moments.mean)
     if metric is None:
         eigenvalues, basis = eigenbasis_of(matrix)
@@ -81,7 +103,12 @@ def fit_transform(
 
 
 def random_transform(moments: SecondOrder, seed: int) -> Transform:
-    """A random orthonormal basis about the same mean: what any basis would give, as a control."""
+    """Return a random orthonormal basis about the same mean, as a control.
+
+    Args:
+        moments: Moments of the calibration vectors.
+        seed: Seed of the basis.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(moments.mean), len(moments.mean), generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(noise).Q.to(moments.mean.device)

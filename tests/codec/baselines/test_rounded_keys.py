@@ -68,7 +68,7 @@ def test_a_mean_before_rotation_is_taken_out_at_its_positions_and_comes_back(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_means_of_another_model_are_refused(kind) -> None:
     x = drawn()
-    with pytest.raises(CodecError, match="the means are not of keys"):
+    with pytest.raises(CodecError, match="means of this model"):
         around(x, RoundedKeys("k", kind, torch.float32, {4: torch.zeros(HEADS + 1, DIM)}))
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(CodecError, match="keys of layer 4 hold NaN"):

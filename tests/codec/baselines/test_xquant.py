@@ -69,10 +69,10 @@ def test_groups_of_128_have_scales_of_their_own() -> None:
 
 
 def test_inputs_that_cannot_be_recovered_are_refused() -> None:
-    with pytest.raises(CodecError, match="layer 2 has 32 keys and values of 64 inputs: the inputs cannot be recovered"):
+    with pytest.raises(CodecError, match="layer 2 has 32 keys and values for 64 inputs: the inputs cannot be recovered"):
         xquant({2: (torch.randn(32, 64), None)}, 2, {}, 4, torch.float32)
     deficient = torch.randn(32, 4) @ torch.randn(4, 16)
-    with pytest.raises(CodecError, match="layer 1 have no full rank"):
+    with pytest.raises(CodecError, match="layer 1 are rank-deficient"):
         xquant({1: (deficient, None)}, 2, {}, 4, torch.float32)
     with pytest.raises(CodecError, match="3 heads cannot share"):
         xquant({1: (torch.randn(32, 16), None)}, 3, {}, 4, torch.float32)

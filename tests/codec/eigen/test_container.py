@@ -124,7 +124,7 @@ def test_a_range_of_tokens_names_its_blocks_and_sections() -> None:
     for beyond in (range(99, 101), range(-1, 3), range(100, 101)):
         with pytest.raises(IndexError, match="the container has 100"):
             KNOWN.blocks_of(beyond)
-    with pytest.raises(ValueError, match="steps of 2"):
+    with pytest.raises(ValueError, match="step of 2"):
         KNOWN.sections_of(slice(0, 8, 2))
     for section in (-1, 5):
         with pytest.raises(IndexError, match="the container has 5"):
@@ -206,8 +206,8 @@ DEFECTS: dict[str, tuple[bytes, type[ContainerError], str]] = {
     "index cut": (write(KNOWN)[:111], TruncatedContainerError, "ends after 111 bytes, expected 112"),
     "section cut": (write(KNOWN)[:-1], TruncatedContainerError, "ends after 243 bytes, expected 244"),
     "more entries than bytes": (forged(entries=60000), TruncatedContainerError, "expected 600112 with its header"),
-    "trailing byte": (write(KNOWN) + b"\0", OverlongContainerError, "245 bytes, expected 244: remove the 1"),
-    "twice": (write(KNOWN) * 2, OverlongContainerError, "488 bytes, expected 244: remove the 244"),
+    "trailing byte": (write(KNOWN) + b"\0", OverlongContainerError, "245 bytes, expected 244: 1 bytes follow"),
+    "twice": (write(KNOWN) * 2, OverlongContainerError, "488 bytes, expected 244: 244 bytes follow"),
     "section shorter than it is": (
         forged(index=[(39, LENGTHS[0][1]), *LENGTHS[1:]]),
         OverlongContainerError,

@@ -66,7 +66,7 @@ def test_bytes_are_little_endian_scales_before_codes() -> None:
 def test_what_does_not_fit_is_refused(bits: int, bad: float) -> None:
     x = drawn(4)
     x[2, 9] = bad
-    with pytest.raises(CodecError, match="kept tokens"):
+    with pytest.raises(CodecError, match="raw token"):
         raw_bytes(x, HEADS, bits)
 
 
@@ -74,5 +74,5 @@ def test_what_does_not_fit_is_refused(bits: int, bad: float) -> None:
 @pytest.mark.parametrize("change", [-1, 1])
 def test_another_number_of_bytes_is_refused(bits: int, change: int) -> None:
     data = raw_bytes(drawn(4), HEADS, bits)
-    with pytest.raises(CodecError, match=f"{len(data)} are needed"):
+    with pytest.raises(CodecError, match=f"expected {len(data)} bytes for 4 raw tokens"):
         raw_vectors((data + b"\0")[: len(data) + change], 4, HEADS, bits, torch.float32)

@@ -130,7 +130,7 @@ def test_a_model_is_needed_and_its_embeddings_have_to_be_as_wide() -> None:
     unknown, _ = embedded(None)
     with pytest.raises(CodecError, match=r"predicts from its model's embeddings: load it with CacheCodec\.load"):
         unknown.of(torch.tensor([0]))
-    with pytest.raises(CodecError, match="the model's embeddings have 5 numbers, this codec was fitted on 7"):
+    with pytest.raises(CodecError, match="embeddings have size 5, the codec expects 7"):
         unknown.of_model(lambda ids: EMBEDDINGS[ids, :5])
     known, expected = unknown.of_model(lambda ids: EMBEDDINGS[ids]), embedded(None)[1]
     torch.testing.assert_close(known.to("cpu").of(torch.tensor([3])).double(), expected[[3]], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The live codec over a whole cache: what stays in 16 bits is exact, what is packed is at its position, bytes add up."""
+"""The live codec over a whole cache: 16-bit tokens are exact, packed ones decode at their positions, bytes add up."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ LAYERS = (0, 3)
 Cached = dict[int, tuple[Tensor, Tensor]]
 
 
-def heads_of(widths: tuple[Widths, ...], size: tuple[int, int], turning: bool, seed: int) -> PackedHeads:
+def heads_of(widths: tuple[Widths, ...], size: tuple[int, int], with_mean: bool, seed: int) -> PackedHeads:
     rng = np.random.default_rng(seed)
     heads, dim = size
     numbers, most = heads // len(widths) * dim, max(w.coefficients for w in widths)
@@ -33,12 +33,12 @@ def heads_of(widths: tuple[Widths, ...], size: tuple[int, int], turning: bool, s
         encoder[i, : w.coefficients], decoder[i, : w.coefficients] = basis / steps, basis * steps
     mean, large = torch.from_numpy(rng.normal(size=(2, heads, dim))).float()
     large = torch.where(torch.arange(dim) % 8 == 0, 30 * large, 0)  # pair 0 of 8, in two halves
-    turned = KeyMean(large, Rotation(0.6 ** torch.arange(8, dtype=torch.float64), 1.2, "half")) if turning else None
-    return PackedHeads(widths, torch.from_numpy(encoder).float(), torch.from_numpy(decoder).float(), mean, turned)
+    rotated_mean = KeyMean(large, Rotation(0.6 ** torch.arange(8, dtype=torch.float64), 1.2, "half")) if with_mean else None
+    return PackedHeads(widths, torch.from_numpy(encoder).float(), torch.from_numpy(decoder).float(), mean, rotated_mean)
 
 
 def planted(sinks: int = SINKS, window: int = WINDOW, dtype: torch.dtype = torch.float32) -> LiveCodec:
-    """Keys of the first layer turn."""
+    """Keys of the first layer have a rotated mean."""
     layers = {
         i: tuple(
             heads_of(w, size, slot == k == 0, 2 * k + slot) for slot, (w, size) in enumerate(zip(own, SIZES, strict=True))
@@ -49,21 +49,21 @@ def planted(sinks: int = SINKS, window: int = WINDOW, dtype: torch.dtype = torch
 
 
 def cache(tokens: int, batch: int = 1, start: int = 0, dtype: torch.dtype = torch.float32) -> Cached:
-    """Normal numbers, and what turns in the keys of the first layer."""
+    """Normal numbers, plus the rotated mean in the keys of the first layer."""
     generator = torch.Generator().manual_seed(tokens)
     found = {i: tuple(torch.randn(batch, h, tokens, dim, generator=generator) for h, dim in SIZES) for i in LAYERS}
-    turning = planted().layers[0][0].turning
-    assert turning is not None
-    found[0][0].add_(turning.at(torch.arange(start, start + tokens)[None]))
+    rotated_mean = planted().layers[0][0].rotated_mean
+    assert rotated_mean is not None
+    found[0][0].add_(rotated_mean.rotated_to(torch.arange(start, start + tokens)[None]))
     return {i: (keys.to(dtype), values.to(dtype)) for i, (keys, values) in found.items()}
 
 
 def plainly(heads: PackedHeads, x: Tensor, positions: np.ndarray) -> np.ndarray:
-    """x̂ [batch, heads, tokens, dim] as the formula says it, float64, one bundle after the other."""
+    """x̂ [batch, heads, tokens, dim] by the formula in float64, bundle by bundle."""
     share, given = len(heads.mean) // len(heads.widths), x.double().numpy()
     taken = np.broadcast_to(heads.mean.double().numpy()[None, :, None], given.shape).copy()
-    if heads.turning is not None:
-        taken += heads.turning.at(torch.from_numpy(positions)[None]).double().numpy()
+    if heads.rotated_mean is not None:
+        taken += heads.rotated_mean.rotated_to(torch.from_numpy(positions)[None]).double().numpy()
     found = np.empty(given.shape)
     for i, w in enumerate(heads.widths):
         of = slice(i * share, (i + 1) * share)
@@ -77,7 +77,7 @@ def plainly(heads: PackedHeads, x: Tensor, positions: np.ndarray) -> np.ndarray:
 
 
 def assert_held(codec: LiveCodec, given: Cached, start: int) -> None:
-    """16 bits of what is kept, the formula of what is packed, at its position."""
+    """Assert that sinks and window are exact in 16 bits, and that packed tokens follow the formula at their positions."""
     encoded = codec.encode(given, start)
     back = codec.decode(encoded)
     assert back.keys() == given.keys()
@@ -178,7 +178,7 @@ def test_bits_of_a_value_and_bytes_that_are_held_once() -> None:
     assert codec.bits_per_value == ((64 + 32 + 32) + (64 + 32) + (64 + 32) + (128 + 32)) / (2 * (32 + 24))
     matrices = 2 * (2 * 16 * 16 + 24 * 24 + 32 * 32 + 24 * 24)
     means = 2 * (32 + 24)
-    assert codec.nbytes == 4 * (matrices + means + 32) + 8 * 8  # the mean that turns, and its frequencies
+    assert codec.nbytes == 4 * (matrices + means + 32) + 8 * 8  # the rotated mean and its frequencies
     assert codec.nbytes == sum(t.nbytes for t in codec.tensors())
 
 
@@ -197,14 +197,23 @@ def test_another_models_cache_is_refused() -> None:
         ({0: given[0], 4: given[3]}, r"\[3, 4\]"),
     ):
         with pytest.raises(
-            CodecError, match=f"layers {named}: the cache has other layers, this codec was fitted on another"
+            CodecError, match=f"layers {named} exist only in the cache or only in the codec. It was fitted on another model"
         ):
             codec.encode(layers)
     keys, values = given[3]
     for other, says in (
-        ((keys[:, :1], values), "layer 3 has 1 heads of 16, the codec 2 of 16: it was fitted on another model"),
-        ((keys[..., :8], values), "layer 3 has 2 heads of 8, the codec 2 of 16: it was fitted on another model"),
-        ((keys, keys[:, :1]), "layer 3 has 1 heads of 16, the codec 1 of 24: it was fitted on another model"),
+        (
+            (keys[:, :1], values),
+            "layer 3: the cache has 1 heads of 16 numbers, the codec expects 2 of 16. It was fitted on another model",
+        ),
+        (
+            (keys[..., :8], values),
+            "layer 3: the cache has 2 heads of 8 numbers, the codec expects 2 of 16. It was fitted on another model",
+        ),
+        (
+            (keys, keys[:, :1]),
+            "layer 3: the cache has 1 heads of 16 numbers, the codec expects 1 of 24. It was fitted on another model",
+        ),
     ):
         with pytest.raises(CodecError, match=says):
             codec.encode(given | {3: other})
@@ -216,7 +225,7 @@ def test_numbers_that_are_none_are_refused_wherever_they_stand(bad: float, token
     for slot in (0, 1):
         given = cache(100)
         given[3][slot][0, 0, token, 2] = bad
-        with pytest.raises(CodecError, match="layer 3 holds NaN or infinite numbers"):
+        with pytest.raises(CodecError, match="layer 3: the cache contains NaN or infinite numbers"):
             planted().encode(given)
 
 

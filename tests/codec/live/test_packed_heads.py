@@ -1,4 +1,4 @@
-"""Heads as bit-packed coefficients: half a step of error, ends that hold, and attention without ever decoding them."""
+"""Packed heads decode within half a step, saturate out of range, and are attended to without decoding."""
 
 import numpy as np
 import pytest
@@ -25,10 +25,10 @@ SPREAD: dict[
 }
 CASES = pytest.mark.parametrize(("share", "widths"), SPREAD.values(), ids=SPREAD)
 EVERY = pytest.mark.parametrize("backend", (REFERENCE, CPU), ids=lambda backend: backend.name)
-TURNED = pytest.mark.parametrize("turned", [False, True], ids=["plain", "turning"])
+WITH_MEAN = pytest.mark.parametrize("with_mean", [False, True], ids=["plain", "rotated-mean"])
 
 
-def planted(share: int, widths: tuple[Widths, ...], turned: bool = False, seed: int = 0) -> PackedHeads:
+def planted(share: int, widths: tuple[Widths, ...], with_mean: bool = False, seed: int = 0) -> PackedHeads:
     """E of a random basis at random steps, D so that E Dᵀ = 1."""
     rng = np.random.default_rng(seed)
     numbers, most = share * DIM, most_coefficients(widths)
@@ -39,23 +39,23 @@ def planted(share: int, widths: tuple[Widths, ...], turned: bool = False, seed: 
         encoder[i, : w.coefficients] = np.linalg.inv(basis)[: w.coefficients] / steps
         decoder[i, : w.coefficients] = basis.T[: w.coefficients] * steps
     mean = torch.from_numpy(rng.normal(size=(share * len(widths), DIM))).float()
-    turning = None
-    if turned:
+    rotated_mean = None
+    if with_mean:
         large = torch.zeros_like(mean)
         large[:, [0, 2, 5, 7]] = torch.from_numpy(20 * rng.normal(size=(len(mean), 4))).float()  # pairs 0 and 2 of 5
-        turning = KeyMean(large, Rotation(0.5 ** torch.arange(5, dtype=torch.float64), 1.1, "half"))
-    return PackedHeads(widths, torch.from_numpy(encoder).float(), torch.from_numpy(decoder).float(), mean, turning)
+        rotated_mean = KeyMean(large, Rotation(0.5 ** torch.arange(5, dtype=torch.float64), 1.1, "half"))
+    return PackedHeads(widths, torch.from_numpy(encoder).float(), torch.from_numpy(decoder).float(), mean, rotated_mean)
 
 
 def positions_of(batch: int, blocks: int) -> Tensor:
-    """Of every row its own, the second from before 0 on."""
+    """Positions [batch, tokens]; the second row begins below 0."""
     return torch.arange(BLOCK * blocks)[None] + torch.tensor([[13], [-9]])[:batch]
 
 
 def taken_out(heads: PackedHeads, positions: Tensor) -> np.ndarray:
-    """[batch, heads, tokens, dim], float64."""
+    """All means that encoding subtracts [batch, heads, tokens, dim], float64."""
     mean = heads.mean.double().numpy()[None, :, None] * np.ones((*positions.shape, 1))[:, None]
-    return mean if heads.turning is None else mean + heads.turning.at(positions).double().numpy()
+    return mean if heads.rotated_mean is None else mean + heads.rotated_mean.rotated_to(positions).double().numpy()
 
 
 def centers(heads: PackedHeads) -> np.ndarray:
@@ -81,15 +81,15 @@ def made_of(heads: PackedHeads, z: np.ndarray, positions: Tensor) -> Tensor:
 
 
 def inside(heads: PackedHeads, batch: int, blocks: int, seed: int) -> np.ndarray:
-    """Coefficients that no width cuts off."""
+    """Coefficients that do not saturate."""
     drawn = np.random.default_rng(seed).uniform(-1, 1, (batch, len(heads.widths), BLOCK * blocks, centers(heads).shape[2]))
     return drawn * (centers(heads) + 0.49 * (centers(heads) > 0))
 
 
-@TURNED
+@WITH_MEAN
 @CASES
-def test_what_is_decoded_is_within_half_a_step(share: int, widths: tuple[Widths, ...], turned: bool) -> None:
-    heads, positions = planted(share, widths, turned), positions_of(2, 3)
+def test_what_is_decoded_is_within_half_a_step(share: int, widths: tuple[Widths, ...], with_mean: bool) -> None:
+    heads, positions = planted(share, widths, with_mean), positions_of(2, 3)
     z = inside(heads, 2, 3, 1)
     packed = heads.encode(made_of(heads, z, positions), positions)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, BLOCK * heads.bits // 8)
@@ -102,10 +102,10 @@ def test_what_is_decoded_is_within_half_a_step(share: int, widths: tuple[Widths,
     np.testing.assert_allclose(back, expanded(heads, u) + taken_out(heads, positions), rtol=0, atol=1e-4)
 
 
-@TURNED
-def test_numbers_of_a_whole_basis_come_back_within_half_a_step_of_every_coefficient(turned: bool) -> None:
+@WITH_MEAN
+def test_numbers_of_a_whole_basis_come_back_within_half_a_step_of_every_coefficient(with_mean: bool) -> None:
     for name in ("one head", "heads apart", "two heads together"):
-        heads, positions = planted(*SPREAD[name], turned), positions_of(1, 2)
+        heads, positions = planted(*SPREAD[name], with_mean), positions_of(1, 2)
         x = made_of(heads, inside(heads, 1, 2, 2), positions)
         error = (x - heads.decode(heads.encode(x, positions), positions)).double().numpy()
         most = np.zeros(error.shape)
@@ -135,21 +135,21 @@ def test_an_integer_stands_for_itself_less_half_of_the_largest() -> None:
     assert back[0, 0, 5].tolist() == [-1.5, -1.5, -1.5, -0.5, -0.5, 0.5, 0.5, 1.5]
 
 
-def less_turning(heads: PackedHeads, positions: Tensor) -> np.ndarray:
-    """What `taken_out` has of the turning alone."""
+def rotated_part(heads: PackedHeads, positions: Tensor) -> np.ndarray:
+    """The rotated mean alone, which `taken_out` includes."""
     return taken_out(heads, positions) - heads.mean.double().numpy()[None, :, None]
 
 
 @EVERY
-@TURNED
+@WITH_MEAN
 @CASES
 def test_logits_inside_the_codes_are_those_of_decoded_heads(
-    share: int, widths: tuple[Widths, ...], turned: bool, backend: PackedBackend
+    share: int, widths: tuple[Widths, ...], with_mean: bool, backend: PackedBackend
 ) -> None:
-    heads, positions, rows = planted(share, widths, turned, 3), positions_of(2, 2), 3
+    heads, positions, rows = planted(share, widths, with_mean, 3), positions_of(2, 2), 3
     packed = heads.encode(made_of(heads, inside(heads, 2, 2, 4), positions), positions)
     q = torch.randn(2, len(heads.mean), rows, DIM, generator=torch.Generator().manual_seed(5))
-    x = heads.decode(packed, positions).double().numpy() - less_turning(heads, positions)
+    x = heads.decode(packed, positions).double().numpy() - rotated_part(heads, positions)
     expected = q.double().numpy() @ x.swapaxes(2, 3)
     queries = heads.queries(q, backend)
     assert queries.shape == (2, len(widths), share * rows, most_coefficients(widths))
@@ -160,12 +160,12 @@ def test_logits_inside_the_codes_are_those_of_decoded_heads(
 
 
 @EVERY
-@TURNED
+@WITH_MEAN
 @CASES
 def test_sums_inside_the_codes_are_those_of_decoded_heads(
-    share: int, widths: tuple[Widths, ...], turned: bool, backend: PackedBackend
+    share: int, widths: tuple[Widths, ...], with_mean: bool, backend: PackedBackend
 ) -> None:
-    heads, positions, rows = planted(share, widths, turned, 6), positions_of(2, 2), 3
+    heads, positions, rows = planted(share, widths, with_mean, 6), positions_of(2, 2), 3
     packed = heads.encode(made_of(heads, inside(heads, 2, 2, 7), positions), positions)
     a = torch.rand(2, len(heads.mean), rows, 2 * BLOCK, generator=torch.Generator().manual_seed(8)) / 20
     exact = a.double().numpy()
@@ -174,7 +174,7 @@ def test_sums_inside_the_codes_are_those_of_decoded_heads(
     found = heads.expanded(sums, backend)
     assert found.shape == (2, len(heads.mean), rows, DIM)
     found = found + heads.offset[:, None] * a.sum(-1, keepdim=True)
-    np.testing.assert_allclose(found.numpy() + exact @ less_turning(heads, positions), expected, rtol=0, atol=3e-3)
+    np.testing.assert_allclose(found.numpy() + exact @ rotated_part(heads, positions), expected, rtol=0, atol=3e-3)
     assert np.abs(expected).max() > 0.5
 
 
@@ -187,7 +187,7 @@ def test_the_offset_is_what_integers_of_zero_stand_for(share: int, widths: tuple
 
 
 def test_both_backends_ask_the_same_heads_in_turn() -> None:
-    """What is kept for one backend is not what is handed to the other."""
+    """Decoders that are stored for one backend are not given to the other."""
     heads, share = planted(*SPREAD["two heads together"]), 2
     generator = torch.Generator().manual_seed(12)
     q = torch.randn(2, 4, 3, DIM, generator=generator)
@@ -215,21 +215,24 @@ def test_no_block_is_no_byte_and_no_token() -> None:
 
 
 def test_everything_that_is_held_is_named_and_moves() -> None:
-    plain, turning = (planted(*SPREAD["fewer than numbers"], turned) for turned in (False, True))
+    plain, rotated_mean = (planted(*SPREAD["fewer than numbers"], with_mean) for with_mean in (False, True))
     assert plain.bits == 8 * 8 + 4 * 8 + 2 * 8 + 4 * 16 + 2 * 8
     numbers = 2 * 3 * 24 * 2 * DIM + 6 * DIM
     assert sum(t.nbytes for t in plain.tensors()) == 4 * numbers
-    assert sum(t.nbytes for t in turning.tensors()) == 4 * numbers + 4 * 6 * DIM + 8 * 5
-    moved = turning.to("meta")
-    assert {t.device.type for t in moved.tensors()} == {"meta"} and moved.widths == turning.widths
-    assert plain.to("cpu").turning is None
+    assert sum(t.nbytes for t in rotated_mean.tensors()) == 4 * numbers + 4 * 6 * DIM + 8 * 5
+    moved = rotated_mean.to("meta")
+    assert {t.device.type for t in moved.tensors()} == {"meta"} and moved.widths == rotated_mean.widths
+    assert plain.to("cpu").rotated_mean is None
 
 
 def test_heads_of_another_number_or_width_are_refused() -> None:
     heads = planted(1, (Widths(8, 0, 0),) * 2)
     heads.require(torch.zeros(3, 2, 0, DIM), 5)
-    for shape, says in (((1, 1, 4, DIM), "layer 5 has 1 heads of 16"), ((1, 2, 4, 8), "layer 5 has 2 heads of 8")):
-        with pytest.raises(CodecError, match=f"{says}, the codec 2 of 16: it was fitted on another model"):
+    for shape, says in (
+        ((1, 1, 4, DIM), "layer 5: the cache has 1 heads of 16"),
+        ((1, 2, 4, 8), "layer 5: the cache has 2 heads of 8"),
+    ):
+        with pytest.raises(CodecError, match=f"{says} numbers, the codec expects 2 of 16. It was fitted on another model"):
             heads.require(torch.zeros(shape), 5)
 
 
@@ -249,7 +252,7 @@ def test_six_bits_in_two_digits_are_what_six_bits_at_once_would_be() -> None:
     wanted = rng.integers(0, levels, (2 * BLOCK, 24))
     wanted[0], wanted[1] = 0, levels - 1
     z = wanted - (levels - 1) / 2 + rng.uniform(-0.45, 0.45, wanted.shape)
-    z[2], z[3] = -1e4, 1e4  # beyond the widest: cut off, not turned round
+    z[2], z[3] = -1e4, 1e4  # beyond the widest: saturated, not wrapped around
     wanted[2], wanted[3] = 0, levels - 1
     x = torch.from_numpy(z @ (basis.T * steps)).float()[None, None]
     packed = heads.encode(x, positions_of(1, 2))

@@ -36,5 +36,5 @@ def test_the_lowest_bits_come_first(bits: int, codes: list[int], packed: list[in
 
 
 def test_other_widths_are_refused() -> None:
-    with pytest.raises(CodecError, match="codes of 5 bits"):
+    with pytest.raises(CodecError, match="bits=5 cannot be packed"):
         pack(torch.zeros(8, dtype=torch.uint8), 5)

@@ -1,4 +1,4 @@
-"""Packed blocks lie as documented, and every backend reads them as NumPy does in float64, whatever the widths."""
+"""Packed blocks have the documented format, and every backend reads them as NumPy does in float64, for any widths."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ FLOAT32 = 2.0**-24
 
 
 def drawn_codes(widths: tuple[Widths, ...], batch: int, blocks: int, seed: int) -> Tensor:
-    """Integers up to the largest of every coefficient, and both ends; zero beyond the last one of a bundle."""
+    """Return random integers that include the smallest and the largest; zeros beyond the last coefficient of a bundle."""
     rng = np.random.default_rng(seed)
     codes = np.zeros((batch, len(widths), most_coefficients(widths), BLOCK * blocks), np.uint8)
     for i, w in enumerate(widths):
@@ -34,7 +34,7 @@ def drawn_codes(widths: tuple[Widths, ...], batch: int, blocks: int, seed: int) 
 
 
 def plainly_packed(codes: np.ndarray, widths: tuple[Widths, ...]) -> np.ndarray:
-    """The bytes as the format says them, one byte after the other."""
+    """Pack integers by the description of the format, one byte at a time."""
     batch, _, _, tokens = codes.shape
     rows = []
     for b in range(batch):
@@ -57,7 +57,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def logits_of(backend: PackedBackend, packed: Tensor, widths: tuple[Widths, ...], q: Tensor) -> Tensor:
-    """Of queries of coefficients, which a backend may want of planes."""
+    """Return logits of queries in coefficients, converted to planes where a backend needs them."""
     return backend.logits(packed, widths, q if backend.planes is None else q @ backend.planes(widths))
 
 
@@ -67,7 +67,7 @@ def sums_of(backend: PackedBackend, packed: Tensor, widths: tuple[Widths, ...], 
 
 
 def errors(backend: PackedBackend, codes: Tensor, packed: Tensor, widths: tuple[Widths, ...], rows: int, seed: int):
-    """Of logits and sums against float64, the largest, and the size of what is added up there."""
+    """Return the largest errors of logits and sums against float64, and the magnitude of their terms."""
     batch, bundles, most, tokens = codes.shape
     q, a = drawn(batch, bundles, rows, most, seed=seed), drawn(batch, bundles, rows, tokens, seed=seed).softmax(-1)
     logits, sums = logits_of(backend, packed, widths, q), sums_of(backend, packed, widths, a)
@@ -189,7 +189,7 @@ def test_storages_with_room_behind_their_blocks_and_turned_queries_are_read_as_w
 
 @pytest.mark.parametrize("widths", [MIXED, (Widths(0, 0, 32),), (Widths(0, 32, 0), Widths(0, 0, 0))])
 def test_planes_make_integers_again(widths: tuple[Widths, ...]) -> None:
-    """One token at a time: a weight of 1 gives its planes, the matrix its integers, without any rounding."""
+    """Read one token at a time: a weight of 1 gives its planes, and the matrix its integers, without rounding."""
     codes = drawn_codes(widths, 1, 1, 13)
     one = torch.eye(BLOCK).expand(1, len(widths), -1, -1)
     assert torch.equal(sums_of(CPU, pack(codes, widths), widths, one), codes.float().mT)
@@ -233,12 +233,19 @@ def test_few_queries_on_a_cpu_go_to_compiled_code_and_others_to_a_matrix_product
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_gpu_is_read_by_triton_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_read_by_triton_where_it_is_installed(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend._warn_once.cache_clear()
     monkeypatch.setattr(backend, "triton_backend", lambda device: f"triton on {device}")
     monkeypatch.setattr(backend, "find_spec", lambda name: name if installed and name == "triton" else None)
     x = SimpleNamespace(device=torch.device("cuda:1"), requires_grad=False)
     for rows in (1, 9999):
         assert packed_backend(x, rows) == ("triton on cuda:1" if installed else REFERENCE)  # type: ignore[arg-type]
+    assert ["pip install" in record.getMessage() for record in caplog.records] == [True] * (not installed)
+    reasons = backend.unavailable(x.device)
+    assert reasons.keys() == {"cpu", "vnni"} | ({"triton"} if not installed else set())
+    assert installed or "the package triton is not installed" in reasons["triton"]
     x.requires_grad = True
     assert packed_backend(x, 1) is REFERENCE  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Packed blocks in Triton's interpreter, or on a GPU where there is one, against float64: attention, its parts, encoding."""
+"""The Triton kernels of packed blocks, on a GPU or in Triton's interpreter, against float64."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +15,15 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'eige
 from eigencache.codec.live.packed_heads import PackedHeads
 from eigencache.codec.live.rotated_mean import KeyMean
 from eigencache.kernels.packed import reference
-from eigencache.kernels.packed.format import BLOCK, Widths, most_coefficients, pack, unpack
+from eigencache.kernels.packed.format import (
+    BLOCK,
+    Widths,
+    digit_layout,
+    largest_integers,
+    most_coefficients,
+    pack,
+    unpack,
+)
 from eigencache.kernels.packed.reference import AttentionQueries, PackedStorage, RotatedMean, RotatedMeanLogits
 from eigencache.kernels.packed.triton import launch
 from eigencache.kernels.packed.triton.encode import encode
@@ -38,7 +46,7 @@ def run() -> Iterator[Run]:
 
 
 def called(function: Run, *args: Any, **kwargs: Any) -> Any:
-    """What a function gives where the kernels run. New tensors are filled with NaN, or the largest integer."""
+    """Call a function where the kernels run. New tensors are filled with NaN, or the largest integer."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -48,10 +56,10 @@ def called(function: Run, *args: Any, **kwargs: Any) -> Any:
 
 
 def moved(x: Any, device: torch.device) -> Any:
-    """Tensors within to a device, with their strides."""
+    """Move all tensors inside x to a device, with their strides."""
     if isinstance(x, Tensor):
         return x.to(device)
-    if isinstance(x, RotatedMeanLogits | RotatedMean):
+    if isinstance(x, RotatedMeanLogits | RotatedMean | PackedStorage | AttentionQueries):
         return replace(x, **moved(vars(x), device))
     if isinstance(x, dict):
         return {name: moved(value, device) for name, value in x.items()}
@@ -63,7 +71,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def stored(widths: tuple[Widths, ...], batch: int, blocks: Sequence[int], seed: int, room: int = 1) -> list[Tensor]:
-    """Chunks of random bytes with so much room behind their blocks, filled with other bytes."""
+    """Return chunks of random bytes with room for `room` more blocks behind theirs, filled with other bytes."""
     generator, size = torch.Generator().manual_seed(seed), sum(w.nbytes for w in widths)
     return [
         torch.randint(0, 256, (batch, count + room, size), dtype=torch.uint8, generator=generator)[:, :count]
@@ -72,14 +80,14 @@ def stored(widths: tuple[Widths, ...], batch: int, blocks: Sequence[int], seed: 
 
 
 def unpacked(chunks: Sequence[Tensor], widths: tuple[Widths, ...], units: int) -> Tensor:
-    """Integers float64 [batch, units, most, tokens] of chunks; every bundle as often as units share it."""
+    """Return integers float64 [batch, units, most, tokens] of chunks; a bundle is repeated for all units that share it."""
     return torch.cat([unpack(x, widths) for x in chunks], -1).double().repeat_interleave(units // len(widths), 1)
 
 
 def expected(
     logits: Tensor, values: Tensor, visible: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Means of integers and the logarithm of what weights sum up to, with weights and integers in a dtype."""
+    """Return the weighted means of integers and the log-sum-exp, with weights and integers in a dtype."""
     if visible is not None:
         token = torch.arange(logits.shape[-1])
         seen = (token >= visible[0][..., None]) & (token < visible[1][..., None])
@@ -90,12 +98,12 @@ def expected(
 
 
 def scaled(queries: Tensor, widths: tuple[Widths, ...]) -> Tensor:
-    """Queries of steps: logits of a few units, whatever the widths."""
-    return queries / reference.largest_integers(widths)[:, None].clamp_min(1) / max(1, most_coefficients(widths)) ** 0.5 * 8
+    """Return queries times quantization steps: logits of a few units, whatever the widths."""
+    return queries / largest_integers(widths)[:, None].clamp_min(1) / max(1, most_coefficients(widths)) ** 0.5 * 8
 
 
 def error(found: Tensor, right: Tensor) -> float:
-    """The largest; infinite where one is not a number or only one is infinite."""
+    """Return the largest difference; infinite where one is NaN or only one is infinite."""
     apart = torch.where(found == right, 0, (found.double() - right).abs())
     return float(apart.nan_to_num(nan=torch.inf).amax()) if apart.numel() else 0.0
 
@@ -108,9 +116,9 @@ def check(
     rough: Tensor | None = None,
     visible: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The error rule: against float64 at most twice as far as PyTorch in a dtype, and what float32 cannot tell.
+    """Check the error rule: against float64, at most twice the error of PyTorch in a dtype, plus rounding of float32.
 
-    `rough` logits as PyTorch has them in that dtype; without any, the right ones, rounded.
+    `rough`: the logits that PyTorch computes in that dtype; None rounds the exact ones.
     """
     right = expected(logits, values, visible)
     plain = expected((logits if rough is None else rough).to(dtype).float(), values, visible, dtype)
@@ -120,12 +128,30 @@ def check(
 
 
 def products(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits in float64 and in a dtype."""
+    """Return logits in float64 and in a dtype."""
     return queries.double() @ keys, queries.to(dtype) @ keys.to(dtype)
 
 
+def attend(
+    run: Run,
+    keys: list[Tensor],
+    values: list[Tensor],
+    key_widths: tuple[Widths, ...],
+    value_widths: tuple[Widths, ...],
+    projected: Tensor,
+    *,
+    splits: int | None = None,
+    paired: bool | None = None,
+    exact: bool = False,
+    **queries: Any,
+) -> tuple[Tensor, Tensor]:
+    """Call `launch.attend` where the kernels run."""
+    storage = PackedStorage(keys, values, (key_widths, value_widths))
+    return run(launch.attend, storage, AttentionQueries(projected, exact=exact, **queries), splits=splits, paired=paired)
+
+
 def widths_of(dim: int) -> tuple[Widths, ...]:
-    """Two bundles of nearly `dim` coefficients that differ in all widths."""
+    """Return two bundles of nearly `dim` coefficients that differ in all widths."""
     return Widths(16, dim // 2, dim // 2 - 24), Widths(8, dim - 16, 0)
 
 
@@ -147,7 +173,7 @@ def test_attention_is_as_exact_as_pytorch_in_the_same_dtype(run: Run, dim: int, 
     keys, values = stored(widths, 1, chunks, dim), stored(widths[::-1], 1, chunks, dim + 1)
     queries = scaled(drawn(1, 2, group, most_coefficients(widths), seed=group), widths)
     exact = dtype == torch.float32
-    found = run(launch.attend, keys, values, widths, widths[::-1], queries, exact=exact, splits=2)
+    found = attend(run, keys, values, widths, widths[::-1], queries, exact=exact, splits=2)
     logits, rough = products(queries, unpacked(keys, widths, 2), dtype)
     check(found, logits, unpacked(values, widths[::-1], 2), dtype, rough)
 
@@ -159,7 +185,7 @@ def test_chunks_and_splits_of_any_number_give_the_same(
 ) -> None:
     keys, values = stored(MIXED, 2, chunks, 1), stored(OTHER, 2, chunks, 2)
     queries = scaled(drawn(2, 3, 5, 32, seed=3), MIXED)
-    found = run(launch.attend, keys, values, MIXED, OTHER, queries, splits=splits, paired=paired)
+    found = attend(run, keys, values, MIXED, OTHER, queries, splits=splits, paired=paired)
     check(found, queries.double() @ unpacked(keys, MIXED, 3), unpacked(values, OTHER, 3))
     assert not found[0][:, 2].any()  # a bundle without coefficients
 
@@ -168,15 +194,15 @@ def test_chunks_and_splits_of_any_number_give_the_same(
 def test_keys_without_a_coefficient_weigh_all_tokens_alike(run: Run, paired: bool) -> None:
     none = (Widths(0, 0, 0),) * 2
     keys, values = stored(none, 2, (2, 1), 1), stored(MIXED[:2], 2, (2, 1), 2)
-    found, lse = run(launch.attend, keys, values, none, MIXED[:2], torch.empty(2, 2, 3, 0), paired=paired)
+    found, lse = attend(run, keys, values, none, MIXED[:2], torch.empty(2, 2, 3, 0), paired=paired)
     assert error(found, unpacked(values, MIXED[:2], 2).mean(-1)[:, :, None].expand(-1, -1, 3, -1)) < 1e-3
     assert error(lse, torch.full((2, 2, 3), 192.0, dtype=torch.float64).log()) < 1e-6
-    found, lse = run(launch.attend, values, keys, MIXED[:2], none, torch.zeros(2, 2, 3, 32), paired=paired)
+    found, lse = attend(run, values, keys, MIXED[:2], none, torch.zeros(2, 2, 3, 32), paired=paired)
     assert found.shape == (2, 2, 3, 0) and error(lse, torch.full((2, 2, 3), 192.0, dtype=torch.float64).log()) < 1e-6
 
 
 def test_no_block_gives_zeros_and_no_weight(run: Run) -> None:
-    found, lse = run(launch.attend, [], [], MIXED, OTHER, torch.ones(2, 3, 4, 32))
+    found, lse = attend(run, [], [], MIXED, OTHER, torch.ones(2, 3, 4, 32))
     assert found.shape == (2, 3, 4, 24) and not found.any() and (lse == -torch.inf).all()
 
 
@@ -194,7 +220,7 @@ def test_a_chunk_of_a_prompt_sees_what_each_row_may_and_a_row_that_sees_nothing_
     stop = first + torch.tensor([70, 5])[:, None, None]
     first[:, :, rows // 2] = stop[:, :, rows // 2]
     for splits in (1, 3) if rows < 64 else (2,):
-        found = run(launch.attend, keys, values, widths, values_widths, queries, visible=(first, stop), splits=splits)
+        found = attend(run, keys, values, widths, values_widths, queries, visible=(first, stop), splits=splits)
         k, v = unpacked(keys, widths, 1), unpacked(values, values_widths, 1)
         check(found, queries.double() @ k, v, visible=(first, stop))
         assert not found[0][:, :, rows // 2].any() and (found[1][:, :, rows // 2] == -torch.inf).all()
@@ -209,10 +235,10 @@ def test_constants_and_soft_caps_are_of_logits(run: Run, rows: int) -> None:
     for softcap, capped in ((None, logits), (4.0, 4 * (logits / 4).tanh())):
         for paired in (True, False) if rows < 8 else (False,):
             options = {"constant": constant, "softcap": softcap, "paired": paired}
-            check(run(launch.attend, keys, values, MIXED, OTHER, queries, **options), capped, v)
+            check(attend(run, keys, values, MIXED, OTHER, queries, **options), capped, v)
 
 
-def a_turning(heads: int, dim: int, size: float) -> KeyMean:
+def a_key_mean(heads: int, dim: int, size: float) -> KeyMean:
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     mean = size * drawn(heads, dim, seed=1)
     mean[:, 3::7] = 0
@@ -221,43 +247,43 @@ def a_turning(heads: int, dim: int, size: float) -> KeyMean:
 
 @pytest.mark.parametrize(("rows", "paired"), [(3, True), (3, False), (20, False)])
 def test_a_mean_that_turns_with_positions_comes_back_into_logits(run: Run, rows: int, paired: bool) -> None:
-    heads, dim, turning = 4, 32, a_turning(4, 32, 20.0)
+    heads, dim, key_mean = 4, 32, a_key_mean(4, 32, 20.0)
     widths = MIXED[:2]
     keys, values = stored(widths, 2, (2, 1), 1), stored(widths, 2, (2, 1), 2)
     raw = drawn(2, heads, rows, dim, seed=4)
     queries = scaled(drawn(2, 2, 2 * rows, 32, seed=3), widths)
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(3)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1).double()
-    angles = positions[:, None, :, None] * turning.rotation.frequencies
-    means = turning.mean.double()[None, :, None].expand(2, -1, positions.shape[1], -1)
+    angles = positions[:, None, :, None] * key_mean.rotation.frequencies
+    means = key_mean.mean.double()[None, :, None].expand(2, -1, positions.shape[1], -1)
     logits = raw.double() @ rotate(means, Angles(angles.cos(), angles.sin()), "half").mT
     assert logits.abs().amax() > 200
     logits = logits.unflatten(1, (2, 2)).flatten(2, 3) + queries.double() @ unpacked(keys, widths, 2)
-    turned = turning.turned(raw, starts).bundled(2)
-    found = run(launch.attend, keys, values, widths, widths, queries, turned=turned, splits=2, paired=paired)
+    mean_logits = key_mean.logit_factors(raw, starts).bundled(2)
+    found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, splits=2, paired=paired)
     check(found, logits, unpacked(values, widths, 2))
-    plain = raw @ turning.at(positions).mT  # in float32
+    plain = raw @ key_mean.rotated_to(positions).mT  # in float32
     plain = plain.unflatten(1, (2, 2)).flatten(2, 3) + queries @ unpacked(keys, widths, 2).float()
-    found = run(launch.attend, keys, values, widths, widths, queries, turned=turned, exact=True, paired=paired)
+    found = attend(run, keys, values, widths, widths, queries, rotated_mean=mean_logits, exact=True, paired=paired)
     check(found, logits, unpacked(values, widths, 2), torch.float32, plain)
 
 
 def test_encoded_keys_and_values_are_attended_to_as_if_they_were_decoded(run: Run) -> None:
-    """What a layer does: bundles of two heads, two queries of a head, scale, offsets and a mean that turns."""
-    heads, dim, group, turning = 4, 32, 2, a_turning(4, 32, 10.0)
-    keys, values = some_heads(MIXED[:2], heads, dim, turning), some_heads(MIXED[1:], heads, dim)
+    """Attend as a layer does: bundles of two heads, two queries per head, scale, offsets and a rotated mean."""
+    heads, dim, group, key_mean = 4, 32, 2, a_key_mean(4, 32, 10.0)
+    keys, values = some_heads(MIXED[:2], heads, dim, key_mean), some_heads(MIXED[1:], heads, dim)
     starts = torch.tensor([[70]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + turning.at(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
-    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), turning.mean_at(starts))
+    x, y = drawn(1, heads, 2 * BLOCK, dim, seed=5) + key_mean.rotated_to(positions), drawn(1, heads, 2 * BLOCK, dim, seed=6)
+    stored_keys = run(encode, x, keys.mean, keys.encoder, keys.widths, (), key_mean.rotated_to_blocks(starts))
     stored_values = run(encode, y, values.mean, values.encoder, values.widths)
     q = drawn(1, heads, group, dim, seed=7) * dim**-0.5
     by_head = [packer.decoder.unflatten(-1, (-1, dim)) for packer in (keys, values)]
     queries = torch.einsum("bgsrd,gmsd->bgsrm", q.unflatten(1, (2, -1)), by_head[0]).flatten(2, 3)
     constant = (q * keys.offset[:, None]).sum(-1).unflatten(1, (2, -1)).flatten(2, 3)
-    turned = turning.turned(q, starts).bundled(2)
-    options = {"constant": constant, "turned": turned, "exact": True}
-    means, lse = run(launch.attend, [stored_keys], [stored_values], keys.widths, values.widths, queries, **options)
+    mean_logits = key_mean.logit_factors(q, starts).bundled(2)
+    options = {"constant": constant, "rotated_mean": mean_logits, "exact": True}
+    means, lse = attend(run, [stored_keys], [stored_values], keys.widths, values.widths, queries, **options)
     found = torch.einsum("bgsrm,gmsd->bgsrd", means.unflatten(2, (-1, group)), by_head[1]).flatten(1, 2)
     k, v = keys.decode(stored_keys, positions), values.decode(stored_values, positions)
     logits = q.double() @ k.double().mT
@@ -275,7 +301,7 @@ def test_keys_and_values_whose_heads_share_bases_differently_are_attended_to_by_
     widths, other = MIXED[:key_bundles], OTHER[:value_bundles]
     keys, values = stored(widths, 2, (2,), 1), stored(other, 2, (2,), 2)
     queries = scaled(drawn(2, key_bundles, heads // key_bundles * group, 32, seed=3), widths)
-    found = run(launch.attend, keys, values, widths, other, queries, paired=paired)
+    found = attend(run, keys, values, widths, other, queries, paired=paired)
     by_head = queries.unflatten(2, (-1, group)).flatten(1, 2)
     assert found[0].shape[:3] == found[1].shape == (2, value_bundles, heads // value_bundles * group)
     found = tuple(x.unflatten(2, (-1, group)).flatten(1, 2) for x in found)
@@ -289,7 +315,7 @@ def test_latents_and_rotary_keys_add_up_and_means_are_of_latents(run: Run, rows:
     q, r = (scaled(drawn(2, 1, rows, most_coefficients(w), seed=rows), w) for w in (widths, rotary_widths))
     exact = dtype == torch.float32
     for splits in (1, 2) if rows == 4 else (1,):
-        found = run(launch.attend_latents, latents, rotary, widths, rotary_widths, q, r, exact=exact, splits=splits)
+        found = attend(run, latents, rotary, widths, rotary_widths, q, projected_rotary=r, exact=exact, splits=splits)
         c = unpacked(latents, widths, 1)
         both = torch.cat([c, unpacked(rotary, rotary_widths, 1)], 2)
         logits, rough = products(torch.cat([q, r], -1), both, dtype)
@@ -330,19 +356,19 @@ def test_no_block_gives_no_logit_and_sums_of_zero(run: Run) -> None:
 
 
 def some_heads(
-    widths: tuple[Widths, ...], heads: int, dim: int, turning: KeyMean | None = None, six: tuple[int, ...] = ()
+    widths: tuple[Widths, ...], heads: int, dim: int, key_mean: KeyMean | None = None, six: tuple[int, ...] = ()
 ) -> PackedHeads:
-    """Steps such that some numbers lie beyond the widest integer."""
+    """Return heads whose steps let some numbers saturate."""
     size = heads // len(widths) * dim
-    steps = reference.digits_of(widths, six)[0][..., None] / 5 / size**0.5
+    steps = digit_layout(widths, six)[0][..., None] / 5 / size**0.5
     encoder = drawn(len(widths), most_coefficients(widths), size, seed=1) * steps
     for rows, w, count in zip(encoder, widths, six, strict=False):
         rows[w.eight + w.four :][:count] = rows[: w.eight + w.four][w.eight + w.four - count :]
-    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), turning, six)
+    return PackedHeads(widths, encoder, encoder, drawn(heads, dim, seed=2), key_mean, six)
 
 
 def integers(packed: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...]) -> Tensor:
-    """Those of bytes, of 6 bits where the higher digit stands."""
+    """Return the integers of bytes, those of 6 bits in the row of their higher digit."""
     found = unpack(packed, widths).int()
     for i, (w, count) in enumerate(zip(widths, six, strict=False)):
         low = found[:, i, w.eight + w.four :][:, :count]
@@ -353,7 +379,7 @@ def integers(packed: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...]) -
 
 
 def differing(found: Tensor, right: Tensor, widths: tuple[Widths, ...], six: tuple[int, ...] = ()) -> float:
-    """The share of integers that differ, none of them by more than one."""
+    """Return the share of integers that differ; none may differ by more than one."""
     apart = (integers(found, widths, six) - integers(right, widths, six)).abs()
     assert apart.amax() <= 1
     return float(apart.float().mean())
@@ -379,12 +405,12 @@ def test_encoded_bytes_are_those_of_the_reference_but_for_halves(
 
 
 def test_what_turns_with_positions_is_taken_out_before_encoding(run: Run) -> None:
-    heads, dim, turning = 3, 32, a_turning(3, 32, 30.0)
-    packer = some_heads(MIXED, heads, dim, turning)
+    heads, dim, key_mean = 3, 32, a_key_mean(3, 32, 30.0)
+    packer = some_heads(MIXED, heads, dim, key_mean)
     starts = torch.tensor([[900], [7]]) + BLOCK * torch.arange(2)
     positions = (starts[..., None] + torch.arange(BLOCK)).flatten(1)
-    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + turning.at(positions)
-    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), turning.mean_at(starts))
+    x = drawn(2, heads, 2 * BLOCK, dim, seed=3) + key_mean.rotated_to(positions)
+    found = run(encode, x, packer.mean, packer.encoder, MIXED, (), key_mean.rotated_to_blocks(starts))
     assert differing(found, packer.encode(x, positions), MIXED) < 1e-2
 
 
@@ -411,9 +437,9 @@ def test_splits_fill_a_gpu_and_leave_each_some_blocks(programs: int, blocks: int
 
 
 def test_integers_come_back_from_halves_whatever_their_widths(run: Run) -> None:
-    """One token at a time: a weight of 1 gives its integers, without any rounding."""
+    """Read one token at a time: a weight of 1 gives its integers without rounding."""
     codes = torch.arange(BLOCK, dtype=torch.uint8).expand(1, 1, 24, -1) * 4 + 3
-    largest = reference.largest_integers((Widths(8, 8, 8),)).to(torch.uint8)[..., None]
+    largest = largest_integers((Widths(8, 8, 8),)).to(torch.uint8)[..., None]
     codes = torch.minimum(codes, largest[None])
     found = run(launch.sums, pack(codes, (Widths(8, 8, 8),)), (Widths(8, 8, 8),), torch.eye(BLOCK)[None, None])
     assert torch.equal(found, codes.float().mT)
@@ -455,7 +481,7 @@ def test_encoding_compiles_without_a_gpu_to_products_of_tf32(monkeypatch: pytest
 
 
 def compiled(kernel: Any, kinds: dict[str, str | None], constants: dict[str, Any], capability: int, warps: int) -> Any:
-    """A kernel for tensors that begin at multiples of 16 bytes; what is neither tensor nor constant is such an integer."""
+    """Compile a kernel for tensors and integers that are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -471,8 +497,8 @@ def compiled(kernel: Any, kinds: dict[str, str | None], constants: dict[str, Any
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def found_backend() -> tuple[str, Tensor, Tensor]:
-    """Its name, and log-sum-exp and means of what it attends to; the look at what a device computes has been taken."""
+def used_backend() -> tuple[str, Tensor, Tensor]:
+    """Return the name of the Triton backend, which is checked first, and log-sum-exp and means that it computes."""
     from eigencache.kernels.packed.backend import triton_backend
 
     backend, widths = triton_backend(DEVICE), (Widths(8, 16, 8),)
@@ -485,7 +511,7 @@ def found_backend() -> tuple[str, Tensor, Tensor]:
 
 def test_the_live_cache_has_it_for_a_backend_that_was_looked_at_first(run: Run) -> None:
     widths = (Widths(8, 16, 8),)
-    name, lse, means = run(found_backend)
+    name, lse, means = run(used_backend)
     keys, values = (stored(widths, 2, (2, 1), seed) for seed in (1, 2))
     logits = scaled(drawn(2, 1, 3, 32, seed=3), widths).double() @ unpacked(keys, widths, 1)
     assert name == "triton"
@@ -509,4 +535,4 @@ def refused() -> str:
 
 
 def test_a_device_that_computes_something_else_is_refused(run: Run) -> None:
-    assert "compute something else on" in run(refused)
+    assert "compute wrong results on" in run(refused)

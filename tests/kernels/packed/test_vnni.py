@@ -31,18 +31,19 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def storages(widths: tuple[Widths, ...], batch: int, filled: list[int], seed: int) -> list[Tensor]:
-    """Random bytes, with room behind those that are filled."""
+    """Return chunks of random bytes, with room behind those that are filled."""
     generator = torch.Generator().manual_seed(seed)
     size = sum(w.nbytes for w in widths)
     whole = [torch.randint(256, (batch, n + 2, size), generator=generator, dtype=torch.uint8) for n in filled]
     return [x[:, :n] for x, n in zip(whole, filled, strict=True)]
 
 
-def doubled(asked: AttentionQueries) -> AttentionQueries:
-    """The same in float64."""
-    given = {f.name: getattr(asked, f.name) for f in fields(asked)}
-    turned = asked.turned and RotatedMeanLogits(*(x.double() for x in vars(asked.turned).values()))
-    return AttentionQueries(**{k: x.double() if isinstance(x, Tensor) else x for k, x in given.items()} | {"turned": turned})
+def doubled(queries: AttentionQueries) -> AttentionQueries:
+    """Return the queries in float64."""
+    given = {f.name: getattr(queries, f.name) for f in fields(queries)}
+    mean = queries.rotated_mean and RotatedMeanLogits(*(x.double() for x in vars(queries.rotated_mean).values()))
+    given = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.items()}
+    return AttentionQueries(**given | {"rotated_mean": mean})
 
 
 def mean_and_lse(found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def mean_and_lse(found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return sums / total[..., None].clamp_min(1e-300), top + total.log()
 
 
-def a_turning(batch: int, rows: int, blocks: int, seed: int) -> RotatedMeanLogits:
+def a_rotated_mean(batch: int, rows: int, blocks: int, seed: int) -> RotatedMeanLogits:
     cos, sin = drawn(2, batch, blocks, 4, seed=seed + 1).tanh()
     return RotatedMeanLogits(*drawn(2, batch, 3, rows, 4, seed=seed), cos, sin, drawn(8, BLOCK, seed=seed + 2).tanh())
 
@@ -61,7 +62,7 @@ def a_turning(batch: int, rows: int, blocks: int, seed: int) -> RotatedMeanLogit
     filled=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     batch=st.integers(1, 2),
     rows=st.integers(1, 17),
-    turns=st.booleans(),
+    rotated=st.booleans(),
     latents=st.booleans(),
     ranged=st.booleans(),
     softcap=st.sampled_from([None, 2.0, 50.0]),
@@ -70,22 +71,22 @@ def a_turning(batch: int, rows: int, blocks: int, seed: int) -> RotatedMeanLogit
     seed=st.integers(0, 2**31),
 )
 def test_attention_in_one_pass_is_softmax_over_all_storages(
-    filled, batch, rows, turns, latents, ranged, softcap, exact, threads, seed
+    filled, batch, rows, rotated, latents, ranged, softcap, exact, threads, seed
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
-    held = PackedStorage(storages(KEYS, batch, filled, seed), storages(VALUES, batch, filled, seed + 1), (KEYS, VALUES))
+    storage = PackedStorage(storages(KEYS, batch, filled, seed), storages(VALUES, batch, filled, seed + 1), (KEYS, VALUES))
     tokens = BLOCK * sum(filled)
     limits = torch.randint(tokens, (2, batch, 1, rows), generator=torch.Generator().manual_seed(seed))
-    asked = AttentionQueries(
+    queries = AttentionQueries(
         0.02 * drawn(batch, 3, rows, most_coefficients(KEYS), seed=seed),
         drawn(batch, 3, rows, seed=seed + 3),
         0.02 * drawn(batch, 3, rows, most_coefficients(VALUES), seed=seed + 4) if latents else None,
-        a_turning(batch, rows, sum(filled), seed + 5) if turns else None,
+        a_rotated_mean(batch, rows, sum(filled), seed + 5) if rotated else None,
         (limits.amin(0), limits.amax(0)) if ranged else None,  # some see nothing
         softcap,
         exact,
     )
-    found, right = vnni.attention(held, asked), reference.attention(held, doubled(asked))
+    found, right = vnni.attention(storage, queries), reference.attention(storage, doubled(queries))
     seen = right[1] > 0
     assert torch.equal(found[1] > 0, seen) and bool((found[1][seen] >= 0.999).all())  # relative to the largest logit
     assert torch.equal(found[0] == -torch.inf, ~seen) and not found[2][~seen].any()
@@ -96,13 +97,13 @@ def test_attention_in_one_pass_is_softmax_over_all_storages(
 @needs_vnni
 @pytest.mark.parametrize("sharp", [0.001, 0.05, 0.3])
 def test_two_digits_err_less_than_a_model_in_sixteen_bits(sharp: float) -> None:
-    """The error rule: against float64, at most twice what plain PyTorch errs in bfloat16; flat and peaked softmax."""
-    held = PackedStorage(storages(KEYS, 2, [30], 8), storages(VALUES, 2, [30], 9), (KEYS, VALUES))
-    asked = AttentionQueries((sharp * drawn(2, 3, 8, most_coefficients(KEYS), seed=10)).bfloat16().float(), exact=False)
-    right = mean_and_lse(reference.attention(held, doubled(asked)))[0]
-    k, v = (unpack(x[0], w).bfloat16() for x, w in ((held.keys, KEYS), (held.values, VALUES)))
-    plain = (asked.queries.bfloat16() @ k).float().softmax(-1).bfloat16() @ v.mT
-    found = mean_and_lse(vnni.attention(held, asked))[0]
+    """Check the error rule: against float64, at most twice the error of PyTorch in bfloat16; flat and peaked softmax."""
+    storage = PackedStorage(storages(KEYS, 2, [30], 8), storages(VALUES, 2, [30], 9), (KEYS, VALUES))
+    queries = AttentionQueries((sharp * drawn(2, 3, 8, most_coefficients(KEYS), seed=10)).bfloat16().float(), exact=False)
+    right = mean_and_lse(reference.attention(storage, doubled(queries)))[0]
+    k, v = (unpack(x[0], w).bfloat16() for x, w in ((storage.keys, KEYS), (storage.values, VALUES)))
+    plain = (queries.projected.bfloat16() @ k).float().softmax(-1).bfloat16() @ v.mT
+    found = mean_and_lse(vnni.attention(storage, queries))[0]
     errors = [float((x.double() - right).square().mean().sqrt()) for x in (found, plain)]
     assert errors[0] <= 2 * errors[1]
 
@@ -110,7 +111,7 @@ def test_two_digits_err_less_than_a_model_in_sixteen_bits(sharp: float) -> None:
 @needs_vnni
 @pytest.mark.parametrize(("exact", "tolerance"), [(True, 2e-5), (False, 2e-3)])
 def test_one_weight_of_many_orders_more_leaves_the_small_ones_what_they_are(exact: bool, tolerance: float) -> None:
-    """A token that takes half of the weight among 1,023 or 4,095 that share the rest: their digits are of the same tile."""
+    """One token has half of the weight, 1,023 or 4,095 share the rest, and their digits have one scale per tile."""
     widths = (Widths(8, 8, 0),)
     for blocks in (16, 64):
         keys, values = torch.zeros(2, 1, blocks, widths[0].nbytes, dtype=torch.uint8)

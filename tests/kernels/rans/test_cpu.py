@@ -10,7 +10,7 @@ from rans_cases import random_tables
 
 
 def plain_decode(words, states, table_of, shifts, halves, starts, lanes, tokens):
-    """Decoding as the format says it, one lane at a time, in Python integers."""
+    """Decode by the description of the format, one lane at a time, in Python integers."""
     words, states, out = list(map(int, words)), list(map(int, states)), np.zeros((len(table_of), tokens), np.int64)
 
     def advance(lane, frequency, start):

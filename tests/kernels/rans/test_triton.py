@@ -1,4 +1,4 @@
-"""The Triton kernel in Triton's interpreter, or on a GPU where there is one: the CPU's integers and the CPU's refusals."""
+"""The Triton decoder, on a GPU or in Triton's interpreter, gives the integers and the errors of the CPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_bytes_that_the_cpu_refuses_are_refused_in_the_same_words(run: Run, harm
 
 
 def small_codec() -> tuple[EigenCodec, EncodedBytes]:
-    """One layer of one head of 4 numbers, two rows of 23 tokens in blocks of 8."""
+    """Return a codec of one layer with one head of 4 numbers, and two encoded rows of 23 tokens in blocks of 8."""
     x = torch.randn(2, 23, 8, generator=torch.Generator().manual_seed(0))
     layout = Layout((Part(0, 0, (0, 1), 4), Part(0, 1, (0, 1), 4)), {})
     transform = JointTransform(torch.zeros(8), (Basis.of(0, torch.eye(8)),), ())

@@ -8,7 +8,7 @@ import torch
 from eigencache.codec.base import SixteenBit
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.models.caches import hf_quantized
-from eigencache.models.caches.hf_quantized import Quantized, refusal, tensors_of, unpacked
+from eigencache.models.caches.hf_quantized import Quantized, refusal, unpacked
 from stub_codecs import tiny_loaded
 from tiny_models import tiny, token_ids
 
@@ -70,8 +70,3 @@ def test_codes_are_unpacked_as_they_were_packed(bits: int) -> None:
     packed = pytest.importorskip("optimum.quanto.tensor.packed", reason="optimum-quanto is not installed")
     codes = torch.randint(0, 2**bits, (8, 5), dtype=torch.uint8)
     assert torch.equal(unpacked(packed.pack_weights(codes, bits), bits), codes)
-
-
-def test_tensors_are_found_wherever_they_are() -> None:
-    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
-    assert [len(t) for t in tensors_of({"a": a, "b": [b, ("no", {"c": c})], "d": None})] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Presses evict what they were told to, what is left is counted, and what follows stands where it stands in the text."""
+"""Presses evict the given share, the rest is counted, and tokens that follow keep their positions in the text."""
 
 import sys
 from importlib.util import find_spec
@@ -58,7 +58,7 @@ def test_its_bytes_are_16_bits_of_what_is_left(press: kvpress.Press, ratio: floa
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_what_follows_stands_behind_the_whole_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every head is made to evict the same tokens, so that one pass over the text with these masked says the same."""
+    """All heads are made to evict the same tokens, so one pass with those tokens masked must give the same logits."""
     loaded, ids = one(name), text()
     gone = torch.arange(0, TOKENS, 2)
     scores = torch.ones(TOKENS).index_fill(0, gone, 0.0)
@@ -121,7 +121,7 @@ def test_other_models_and_a_missing_package_are_refused(monkeypatch: pytest.Monk
     assert refusal(bundled("ref-qwen2").model) is None
     assert str(refusal(tiny("gpt2"))).startswith("kvpress works on Llama, Mistral")
     assert str(refusal(tiny("deepseek_v3"))).startswith("kvpress works on Llama, Mistral")
-    assert refusal(tiny("qwen2")) == "some of its layers forget tokens by themselves"
+    assert refusal(tiny("qwen2")) == "some of its layers drop tokens by themselves"
     kvpress._kvpress.cache_clear()
     with monkeypatch.context() as broken:
         broken.setitem(sys.modules, "kvpress", None)

@@ -1,4 +1,4 @@
-"""A cache that holds its past encoded is read like an ordinary one, in every architecture, and holds what it says."""
+"""A cache with an encoded past is read like an ordinary one in every architecture, and reports the bytes it has."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Caches in and out of plain tensors: what is read is what the model gave, what is made goes on as the first did."""
+"""Tensors of a cache are those of the model, and a cache made of them continues as the first one does."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from eigencache.errors import CodecError
-from eigencache.models.caches.tensors import cache_holding, cached_of, first_slot
+from eigencache.models.caches.tensors import cache_holding, cached_of, first_slot, tensors_of
 from tiny_models import tiny, token_ids
 
 pytestmark = pytest.mark.versions
@@ -37,7 +37,7 @@ def test_what_is_read_is_what_every_layer_holds(name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, WINDOW - 1, WINDOW, READ])
 @torch.no_grad()
 def test_a_cache_that_is_made_again_goes_on_bit_for_bit(name: str, tokens: int) -> None:
-    """Windows are shorter than the text: positions go on from all that was seen, not from what is held."""
+    """Windows are shorter than the text: positions continue after all tokens read, not after those held."""
     model, ids = tiny(name), token_ids()
     cache = read(model, ids[:, :tokens])
     start, held = first_slot(cache), cached_of(cache)
@@ -61,7 +61,7 @@ def test_a_cache_that_is_made_again_is_its_own() -> None:
 
 def test_a_layer_without_a_window_has_to_hold_every_token() -> None:
     held = cached_of(read(tiny("llama"), token_ids()[:, :READ]))
-    with pytest.raises(CodecError, match="layer 0 holds 15 tokens of 16 and has no window"):
+    with pytest.raises(CodecError, match="layer 0 has 15 of 16 tokens and no sliding window: pass all tokens"):
         cache_holding(tiny("llama"), held, 0, READ + 1)
 
 
@@ -72,13 +72,13 @@ def test_a_layer_without_a_window_has_to_hold_every_token() -> None:
     "empty", [DynamicCache, lambda: DynamicCache(config=tiny("gemma2").config)], ids=["plain", "windows"]
 )
 def test_an_empty_cache_is_refused(empty) -> None:
-    with pytest.raises(CodecError, match="the cache is empty: let the model read something first"):
+    with pytest.raises(CodecError, match="the cache is empty: run the model on some text first"):
         cached_of(empty())
 
 
 @pytest.mark.parametrize("thing", [None, ((torch.ones(1), torch.ones(1)),), SimpleNamespace(keys=1), "a cache", {}])
 def test_what_is_no_cache_is_named(thing: object) -> None:
-    with pytest.raises(CodecError, match=f"{type(thing).__name__} is no transformers cache: hand over what a model gave"):
+    with pytest.raises(CodecError, match=f"`cache` is a {type(thing).__name__}, not a transformers cache: pass"):
         cached_of(thing)
 
 
@@ -87,13 +87,15 @@ def test_a_cache_of_another_kind_is_named_by_its_layer() -> None:
     model = tiny("llama")
     static = StaticCache(config=model.config, max_cache_len=24)
     model(token_ids()[:, :READ], past_key_values=static)
-    with pytest.raises(CodecError, match="layer 0 is a StaticLayer: keys and values of a dynamic cache are encoded"):
+    with pytest.raises(
+        CodecError, match="layer 0 of the cache is a StaticLayer, which cannot be encoded: use a DynamicCache"
+    ):
         cached_of(static)
 
 
 @torch.no_grad()
 def test_layers_beside_attention_are_named() -> None:
-    with pytest.raises(CodecError, match=r"layer 0 is a .*: keys and values of a dynamic cache are encoded"):
+    with pytest.raises(CodecError, match=r"layer 0 of the cache is a .*, which cannot be encoded"):
         cached_of(read(tiny("jamba"), token_ids()[:, :READ]))
 
 
@@ -103,7 +105,7 @@ def test_a_subclass_may_hold_something_else_and_is_refused() -> None:
 
     layer = Rounded()
     layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
-    with pytest.raises(CodecError, match="layer 0 is a Rounded"):
+    with pytest.raises(CodecError, match="layer 0 of the cache is a Rounded"):
         cached_of(SimpleNamespace(layers=[layer]))
     assert issubclass(QuantizedCache, DynamicCache.__mro__[1])
 
@@ -138,5 +140,10 @@ def test_a_stop_whose_window_is_not_held_is_refused() -> None:
     held = cached_of(cache)
     for count, start, tokens in ((0, 0, 12), (3, 0, 18), (2, 18, 2)):
         part = {i: (k[:, :, :count], v[:, :, :count]) for i, (k, v) in held.items()}
-        with pytest.raises(CodecError, match=r"attends to the last 7 tokens before position \d+, of which \d are there"):
+        with pytest.raises(CodecError, match=r"attends to the last 7 tokens before position \d+, but only \d are present"):
             cache_holding(model, part, start, tokens)
+
+
+def test_tensors_are_found_wherever_they_are() -> None:
+    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
+    assert [len(t) for t in tensors_of({"a": a, "b": [b, ("no", {"c": c})], "d": None})] == [1, 2, 3]

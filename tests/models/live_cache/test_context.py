@@ -1,4 +1,4 @@
-"""`compressed()` takes effect whatever wraps the model; contexts may overlap, and the last one restores it."""
+"""`compressed()` works through wrappers of the model; contexts may overlap, and the last one restores the model."""
 
 import copy
 from typing import Any
@@ -37,7 +37,7 @@ def kind(output: Any) -> type:
 
 @torch.no_grad()
 def kinds(model: Any, ids: Tensor) -> list[type]:
-    """Of the caches that a pass and a generation made."""
+    """Return the types of the caches that a pass and a generation made."""
     return [kind(model(input_ids=ids, use_cache=True)), kind(model.generate(input_ids=ids, **GREEDY))]
 
 
@@ -84,7 +84,9 @@ def test_prefix_tuning_and_other_modules_are_refused_by_name(model, codec) -> No
     for make in (CompressedCache, lambda m, c: compressed(m, c).__enter__()):
         with pytest.raises(UnsupportedArchitectureError, match="prefix and prompt tuning put keys and values of their own"):
             make(tuned, codec)
-        with pytest.raises(UnsupportedArchitectureError, match="Linear is no transformers model, and none is inside of it"):
+        with pytest.raises(
+            UnsupportedArchitectureError, match="`model` is a Linear, which neither is nor contains a transformers"
+        ):
             make(nn.Linear(2, 2), codec)
 
 

@@ -1,4 +1,4 @@
-"""What a live cache cannot do is refused with the reason, and what fails on the way leaves what is held as it was."""
+"""Unsupported uses of CompressedCache are refused with the reason, and a failed pass leaves its tokens unchanged."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from eigencache.errors import CodecError, NonFiniteError, UnsupportedArchitectur
 from eigencache.models.live_cache.attention import attend
 from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.live_cache.layer import CompressedLayer
-from live_codecs import fine_codec, long_ids, long_model, random_layer, turning_codec
+from eigencache.models.live_cache.packed_blocks import PackedBlocks
+from live_codecs import fine_codec, long_ids, long_model, random_layer, rotated_mean_codec
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError, MemoryError)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -72,7 +73,9 @@ def test_a_cache_of_another_kind_is_refused_by_name_before_anything_is_read(way:
             args, given = way(model, kind)
             for more in ({}, {"past_key_values": CompressedCache(model, fine_codec(model))}):
                 calls.clear()
-                with pytest.raises(CodecError, match=f"cache_implementation='{kind}' is another cache .*: leave it out"):
+                with pytest.raises(
+                    CodecError, match=f"cache_implementation='{kind}' is not supported inside .*: leave it out"
+                ):
                     model.generate(ids, *args, **GREEDY, **given, **more)
                 assert not calls
     finally:
@@ -83,7 +86,7 @@ def test_a_cache_of_another_kind_is_refused_by_name_before_anything_is_read(way:
 def test_a_cache_of_another_kind_may_be_asked_for_where_none_is_made_of_ours(way: Callable, model) -> None:
     ids, expected = long_ids(1, 20), model.generate(long_ids(1, 20), **GREEDY)
     with eigencache.compressed(model, fine_codec(model)):
-        args, given = way(model, "hybrid")  # transformers' word of old for none in particular
+        args, given = way(model, "hybrid")  # transformers ignores this old value
         assert type(model.generate(ids, *args, **GREEDY, **given, return_dict_in_generate=True).past_key_values) is (
             CompressedCache
         )
@@ -104,7 +107,7 @@ def test_a_generation_configuration_by_its_place_says_whether_there_is_a_cache(m
 
 @pytest.fixture(scope="module")
 def biased() -> PreTrainedModel:
-    """Keys have large biases, so that it matters at which position a block is unpacked."""
+    """A model whose keys have large biases, so that the position at which a block is unpacked matters."""
     model = copy.deepcopy(long_model("qwen2"))
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
@@ -119,25 +122,29 @@ def span(start: int, count: int) -> Tensor:
 
 @pytest.mark.parametrize("then", [span(150, 3), span(0, 3), torch.tensor([[140, 141, 143]]), span(141, 3)])
 def test_positions_that_jump_are_refused_where_they_matter(then: Tensor, biased) -> None:
-    cache, ids = CompressedCache(biased, turning_codec(biased)), long_ids()
+    cache, ids = CompressedCache(biased, rotated_mean_codec(biased)), long_ids()
     read(biased, cache, ids[:, :140])
     found = next((int(p), 140 + i) for i, p in enumerate(then[0]) if int(p) != 140 + i)
-    with pytest.raises(CodecError, match=f"sequence 0: position {found[1]} comes next in the live cache, not {found[0]}: "):
+    with pytest.raises(
+        CodecError, match=f"sequence 0: the compressed cache expects position {found[1]} next, not {found[0]}: "
+    ):
         read(biased, cache, ids[:, 140:143], position_ids=then)
 
 
 def test_a_jump_within_the_first_piece_is_refused_too(biased) -> None:
-    with pytest.raises(CodecError, match="sequence 0: position 70 comes next in the live cache, not 0: give position_ids"):
+    with pytest.raises(
+        CodecError, match="sequence 0: the compressed cache expects position 70 next, not 0: pass consecutive position_ids"
+    ):
         positions = torch.cat([span(0, 70), span(0, 70)], 1)
-        read(biased, CompressedCache(biased, turning_codec(biased)), long_ids()[:, :140], position_ids=positions)
+        read(biased, CompressedCache(biased, rotated_mean_codec(biased)), long_ids()[:, :140], position_ids=positions)
 
 
 def test_the_row_whose_positions_jump_is_named(biased) -> None:
-    cache, ids = CompressedCache(biased, turning_codec(biased)), long_ids()
+    cache, ids = CompressedCache(biased, rotated_mean_codec(biased)), long_ids()
     mask = torch.ones(2, 100, dtype=torch.int64)
     mask[1, :30] = 0
     read(biased, cache, ids[:, :100], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
-    with pytest.raises(CodecError, match="sequence 1: position 70 comes next in the live cache, not 100"):
+    with pytest.raises(CodecError, match="sequence 1: the compressed cache expects position 70 next, not 100"):
         read(biased, cache, ids[:, 100:101], attention_mask=torch.ones(2, 101), position_ids=span(100, 1).expand(2, 1))
 
 
@@ -151,14 +158,15 @@ def test_positions_that_jump_do_not_matter_where_no_mean_turns() -> None:
 
 
 def as_plain(model: PreTrainedModel, steps: list[tuple[Tensor, dict]]) -> float:
-    """How far the last logits through a live cache are from those through a plain one, both read in the same steps."""
+    """Return the distance of the last logits between a compressed and a plain cache, read in the same steps."""
     last = []
-    for cache in (CompressedCache(model, turning_codec(model)), DynamicCache(config=model.config)):
+    for cache in (CompressedCache(model, rotated_mean_codec(model)), DynamicCache(config=model.config)):
         for ids, more in steps:
             logits = read(model, cache, ids, **more)
         last.append(logits[:, -1])
     assert (
-        all(layer.blocks or layer.dropped for layer in CompressedCache(model, turning_codec(model)).compressed_layers) or 1
+        all(layer.blocks or layer.dropped for layer in CompressedCache(model, rotated_mean_codec(model)).compressed_layers)
+        or 1
     )
     return distance(last[0], last[1])
 
@@ -186,21 +194,21 @@ def test_padding_may_be_longer_than_a_piece_and_positions_those_of_tokens_or_of_
 
 
 def test_after_a_crop_and_a_reset_positions_go_on_and_begin_anew(biased) -> None:
-    cache, ids = CompressedCache(biased, turning_codec(biased)), long_ids()
+    cache, ids = CompressedCache(biased, rotated_mean_codec(biased)), long_ids()
     read(biased, cache, ids[:, :150], position_ids=span(5, 150))
     cache.crop(-50)
     read(biased, cache, ids[:, :50], position_ids=span(105, 50))
     for empty in (lambda: cache.crop(-150), cache.reset):
         empty()
         read(biased, cache, ids[:, :150])
-    with pytest.raises(CodecError, match="position 150 comes next in the live cache, not 155"):
+    with pytest.raises(CodecError, match="expects position 150 next, not 155"):
         read(biased, cache, ids[:, :1], position_ids=span(155, 1))
 
 
 def test_rows_take_their_positions_with_them(biased) -> None:
     ids, mask = long_ids(3, 151), torch.arange(151)[None] >= torch.tensor([[0], [9], [70]])
     positions, rows, last = mask.cumsum(1) - 1, torch.tensor([2, 0, 2]), []
-    for cache in (CompressedCache(biased, turning_codec(biased)), DynamicCache(config=biased.config)):
+    for cache in (CompressedCache(biased, rotated_mean_codec(biased)), DynamicCache(config=biased.config)):
         read(biased, cache, ids[:, :150], attention_mask=mask[:, :150], position_ids=positions[:, :150].clamp_min(0))
         cache.reorder_cache(rows)
         then = {"attention_mask": mask[rows], "position_ids": positions[rows, 150:]}
@@ -215,25 +223,27 @@ def test_no_way_of_decoding_jumps(options: dict, biased) -> None:
     rows = 1 if "prompt_lookup_num_tokens" in options else 3
     ids, answers = long_ids(rows, 140), []
     mask = (torch.arange(140)[None] >= torch.tensor([[0], [9], [70]])[:rows]).long()
-    for cache in (CompressedCache(biased, turning_codec(biased)), DynamicCache(config=biased.config)):
+    for cache in (CompressedCache(biased, rotated_mean_codec(biased)), DynamicCache(config=biased.config)):
         given = GREEDY | {"max_new_tokens": 12, "attention_mask": mask, "past_key_values": cache} | options
         answers.append(biased.generate(ids, **given))
-    assert float((answers[0] == answers[1]).float().mean()) > 0.95  # a near tie may fall the other way
+    assert float((answers[0] == answers[1]).float().mean()) > 0.95  # near ties may be decided differently
 
 
 def test_one_layer_looks_at_positions_for_all(biased) -> None:
-    for codec, expected in ((turning_codec(biased), [True, False, False]), (fine_codec(biased), [False] * 3)):
+    for codec, expected in ((rotated_mean_codec(biased), [True, False, False]), (fine_codec(biased), [False] * 3)):
         assert [layer.watches_positions for layer in CompressedCache(biased, codec).compressed_layers] == expected
 
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_attend_to_what_another_caches_are_refused(name: str) -> None:
     model = long_model(name)
-    with pytest.raises(UnsupportedArchitectureError, match=rf"{name}: layers \[.*3\] attend to what other layers cache"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=rf"{name}: layers \[.*3\] attend to the keys and values of other layers"
+    ):
         CompressedCache(model, fine_codec(model))
 
 
-# Memory that runs out
+# Out of memory
 
 
 def states(layer: CompressedLayer) -> list[Tensor]:
@@ -257,7 +267,7 @@ def drawn(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class Short:
-    """The `at`-th of the calls that take memory fails."""
+    """Makes one of the calls that allocate memory fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
         self.error, self.left = error, -1
@@ -280,7 +290,7 @@ class Short:
         return counted
 
     def every(self, action: Callable[[], None], intact: Callable[[], None]) -> int:
-        """Try until it goes well, one call further every time; how often it failed."""
+        """Repeat `action` with each call failing in turn until none fails, and return the number of failures."""
         for failed in range(100):
             self.left = failed
             try:
@@ -304,7 +314,13 @@ def new_layer() -> CompressedLayer:
 def test_a_layer_that_runs_out_of_memory_holds_what_it_held_and_may_try_again(error, monkeypatch) -> None:
     layer, whole = new_layer(), new_layer()
     short = Short(monkeypatch, error)
-    for tokens in (1100, 64, 128, 2, 70):  # a chunk, one with room, what fills it and another, nothing, one block
+    for tokens in (
+        1100,
+        64,
+        128,
+        2,
+        70,
+    ):  # fills a chunk; adds one with room; fills it and adds another; packs nothing; packs one block
         keys, values = drawn(tokens)
         length = layer.get_seq_length()
         held = states(layer) if length else []
@@ -339,7 +355,7 @@ def test_a_crop_that_runs_out_of_memory_takes_nothing(count: int, error, monkeyp
 
     def alike() -> None:
         assert layer.get_seq_length() == 200
-        torch.testing.assert_close(logits_of(layer), before, atol=1e-2, rtol=1e-2)  # some of it in float16 again
+        torch.testing.assert_close(logits_of(layer), before, atol=1e-2, rtol=1e-2)  # unpacked tokens are in float16
 
     assert short.every(lambda: layer.crop(-count), alike) >= 2
     whole.crop(-count)
@@ -351,7 +367,7 @@ def test_choosing_rows_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     layer.update(*drawn(200))
     layer.compact()
     held, get = states(layer), torch.Tensor.__getitem__
-    for failing in range(4):  # two of the window, two of the chunk
+    for failing in range(4):  # two tensors of the window, two of the chunk
         left = [failing]
 
         def short(x: Tensor, at: Any, left: list[int] = left) -> Tensor:
@@ -370,7 +386,7 @@ def test_choosing_rows_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(layer.window[0]) == 3
 
 
-# Numbers that 16 bits do not hold
+# Numbers out of the range of 16 bits
 
 
 @pytest.mark.parametrize("slot", [0, 1])
@@ -383,8 +399,8 @@ def test_numbers_that_the_window_cannot_hold_are_refused_where_they_enter(value:
     new[slot][1, 0, 3, 2] = value
     with pytest.raises(NonFiniteError) as error:
         layer.update(*new)
-    found = f"layer 0 stores {('keys', 'values')[slot]} up to {abs(value):.3g}, the window's float16 ends at 65504"
-    assert str(error.value) == f"{found}: load the model in bfloat16"
+    found = f"layer 0: {('keys', 'values')[slot]} reach {abs(value):.3g}, more than the float16 maximum of 65504"
+    assert str(error.value) == f"{found}: load the model with `dtype` bfloat16"
     assert layer.entered == 0 and same(states(layer), held)
     layer.update(*drawn(5))
     assert layer.get_seq_length() == 15
@@ -404,7 +420,7 @@ def test_what_was_no_number_before_is_named_as_it_leaves(bad: float) -> None:
     layer, new = random_layer(2, 8), drawn(70)
     new[1][0, 0, 0, 0] = bad
     layer.update(*new)
-    with pytest.raises(NonFiniteError, match="layer 0 stores NaN or infinite values"):
+    with pytest.raises(NonFiniteError, match="layer 0: values contain NaN or infinite numbers"):
         layer.compact()
 
 
@@ -418,7 +434,7 @@ def test_a_cache_of_another_batch_is_refused_and_goes_on_with_its_own() -> None:
         cache = CompressedCache(model, fine_codec(model))
         read(model, cache, ids[:, :100])
         if tried:
-            with pytest.raises(CodecError, match="holds 2 sequences, 3 are added: make a new one"):
+            with pytest.raises(CodecError, match="has 2 sequences, but 3 were passed: make a new cache"):
                 read(model, cache, long_ids(batch=3)[:, :30])
         logits.append(read(model, cache, ids[:, 100:110]))
     assert torch.equal(logits[0], logits[1])
@@ -427,11 +443,11 @@ def test_a_cache_of_another_batch_is_refused_and_goes_on_with_its_own() -> None:
 @pytest.mark.parametrize("error", [*OUT_OF_MEMORY, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["window", "blocks", "model", "head"])
 def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_again(error, where: str, monkeypatch) -> None:
-    """In the second layer, as it takes tokens or packs them, in the layer behind it, or after all of them."""
+    """The pass fails when the second layer takes tokens or packs them, after its attention, or after all layers."""
     model, ids = long_model("llama"), long_ids(batch=2)
     owner, name, layer_idx = {
         "window": (CompressedLayer, "update", 1),
-        "blocks": (CompressedLayer, "_append", 1),
+        "blocks": (PackedBlocks, "append", None),
         "model": (type(model.model.layers[1].mlp), "forward", None),
         "head": (type(model.lm_head), "forward", None),
     }[where]
@@ -442,7 +458,12 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_agai
     function, broken = getattr(owner, name), []
 
     def breaks(self: Any, *args: Any, **given: Any) -> Any:
-        right = {"window": self, "blocks": self, "model": model.model.layers[1].mlp, "head": model.lm_head}[where]
+        right = {
+            "window": self,
+            "blocks": caches[0].compressed_layers[1].packed,
+            "model": model.model.layers[1].mlp,
+            "head": model.lm_head,
+        }[where]
         if self is right and not broken and layer_idx in (None, getattr(self, "layer_idx", None)):
             broken.append(1)
             raise error("out of memory")
@@ -452,8 +473,8 @@ def test_a_pass_that_breaks_off_leaves_the_cache_as_it_was_and_may_be_tried_agai
         patch.setattr(owner, name, breaks)
         with pytest.raises(error):
             read(model, caches[0], ids[:, 120:])
-        if error is not KeyboardInterrupt:  # which the next pass undoes
+        if error is not KeyboardInterrupt:  # the next pass undoes it
             assert [layer.get_seq_length() for layer in caches[0].compressed_layers] == lengths
         again = read(model, caches[0], ids[:, 120:])
-    assert broken and distance(again, read(model, caches[1], ids[:, 120:])) < 0.02  # what was packed may have been unpacked
+    assert broken and distance(again, read(model, caches[1], ids[:, 120:])) < 0.02  # packed tokens may have been unpacked
     assert [layer.get_seq_length() for layer in caches[0].compressed_layers] == [len(ids[0])] * len(lengths)

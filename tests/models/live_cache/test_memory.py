@@ -1,4 +1,4 @@
-"""The bytes that a live cache says it holds are those that the process has more, and that the allocator gave."""
+"""The process and the GPU allocator grow by the bytes that a compressed cache reports."""
 
 import os
 import subprocess

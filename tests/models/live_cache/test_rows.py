@@ -31,7 +31,9 @@ def test_the_first_token_says_at_which_position_its_row_stands() -> None:
     assert held(rows) == [(0, 7), (2, 3)]
     rows.require_neighbors(seen(0, 2), positions, 0)
     rows.require_neighbors(seen(0, 0, new=1), torch.tensor([[11], [7]]), 4)
-    with pytest.raises(CodecError, match="sequence 1: position 7 comes next in the live cache, not 8: give position_ids"):
+    with pytest.raises(
+        CodecError, match="sequence 1: the compressed cache expects position 7 next, not 8: pass consecutive position_ids"
+    ):
         rows.require_neighbors(seen(0, 0, new=1), torch.tensor([[11], [8]]), 4)
 
 

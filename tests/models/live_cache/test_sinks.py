@@ -1,4 +1,4 @@
-"""The first tokens of every row stay exact in a live cache, wherever its padding ends, and all other tokens are packed."""
+"""The first tokens of every row stay exact in a compressed cache, wherever padding ends, and all others are packed."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from eigencache.models.live_cache.layer import CompressedLayer
 from eigencache.models.live_cache.rows import Rows
 from live_codecs import fine_codec, long_ids, long_model, random_layer, unpacked_cache
 
-PADS = (0, 2, 9, 70, 149)  # of prompts of 150 tokens: one row has a single token
+PADS = (0, 2, 9, 70, 149)  # padding of prompts of 150 tokens; one row has a single token
 NAMES = ["gpt2", "llama", "gemma2", "gemma3_text", "deepseek_v2"]
 
 
@@ -32,7 +32,7 @@ def layer_with(sinks: int, sliding_window: int | None = None) -> CompressedLayer
 
 
 def add(layer: CompressedLayer, states: tuple[Tensor, Tensor], first: Tensor) -> None:
-    """One pass: tokens enter, rows learn where their text begins, blocks are packed."""
+    """Do what one pass does: add tokens, find where rows begin, pack blocks."""
     past = layer.get_seq_length()
     layer.update(*states)
     layer.place(torch.arange(past, past + states[0].shape[2])[None] >= first[:, None], None)
@@ -44,7 +44,7 @@ def first_tokens(states: tuple[Tensor, Tensor], row: int, first: int, count: int
 
 
 def holds_exactly(layer: CompressedLayer, row: int, tokens: list[Tensor]) -> bool:
-    """Whether each of these tokens' keys and values are, together, somewhere in what the row holds in 16 bits."""
+    """Return whether keys and values of each of these tokens are stored together in 16 bits in this row."""
     held = [torch.cat(pair, 2)[row] for pair in zip(layer.tensors()["sinks"], layer.window, strict=True)]
     same = [(x[:, :, None] == one[:, None]).all(-1).all(0) for one, x in zip(tokens, held, strict=True)]
     return bool((same[0] & same[1]).any(0).all())
@@ -57,11 +57,11 @@ def holds_exactly(layer: CompressedLayer, row: int, tokens: list[Tensor]) -> boo
 def test_a_small_sink_that_everything_attends_to_is_exact_by_default_and_ruins_the_output_when_packed(
     sinks: int, low: float, high: float
 ) -> None:
-    """As in real models: other keys point away from the queries, by much; the sink's, which is small, does not."""
+    """As in real models, all keys point far away from the queries except that of the sink, which is small."""
     keys, values = drawn(1, 200)
     keys[..., 0] = -4 + 0.3 * keys[..., 0].tanh()
     for x in (keys, values):
-        x[:, :, 0] = 0.1 * values[:, :, 0]  # a tenth of the others' size
+        x[:, :, 0] = 0.1 * values[:, :, 0]  # a tenth of the size of others
     layer, query = layer_with(sinks), torch.zeros(1, 4, 1, 8)
     query[..., 0] = 10 * 8**0.5
     add_fitted(layer, keys, values)
@@ -74,7 +74,7 @@ def test_a_small_sink_that_everything_attends_to_is_exact_by_default_and_ruins_t
 
 
 def add_fitted(layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
-    """One pass, with means and steps of 4 bits that suit all tokens but the first."""
+    """Do what one pass does, with 4-bit means and steps fitted to all tokens but the first."""
     heads = []
     for packed, x in zip(layer.heads, (keys, values), strict=True):
         mean, step = x[0, :, 1:].mean(1), x[0, :, 1:].std(1) / 3
@@ -103,8 +103,8 @@ def test_a_rows_first_tokens_may_come_one_by_one_and_once_more_after_a_crop() ->
     layer = layer_with(4)
     for start, stop in ((0, 147), (147, 150), (150, 151), (151, 300)):
         add(layer, (states[0][:, :, start:stop], states[1][:, :, start:stop]), first)
-    layer.crop(-150)  # the last row's first token is left
-    layer.crop(-2)  # and not even that one
+    layer.crop(-150)  # of the last row, the first token remains
+    layer.crop(-2)  # not even that one remains
     again = drawn(len(PADS), 152, seed=1)
     add(layer, again, first)
     whole = [torch.cat([x[:, :, :148], y], 2) for x, y in zip(states, again, strict=True)]
@@ -150,7 +150,7 @@ def test_a_sliding_window_forgets_first_tokens_when_no_row_sees_its_own_any_more
 
 @torch.no_grad()
 def padded(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, pieces: tuple[int, ...], first: Tensor) -> Tensor:
-    """Logits of rows with leading padding, which come in pieces."""
+    """Return the logits of rows with left padding that are read in pieces."""
     mask, found, start = (torch.arange(ids.shape[1])[None] >= first[:, None]).long(), [], 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     for length in pieces:
@@ -172,7 +172,7 @@ def test_padded_rows_are_read_as_plain_attention_reads_the_same_bytes_unpacked(n
     codec = fine_codec(model, sinks=4)
     unpacked, cache = unpacked_cache(model, codec), CompressedCache(model, codec)
     for layer in unpacked.compressed_layers:
-        layer.rows = Rows(first, -first)  # plain attention does not say
+        layer.rows = Rows(first, -first)  # plain attention does not call `place`
     expected, found = (padded(model, one, ids, pieces, first) for one in (unpacked, cache))
     assert all(layer.blocks or layer.dropped for layer in cache.compressed_layers)
     assert float((found - expected).square().mean().sqrt() / expected.std()) < 3e-3

@@ -1,4 +1,4 @@
-"""A live cache on a GPU, or in Triton's interpreter, gives the logits that plain PyTorch gives over the same cache."""
+"""On a GPU, or in Triton's interpreter, a compressed cache gives the logits that plain PyTorch gives over it."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -29,7 +29,7 @@ def run() -> Iterator[Run]:
 
 @torch.no_grad()
 def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
-    """Of a text read in pieces through a live cache, and how often attention was called."""
+    """Return the logits of a text read in pieces through a compressed cache, and the number of attention calls."""
     model, ids = deepcopy(long_model(name)).to(DEVICE), long_ids(batch=2, length=sum(PIECES)).to(DEVICE)
     codec = with_means(model) if name in ("qwen2", "deepseek_v2") else fine_codec(model, sinks=2)
     mask = torch.ones_like(ids)
@@ -39,7 +39,7 @@ def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
     attention = backend.attention
     counted = attention and replace(backend, attention=lambda *given: calls.append(1) or attention(*given))
     with (
-        patch("eigencache.models.live_cache.blocks.packed_backend", lambda *_: counted or backend),
+        patch("eigencache.models.live_cache.block_attention.packed_backend", lambda *_: counted or backend),
         patch("eigencache.codec.live.packed_heads.packed_backend", lambda *_: backend),
     ):
         for length in PIECES:
@@ -52,7 +52,7 @@ def logits_by(name: str, backend: PackedBackend) -> tuple[Tensor, int]:
 
 
 def both(name: str) -> tuple[float, int]:
-    """How far the two are apart, relative to the logits' size, and calls of attention by Triton."""
+    """Return the relative distance of both backends' logits, and the number of Triton's attention calls."""
     found, calls = logits_by(name, triton_backend(DEVICE))
     right, _ = logits_by(name, REFERENCE)
     return float((found - right).square().mean().sqrt() / right.std()), calls
@@ -61,5 +61,5 @@ def both(name: str) -> tuple[float, int]:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v2", "qwen2"])
 def test_the_kernels_serve_prompts_padding_windows_caps_means_and_latents(run, name: str) -> None:
     apart, calls = run(both, name)
-    assert apart < 3e-3  # a number that is rounded the other way
+    assert apart < 3e-3  # numbers may be rounded the other way
     assert calls

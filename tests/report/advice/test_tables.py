@@ -1,4 +1,4 @@
-"""Advice is said in sentences and tables, with its loss where nothing was chosen, or plainly as none."""
+"""A recommendation is printed as sentences and tables, with its held-out loss; or that no setting meets the budget."""
 
 import io
 
@@ -34,30 +34,30 @@ def test_the_first_lines_say_what_to_do_at_which_bytes_and_loss(from_sweep: Advi
         "planted-model: compress K before rotation and V, one basis per head, metric fisher, rank 12 of 32"
     )
     assert "--budget-ppl 1%, 0.00995 nats per token" in what
-    assert nbytes == "Bytes: 256 → 42.7 per token, ratio 6.00; basis 6,400 bytes, paid back at 31 tokens."
-    assert loss == "Loss, on the same tokens it was chosen on: ΔNLL 0.0030 [-0.0010, 0.0070] nats per token."
+    assert nbytes == "Bytes: 256 → 42.7 per token, ratio 6.00; basis 6,400 bytes, break-even context 31 tokens."
+    assert loss == "Loss, on the tokens that the choice used: ΔNLL 0.0030 [-0.0010, 0.0070] nats per token."
 
 
 @pytest.mark.parametrize(
     ("half", "says"),
     [
         (0.002, "the interval is within the budget."),
-        (0.009, "the interval reaches above the budget."),
+        (0.009, "the interval exceeds the budget."),
         (None, "too few sequences for an interval."),
     ],
 )
 def test_whether_the_choice_held_where_it_was_not_made_is_said(from_sweep: Advice, half: float | None, says: str) -> None:
     (*_, loss) = advice_lines(stated(from_sweep, 0.005, half))
-    assert loss.startswith("Loss, on the half of the sequences that had no part in the choice: ΔNLL 0.0050")
+    assert loss.startswith("Loss, on held-out sequences that the choice did not use: ΔNLL 0.0050")
     assert loss.endswith(says)
 
 
 def test_that_nothing_qualifies_is_said_with_the_nearest() -> None:
     advice = recommend_sweep(sweep(series("v", (8, 1.8, 0.2, 0.01))), BUDGET, "sweep.json")
     none, closest = advice_lines(advice)
-    assert "nothing that was measured qualifies within the budget" in none
+    assert "no measured setting meets the budget" in none
     assert closest.startswith("Nearest: V, one basis per head, metric fisher, rank 8 of 32 in 8 bits, ΔNLL 0.2000")
-    assert "Nothing within the budget" in advice_tables(advice)[0].title
+    assert "nothing within the budget" in advice_tables(advice)[0].title
 
 
 def test_full_rank_and_keys_after_rotation_are_named() -> None:
@@ -69,11 +69,11 @@ def test_full_rank_and_keys_after_rotation_are_named() -> None:
 def test_the_table_has_the_best_of_every_target_with_both_losses(from_sweep: Advice) -> None:
     (ways,) = advice_tables(stated(from_sweep, 0.005, 0.002))
     first, second = (dict(zip(ways.columns, row, strict=True)) for row in ways.rows)
-    assert (first["Ratio"], first["Of target"], first["Rank"]) == ("6.00", "12.00", "12 of 32")
-    assert (first["ΔNLL choosing"], first["ΔNLL stating"]) == ("0.0030 [-0.0010, 0.0070]", "0.0050 [0.0030, 0.0070]")
-    assert (second["Way"], second["ΔNLL stating"]) == ("v · head · fisher · centered", "—")
-    assert first["Way"] == "kv · head · pre-RoPE · fisher · centered"
-    assert "had no part in the choice" in ways.notes[0]
+    assert (first["Ratio"], first["Ratio of target"], first["Rank"]) == ("6.00", "12.00", "12 of 32")
+    assert (first["ΔNLL, choice"], first["ΔNLL, held-out"]) == ("0.0030 [-0.0010, 0.0070]", "0.0050 [0.0030, 0.0070]")
+    assert (second["Setting"], second["ΔNLL, held-out"]) == ("v · head · fisher · centered", "—")
+    assert first["Setting"] == "kv · head · pre-RoPE · fisher · centered"
+    assert "which the choice did not use" in ways.notes[0]
 
 
 def test_biased_keys_get_their_magnitudes_and_what_rounding_costs(from_sweep: Advice) -> None:
@@ -86,7 +86,7 @@ def test_biased_keys_get_their_magnitudes_and_what_rounding_costs(from_sweep: Ad
     advice = from_sweep.model_copy(update={"keys": Keys(biases=[bias], roundings=roundings)})
     _, sizes, rounded = advice_tables(advice)
     assert sizes.rows == (("3", "90.00", "100.00", "90 %", "∞"),)
-    assert [row[1] for row in rounded.rows] == ["left in", "taken out", "left in", "taken out"]
+    assert [row[1] for row in rounded.rows] == ["kept", "subtracted", "kept", "subtracted"]
     assert rounded.rows[1][3] == "0.0010 [-0.0010, 0.0030]"
 
 

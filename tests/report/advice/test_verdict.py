@@ -1,4 +1,4 @@
-"""The verdict names what is measured to be compressible, for certain, and says why where nothing was measured."""
+"""A verdict names the targets that are compressible within the budget, or why nothing was measured."""
 
 from statistics import fmean
 
@@ -37,7 +37,7 @@ def test_one_row_says_low_rank_compressible_and_to_do(gqa, advice: Advice) -> No
     widths = [f"{w} {n} of 64 per layer" for w, n in zip("KV", ranks_of(gqa), strict=True)]
     assert low_rank.split("\n")[0] == widths[0]
     assert low_rank.split("\n")[1].startswith(f"{widths[1]}, ")
-    assert low_rank.endswith(" of 128 over all")
+    assert low_rank.endswith(" of 128 over all layers")
     assert what.startswith("compress K before rotation and V")
     assert loss == "0.0030 [-0.0010, 0.0070]"
     assert "0.00995 nats" in table.notes[0]
@@ -46,7 +46,7 @@ def test_one_row_says_low_rank_compressible_and_to_do(gqa, advice: Advice) -> No
 def test_nothing_within_the_budget_is_said(gqa) -> None:
     advice = recommend_sweep(sweep(series("v", (8, 1.8, 0.2, 0.01))), BUDGET, "planted-model")
     ((*_, what, ratio, loss),) = short_table(ReportRecord(probes=[gqa], verdicts=[Verdict(advice=advice)]), ["a"]).rows
-    assert (what, ratio, loss) == ("nothing within the loss: keep 16 bits", "—", "—")
+    assert (what, ratio, loss) == ("nothing within the budget: keep 16 bits", "—", "—")
 
 
 def test_a_model_that_was_not_judged_has_its_reason_on_the_page(gqa, mha, advice: Advice) -> None:
@@ -54,14 +54,14 @@ def test_a_model_that_was_not_judged_has_its_reason_on_the_page(gqa, mha, advice
     report = ReportRecord(probes=[gqa, mha], verdicts=verdicts)
     assert short_table(report, ["a", "b"]).rows[1][2:] == ("—", "—", "—", "not measured", "—", "—")
     html = page(report)
-    assert "was not measured: layer 0 keeps a &lt;state&gt;" in html
-    assert html.count("What to do</h3>") == 1
+    assert "Compression was not measured: layer 0 keeps a &lt;state&gt;" in html
+    assert html.count("Recommendation</h3>") == 1
     assert html.count('data-figure="rope-gqa-loss"') == 1
 
 
 def test_without_verdicts_there_is_no_summary(gqa) -> None:
     assert short_table(ReportRecord(probes=[gqa]), ["a"]) is None
-    assert "What to do" not in page(ReportRecord(probes=[gqa]))
+    assert "Recommendation</h3>" not in page(ReportRecord(probes=[gqa]))
 
 
 def test_the_figure_draws_perplexity_against_bytes_with_its_intervals() -> None:
@@ -77,5 +77,5 @@ def test_every_part_of_the_advice_is_shown(advice: Advice) -> None:
     parts = shown(Verdict(advice=advice))
     assert parts.lines[0].startswith("planted-model: compress")
     titles = [table.title for table in (*parts.compressible, *parts.advice)]
-    for title in ("how far compression is safe", "quality through the cache", "the evidence", "what this does not know"):
+    for title in ("largest ratio within a perplexity increase", "loss by rank", "evidence", "limitations"):
         assert any(title in one for one in titles), titles

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from eigencache.errors import OutputError
+from eigencache.report.core.drawing import save_figure
 from eigencache.report.core.series import held_out_eigenvalues, thin
-from eigencache.report.probe.figures import cross_figures, model_figures
-from eigencache.report.probe.plots import plot_compare, plot_probe, plot_spread, save_figure
+from eigencache.report.probe.interactive import cross_figures, model_figures
+from eigencache.report.probe.plots import plot_compare, plot_probe, plot_spread
 
 pytestmark = pytest.mark.slow
 
@@ -53,5 +54,5 @@ def test_interactive_figures_hold_numbers_and_have_names_of_their_own(all_record
     for record in all_records:
         figures = model_figures(record)
         assert len({figure.name for figure in figures}) == len(figures)
-        assert all(figure.traces and figure.says for figure in figures)
+        assert all(figure.traces and figure.caption for figure in figures)
     assert {figure.name for figure in cross_figures(all_records)} == {"repetition", "ranks", "ratios"}

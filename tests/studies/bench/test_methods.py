@@ -167,7 +167,7 @@ def test_rows_of_weights_make_the_keys_and_values_that_are_cached(name: str) -> 
 def test_a_module_that_is_no_plain_layer_has_no_rows() -> None:
     (site, *_) = find_sites(tiny_loaded("llama").model, tiny_loaded("llama").geometry, "k", None, torch.ones(1, 4).long())
     odd = type(site)(2, torch.nn.Embedding(4, 4), site.columns, 4)
-    with pytest.raises(UnsupportedArchitectureError, match="layer 2: its matrix cannot be read, because Embedding fails"):
+    with pytest.raises(UnsupportedArchitectureError, match="layer 2: the matrix cannot be read, because Embedding fails"):
         weight_rows(odd)
 
 
@@ -178,7 +178,7 @@ def test_xquant_is_exact_but_for_the_rounding_of_the_input(name: str) -> None:
 
 
 def test_xquant_is_not_to_be_had_where_keys_are_normed() -> None:
-    with pytest.raises(UnsupportedArchitectureError, match="are not what a projection of it gives"):
+    with pytest.raises(UnsupportedArchitectureError, match="are not the output of a known projection"):
         METHODS["xquant"].codecs(BenchContext(Session(tiny_loaded("qwen3")), random_sequences(*[20] * 16), RATES))
 
 

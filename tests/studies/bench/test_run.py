@@ -200,7 +200,7 @@ def test_every_seed_is_fitted_on_its_own_sequences(made: Made) -> None:
 def test_a_text_that_overlaps_the_calibration_is_refused_and_with_force_it_is_said(made: Made) -> None:
     calibration = random_sequences(*[64] * 24, seed=1)
     same = {56: random_sequences(*[64] * 24, seed=1)}
-    with pytest.raises(CorpusError, match="occur in the calibration text: figures would flatter"):
+    with pytest.raises(CorpusError, match="occur in the calibration text: results would be too optimistic"):
         bench(calibration=calibration, held_out=same)
     assert not made.fits
     record = bench(("identity",), calibration=calibration, held_out=same, force=True)

@@ -108,7 +108,7 @@ def test_bytes_and_the_length_that_pays_the_basis_back_follow_from_the_tensors_h
     assert advice.chosen
     assert advice.chosen.sixteen_bit_nbytes_per_token == 256
     assert advice.chosen.nbytes_per_token == 32
-    assert advice.chosen.paid_back_tokens == math.ceil(6400 / (256 - 32))
+    assert advice.chosen.break_even_context == math.ceil(6400 / (256 - 32))
 
 
 def test_a_sweep_says_what_it_did_not_measure() -> None:

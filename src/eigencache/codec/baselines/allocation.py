@@ -1,7 +1,7 @@
-"""Which components share a group, and in which format: the least error within a budget of bits, found exactly.
+"""Exact bit allocation of `kvtc`: which components share a group, in which format, for the least error within a budget.
 
-Dynamic programming over components in their order and bits spent. A group is a run of `size` components in one format; a
-component that is in no group is dropped. The error of a set of groups is the sum of theirs and of what is dropped.
+Dynamic programming over components, in order, and bits spent. A group is a run of `size` components in one format; a
+component in no group is dropped. The error is the sum of the errors of groups and of dropped components.
 """
 
 import math
@@ -19,7 +19,7 @@ class ComponentGroup(NamedTuple):
 
 
 class GroupFormat(NamedTuple):
-    """A format and a size that groups may have, what one costs, and its error at every start [components − size + 1]."""
+    """A format and size of groups, the bits of one group, and its error at every start [components − size + 1]."""
 
     kind: str
     size: int
@@ -28,9 +28,14 @@ class GroupFormat(NamedTuple):
 
 
 def allocate(dropped: np.ndarray, choices: list[GroupFormat], budget_bits: int) -> tuple[ComponentGroup, ...]:
-    """The groups of least error that cost at most `budget_bits`; `dropped`: the error of leaving a component out.
+    """Return the groups of least error within a budget.
 
-    Time and memory: components × budget, in units of the greatest common divisor of all costs, × choices.
+    Time and memory are proportional to components × budget (in units of the greatest common divisor of all costs) × choices.
+
+    Args:
+        dropped: Error of dropping every component [components].
+        choices: Formats and sizes that groups may have.
+        budget_bits: Largest total of bits.
     """
     count = len(dropped)
     choices = [choice for choice in choices if choice.bits <= budget_bits and choice.size <= count]
@@ -39,7 +44,7 @@ def allocate(dropped: np.ndarray, choices: list[GroupFormat], budget_bits: int) 
     unit = math.gcd(*(choice.bits for choice in choices))
     budget = budget_bits // unit
     rows = 1 + max(choice.size for choice in choices)
-    least = np.zeros((rows, budget + 1))  # of the first p components with at most b units, in row p mod rows
+    least = np.zeros((rows, budget + 1))  # error of the first p components with at most b units, in row p mod rows
     taken = np.zeros((count + 1, budget + 1), dtype=np.uint8)  # 0: dropped, 1 + i: choice i
     for p in range(1, count + 1):
         best = least[p % rows]
@@ -56,7 +61,7 @@ def allocate(dropped: np.ndarray, choices: list[GroupFormat], budget_bits: int) 
 
 
 def _groups(taken: np.ndarray, choices: list[GroupFormat], budget: int, unit: int) -> tuple[ComponentGroup, ...]:
-    """The groups that the table's decisions name, from the last component to the first."""
+    """Follow the decisions of the table from the last component to the first, and return the groups in order."""
     groups, p = [], len(taken) - 1
     while p:
         if not (chosen := int(taken[p, budget])):

@@ -2,10 +2,10 @@
 
 Source: common practice (round to nearest, per token and head), as in the `QuantizedCache` of transformers and in the
 KV caches of serving engines; no single paper. Groups of 64 numbers along the head's dimension, or the whole head where it
-is narrower; lowest value and step in float16; the cache as it is, keys after rotation.
+is narrower; lowest value and step in float16; keys after rotation, as the cache holds them.
 
-Where this differs: transformers keeps the most recent 128 tokens in 16 bits and takes quanto's or HQQ's quantizer; here
-no token is kept apart, and the quantizer is plain. Where a head is no multiple of 64, its last group is narrower.
+Differences: transformers keeps the most recent 128 tokens in 16 bits and uses the quantizer of quanto or HQQ; here all
+tokens are quantized, by a plain quantizer. The last group of a head is narrower where the head is no multiple of 64.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.baselines.asymmetric import Groups, dequantized, quantized
 from eigencache.codec.baselines.per_slot import PerSlot, Tensors
+from eigencache.codec.baselines.registry import BaselineInputs, baseline
+from eigencache.codec.quantization.grouped import QuantizedGroups, dequantize, quantize
 
 
 @dataclass(frozen=True, eq=False)
 class Integers(PerSlot):
-    """`bits`-bit integers for both slots; `dtype`: the model's."""
+    """Asymmetric integers for both slots.
+
+    Args:
+        bits: Bits per number, without scales.
+        dtype: The model's.
+        group: Numbers of a head that share lowest value and step.
+    """
 
     bits: Literal[2, 3, 4, 8]
     dtype: torch.dtype
@@ -33,9 +40,15 @@ class Integers(PerSlot):
         return f"int{self.bits}"
 
     def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
-        """Codes, lowest values and steps."""
-        return quantized(x, self.bits, min(self.group, x.shape[-1]), what)._asdict()
+        """Return codes, lowest values and steps."""
+        return quantize(x, self.bits, min(self.group, x.shape[-1]), what=what)._asdict()
 
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
-        """Numbers again."""
-        return dequantized(Groups(**parts), self.bits, width, min(self.group, width))
+        """Return the numbers of the slot."""
+        return dequantize(QuantizedGroups(**parts), self.bits, width, min(self.group, width))
+
+
+@baseline("int", "asymmetric integers per token and head")
+def integer_codecs(inputs: BaselineInputs) -> dict[str, Integers]:
+    """Return the codecs of 8, 4, 3 and 2 bits."""
+    return {f"{bits}": Integers(bits, inputs.dtype) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]

@@ -1,19 +1,20 @@
 """`kvtc`: PCA of all layers and heads, formats chosen by dynamic programming at a bit budget, DEFLATE over the bytes.
 
 Source: Staniszewski and Łańcucki (NVIDIA), KV Cache Transform Coding for Compact Storage in LLM Inference, ICLR 2026, arXiv
-2511.01815; no code of the authors' was at hand. Keys and values apart, keys before rotation, all layers and heads side by
-side; centered PCA that knows nothing of queries; runs of 1, 16, 64, 256 or 1024 components are dropped or get int2, int4 or
+2511.01815; the authors' code was not available. Keys and values separately, keys before rotation, all layers and heads
+concatenated; centered PCA without a metric; runs of 1, 16, 64, 256 or 1024 components are dropped or get int2, int4 or
 fp8 with a 16-bit shift and a 16-bit scale per token; the least error of reconstruction (Frobenius) at a budget of bits per
 token, the same share for keys and values, counted before DEFLATE; the first 4 tokens in fp8, the last 128 in 16 bits.
 
-Where this differs, or where the paper could not be read to the letter: zlib's DEFLATE (level 9, no header) over the whole
-stretch of one sequence, where the paper has nvCOMP's over blocks on a GPU; an exact eigendecomposition in float64 (of the
-Gram matrix where there are fewer vectors than dimensions) and no randomized one; the error of a group is measured on at
-most 256 of the calibration vectors, or of others where those are given; fp8 has shift and scale like the integers, the
-shift in the middle of the range; the bytes of a group are its shifts and scales, low and high bytes apart, and its codes
-component by component, which makes 1 to 4 % fewer bytes than plain order does on the bundled models. Accounts of
-the paper say that the first 4 tokens are not compressed at all: `sink_format="16 bit"`. Mean and basis are held in
-float32, for the components in use only.
+Differences, and choices where the paper is not explicit:
+* zlib's DEFLATE (level 9, no header) over the whole stretch of one sequence; the paper has nvCOMP's over blocks on a GPU.
+* An exact eigendecomposition in float64 (of the Gram matrix where there are fewer vectors than dimensions) instead of a
+  randomized one. Mean and basis are stored in float32, for the components in use only.
+* The error of a group is measured on at most 256 of the calibration vectors, or of held-out vectors.
+* fp8 has shift and scale like the integers; the shift is the middle of the range.
+* The bytes of a group are its shifts and scales, low bytes before high bytes, and its codes component by component, which
+  makes 1 to 4 % fewer bytes than plain order on the bundled models.
+* Summaries of the paper say that the first 4 tokens are not compressed at all: use `sink_format="16 bit"` for that.
 """
 
 import zlib
@@ -25,16 +26,16 @@ from torch import Tensor
 
 from eigencache.codec.base import Cached, EncodedBytes, length_of
 from eigencache.codec.baselines.allocation import ComponentGroup
-from eigencache.codec.baselines.asymmetric import refuse_non_finite
 from eigencache.codec.baselines.kvtc_formats import BITS, from_codes, shift_and_scale, to_codes
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.quantization.bitpack import pack, unpack
+from eigencache.codec.quantization.grouped import require_finite
 from eigencache.errors import CodecError
 
 
 @dataclass(frozen=True, eq=False)
 class TransformedKind:
-    """Keys or values of all layers: `mean` [width], `basis` [width, used components] and the groups of those."""
+    """The transform of keys or values of all layers: `mean` [width], `basis` [width, used components] and their groups."""
 
     layout: Layout
     mean: Tensor
@@ -43,11 +44,11 @@ class TransformedKind:
 
     @property
     def nbytes(self) -> int:
-        """Of mean and basis."""
+        """Bytes of mean and basis."""
         return self.mean.nbytes + self.basis.nbytes
 
     def to_bytes(self, cached: Cached, start: int) -> Tensor:
-        """uint8 [batch, bytes]: of every group shifts, scales and codes, tokens side by side."""
+        """Return uint8 [batch, bytes]: shifts, scales and codes of every group."""
         vectors = self.layout.vectors(cached, start, self.mean)
         y = (vectors - self.mean.to(vectors)) @ self.basis.to(vectors)
         parts = [torch.empty(len(y), 0, dtype=torch.uint8, device=y.device)]
@@ -59,7 +60,13 @@ class TransformedKind:
         return torch.cat(parts, 1)
 
     def from_bytes(self, packed: Tensor, tokens: int, start: int) -> Slots:
-        """The slots again, keys rotated."""
+        """Return the slots, keys rotated.
+
+        Args:
+            packed: What `to_bytes` returned.
+            tokens: Number of tokens.
+            start: Position of the first token.
+        """
         sizes = [n for group in self.groups for n in (2 * tokens, 2 * tokens, code_bytes(group, tokens))]
         parts = iter(packed.split(sizes, 1))
         coefficients = [self.mean.new_zeros(len(packed), tokens, 0)]
@@ -70,13 +77,13 @@ class TransformedKind:
         return self.layout.slots(torch.cat(coefficients, -1) @ self.basis.mT + self.mean, start)
 
     def packed_nbytes(self, tokens: int) -> int:
-        """Bytes of one sequence before DEFLATE."""
+        """Return the bytes of one sequence before DEFLATE."""
         return sum(4 * tokens + code_bytes(group, tokens) for group in self.groups)
 
 
 @dataclass(frozen=True, eq=False)
 class KVTC:
-    """The codec proper, without tokens kept apart. `dtype`: the model's."""
+    """The codec without sinks and window. `kinds` are the transforms of keys and of values, `dtype` is the model's."""
 
     kinds: tuple[TransformedKind, ...]
     dtype: torch.dtype
@@ -88,23 +95,27 @@ class KVTC:
         return sum(kind.nbytes for kind in self.kinds)
 
     def encode(self, cached: Cached, start: int) -> EncodedBytes:
-        """One DEFLATE stream per row. Raises `CodecError` for NaN and for a cache of other layers or shapes."""
+        """Encode a stretch as one DEFLATE stream per row.
+
+        Raises:
+            CodecError: The cache holds NaN or infinite values, or other layers or shapes than the codec was fitted on.
+        """
         for layer_idx, both in cached.items():
             for x in both:
-                refuse_non_finite(x, f"{self.name}: layer {layer_idx}")
+                require_finite(x, f"{self.name}: layer {layer_idx}")
         known = {(part.layer_idx, part.slot) for kind in self.kinds for part in kind.layout.parts}
         for layer_idx in cached:
             if not {(layer_idx, 0), (layer_idx, 1)} <= known:
-                raise CodecError(f"{self.name} knows no layer {layer_idx}: it was fitted on another model")
+                raise CodecError(f"{self.name} has no layer {layer_idx}: it was fitted on another model")
         packed = torch.cat([kind.to_bytes(cached, start) for kind in self.kinds], 1).cpu().numpy()
         return EncodedBytes(tuple(_deflated(row.tobytes()) for row in packed), start, length_of(cached))
 
     def decode(self, encoded: EncodedBytes) -> dict[int, tuple[Tensor, Tensor]]:
-        """The cache's tensors in the model's dtype, where the bases are."""
+        """Return the cache's tensors in the model's dtype, on the device of the bases."""
         sizes = [kind.packed_nbytes(encoded.tokens) for kind in self.kinds]
         rows = [zlib.decompress(row, -zlib.MAX_WBITS) for row in encoded.rows]
         if any(len(row) != sum(sizes) for row in rows):
-            raise CodecError(f"{self.name}: {len(rows[0])} bytes where {sum(sizes)} belong: this is another codec's stretch")
+            raise CodecError(f"{self.name}: expected {sum(sizes)} bytes, found {len(rows[0])}: another codec encoded them")
         packed = torch.from_numpy(np.stack([np.frombuffer(row, np.uint8) for row in rows])).to(self.kinds[0].mean.device)
         slots: Slots = {}
         for kind, part in zip(self.kinds, packed.split(sizes, 1), strict=True):
@@ -113,17 +124,17 @@ class KVTC:
 
 
 def code_bytes(group: ComponentGroup, tokens: int) -> int:
-    """Bytes of a group's codes."""
+    """Return the bytes of the codes of a group."""
     return -(-tokens * group.size * BITS[group.kind] // 8)
 
 
 def _planes(x: Tensor) -> Tensor:
-    """Low bytes of all float16 numbers [batch, tokens], then high bytes: [batch, 2·tokens]."""
+    """Return the low bytes of float16 numbers [batch, tokens], then the high bytes: [batch, 2·tokens]."""
     return x.contiguous().view(torch.uint8).unflatten(1, (-1, 2)).mT.flatten(1)
 
 
 def _from_planes(planes: Tensor) -> Tensor:
-    """The float16 numbers again."""
+    """Return the float16 numbers of `_planes`."""
     return planes.unflatten(1, (2, -1)).mT.flatten(1).clone().view(torch.float16)
 
 

@@ -1,32 +1,36 @@
-"""The number formats of `kvtc`: 2 or 4 bits uniform, or fp8, about a 16-bit shift and in units of a 16-bit scale.
+"""The number formats of `kvtc`: 2-bit or 4-bit integers, or fp8, with a 16-bit shift and a 16-bit scale per group.
 
-A group of numbers has one shift and one scale. Integers: shift is the lowest value, scale the step, error at most half a
-step. fp8 (e4m3): shift is the middle of the range, and half the range is 448 scales.
+Integers: the shift is the lowest value, the scale is the step, the error is at most half a step. fp8 (e4m3): the shift is
+the middle of the range, and half the range is 448 scales.
 """
 
 import torch
 from torch import Tensor
 
-from eigencache.codec.quantization.grouped import low_and_step, scale_reaching
+from eigencache.codec.quantization.fp8 import FP8_MAX, from_fp8, to_fp8
+from eigencache.codec.quantization.scales import divisor, low_and_step, scale_reaching
 from eigencache.errors import CodecError
 
 BITS = {"int2": 2, "int4": 4, "fp8": 8}
 SCALE_BITS = 32  # a shift and a scale
-_FP8_MAX = 448.0
 
 
 def group_bits(kind: str, size: int) -> int:
-    """What a group costs per token."""
+    """Return the bits per token of a group of `size` components in a format."""
     return BITS[kind] * size + SCALE_BITS
 
 
 def shift_and_scale(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Both in float16, of x [..., size]: [...]. Raises `CodecError` where float16 is too narrow."""
+    """Return shift and scale [...] in float16 of groups x [..., size].
+
+    Raises:
+        CodecError: float16 is too narrow for them.
+    """
     if kind == "fp8":
         lowest, highest = x.amin(-1), x.amax(-1)
         shift = ((lowest + highest) / 2).half()
         largest = torch.maximum(highest - shift.float(), shift.float() - lowest)
-        scale = scale_reaching(largest, _FP8_MAX)
+        scale = scale_reaching(largest, FP8_MAX)
     else:
         shift, scale = low_and_step(x, BITS[kind], -1)
     if not (shift.isfinite().all() and scale.isfinite().all()):
@@ -35,14 +39,21 @@ def shift_and_scale(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def to_codes(x: Tensor, kind: str, shift: Tensor, scale: Tensor) -> Tensor:
-    """Codes [..., size] in uint8."""
-    units = (x - shift.float()[..., None]) / torch.where(scale > 0, scale, 1).float()[..., None]
+    """Return the codes, uint8 [..., size], of groups.
+
+    Args:
+        x: Groups [..., size].
+        kind: A key of `BITS`.
+        shift: Shifts [...] in float16.
+        scale: Scales [...] in float16.
+    """
+    units = (x - shift.float()[..., None]) / divisor(scale)[..., None]
     if kind == "fp8":
-        return units.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        return to_fp8(units)
     return units.round().clamp(0, 2 ** BITS[kind] - 1).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, kind: str, shift: Tensor, scale: Tensor) -> Tensor:
-    """The numbers again [..., size], float32."""
-    units = codes.view(torch.float8_e4m3fn).float() if kind == "fp8" else codes.float()
+    """Return the numbers, float32 [..., size], of codes; the arguments are those of `to_codes`."""
+    units = from_fp8(codes) if kind == "fp8" else codes.float()
     return units * scale.float()[..., None] + shift.float()[..., None]

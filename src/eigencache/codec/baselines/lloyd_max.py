@@ -1,4 +1,4 @@
-"""The best codebook of 2^b numbers for a standard Gaussian: each is the mean of what lies nearer to it than to the others.
+"""The Lloyd–Max codebook of a standard Gaussian: 2^b numbers, each the mean of the values nearest to it.
 
 Max, Quantizing for minimum distortion, 1960; Lloyd, Least squares quantization in PCM, 1982. For 1 bit ±√(2/π).
 """
@@ -15,7 +15,7 @@ from eigencache.modes import constant
 @functools.cache
 @constant
 def gaussian_codebook(bits: int) -> Tensor:
-    """The 2^bits numbers, ascending, float32; found by Lloyd's iteration in float64."""
+    """Return the 2^bits numbers, ascending, in float32; Lloyd's iteration finds them in float64."""
     numbers = torch.erfinv(torch.arange(1, 2 ** (bits + 1), 2, dtype=torch.float64) / 2**bits - 1) * math.sqrt(2)
     for _ in range(10_000):
         edges = torch.cat([torch.tensor([-math.inf]), borders(numbers), torch.tensor([math.inf])])
@@ -30,5 +30,5 @@ def gaussian_codebook(bits: int) -> Tensor:
 
 
 def borders(numbers: Tensor) -> Tensor:
-    """Half-way between neighbors: what lies between two borders is coded as the number between them."""
+    """Return the midpoints between neighbors: a value between two of them is coded as the number between them."""
     return (numbers[1:] + numbers[:-1]) / 2

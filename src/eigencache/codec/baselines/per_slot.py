@@ -1,6 +1,6 @@
-"""What codecs have in common that treat every slot of every layer by itself: names, refusals and the way back.
+"""Base class of codecs that encode every slot of every layer by itself.
 
-Slots of a layer may differ in heads and width, as latent and rotary key of MLA do.
+The two slots of a layer may differ in heads and width, as latent and rotary key of MLA do.
 """
 
 from abc import ABC, abstractmethod
@@ -11,39 +11,43 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, Encoded, length_of, owned, to_sixteen_bit
-from eigencache.codec.baselines.asymmetric import refuse_non_finite
+from eigencache.codec.quantization.grouped import require_finite
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSlots(Encoded):
-    """Tensors named `layer.slot.part`, and the width of every slot's vectors, which is the model's and costs nothing."""
+    """Tensors named `layer.slot.part`, and the vector width of every slot, which is the model's and costs nothing."""
 
     widths: Mapping[tuple[int, int], int]
 
     def select(self, rows: Tensor) -> "EncodedSlots":
-        """The given rows of the batch."""
+        """Return the given rows of the batch."""
         return replace(self, tensors=super().select(rows).tensors)
 
 
 class PerSlot(ABC):
-    """A codec of which subclasses say how one slot [batch, heads, seq, width] becomes tensors and comes back."""
+    """A codec whose subclasses encode and decode one slot [batch, heads, seq, width] at a time."""
 
     dtype: torch.dtype  # the model's
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
 
     def encode(self, cached: Cached, start: int) -> EncodedSlots:
-        """Both slots of every layer. Raises `CodecError` for NaN, infinite values, and what float16 cannot hold."""
+        """Encode both slots of every layer.
+
+        Raises:
+            CodecError: The cache holds NaN, infinite values, or values that float16 cannot represent.
+        """
         tensors, widths = {}, {}
         for layer_idx, both in cached.items():
             for slot, x in enumerate(both):
                 what = f"{self.name}: layer {layer_idx}"
-                refuse_non_finite(x, what)
+                require_finite(x, what)
                 raw = self.is_raw(layer_idx, slot)
                 parts = {"raw": to_sixteen_bit(x, what)} if raw else self.slot_encoded(x, layer_idx, slot, what)
                 tensors |= {f"{layer_idx}.{slot}.{part}": owned(tensor) for part, tensor in parts.items()}
@@ -51,26 +55,46 @@ class PerSlot(ABC):
         return EncodedSlots(tensors, start, length_of(cached), widths)
 
     def decode(self, encoded: EncodedSlots) -> dict[int, tuple[Tensor, Tensor]]:
-        """Both slots of every layer in the model's dtype."""
-        parts: dict[tuple[int, int], dict[str, Tensor]] = {at: {} for at in encoded.widths}
+        """Return both slots of every layer in the model's dtype."""
+        by_slot: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in encoded.widths}
         for name, tensor in encoded.tensors.items():
             layer_idx, slot, part = name.split(".")
-            parts[int(layer_idx), int(slot)][part] = tensor
+            by_slot[int(layer_idx), int(slot)][part] = tensor
         slots = {
-            at: found["raw"] if "raw" in found else self.slot_decoded(found, *at, encoded.widths[at])
-            for at, found in parts.items()
+            key: parts["raw"] if "raw" in parts else self.slot_decoded(parts, *key, encoded.widths[key])
+            for key, parts in by_slot.items()
         }
         layers = dict.fromkeys(layer_idx for layer_idx, _ in encoded.widths)
         return {i: (slots[i, 0].to(self.dtype), slots[i, 1].to(self.dtype)) for i in layers}
 
     def is_raw(self, layer_idx: int, slot: int) -> bool:
-        """Whether a slot is kept in 16 bits as it is; none is, unless a subclass says so."""
+        """Return whether a slot stays in 16 bits; False unless a subclass overrides it."""
         return False
 
     @abstractmethod
     def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:
-        """The tensors that a slot becomes, batch first. `what` begins the message of an error."""
+        """Encode one slot.
+
+        Args:
+            x: The slot [batch, heads, seq, width].
+            layer_idx: Its layer.
+            slot: 0 or 1.
+            what: Begins the message of an error.
+
+        Returns:
+            Named tensors whose first dimension is the batch.
+        """
 
     @abstractmethod
     def slot_decoded(self, parts: Tensors, layer_idx: int, slot: int, width: int) -> Tensor:
-        """The slot again [batch, heads, seq, width]."""
+        """Decode one slot.
+
+        Args:
+            parts: The tensors that `slot_encoded` returned.
+            layer_idx: The layer of the slot.
+            slot: 0 or 1.
+            width: Numbers of one head.
+
+        Returns:
+            The slot [batch, heads, seq, width].
+        """

@@ -1,17 +1,16 @@
-"""`eigen`: one transform in the metric of what an error costs, one step, static entropy tables, blocks that decode alone.
+"""The stored codec `eigen`: a transform in the metric of the loss, one quantization step, static entropy tables, blocks.
 
-Per token the keys before rotation and the values of all layers stand in one vector x. y = Uᵀ M^{1/2} (x − μ) is quantized
-with one step for every coefficient of every layer (THEORY 5, 6), and the integers are coded with static tables (7). What
-is kept of a sequence is one container (docs/format.md): first tokens and a recent window raw, the rest in blocks.
+The keys before rotation and the values of all layers form one vector x per token. y = Uᵀ M^{1/2} (x − μ) is quantized with
+one step for all coefficients of all layers (THEORY 5, 6), and the integers are coded with static tables (THEORY 7). A
+sequence becomes one container (docs/format.md): first tokens and a recent window raw, the rest in blocks that decode
+independently.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,26 +18,25 @@ from torch import Tensor
 
 from eigencache.codec.base import Cached, EncodedBytes, length_of
 from eigencache.codec.eigen.container import Container, ContainerHeader, Reader, write
-from eigencache.codec.eigen.entropy_coder import RansCoder
+from eigencache.codec.eigen.entropy_coder import RansCoder, decode_blocks
 from eigencache.codec.eigen.entropy_tables import EntropyTables
+from eigencache.codec.eigen.missing_layers import fill_missing
 from eigencache.codec.eigen.position_means import PositionMeans
 from eigencache.codec.eigen.quantizer import DeadZone
-from eigencache.codec.eigen.raw_tokens import raw_bytes, raw_nbytes, raw_vectors
+from eigencache.codec.eigen.raw_tokens import ends_of, raw_bytes, raw_nbytes, raw_slots
+from eigencache.codec.eigen.threads import parallel
 from eigencache.codec.eigen.token_features import Embed
 from eigencache.codec.eigen.token_predictor import TokenPredictor
 from eigencache.codec.eigen.transform import JointTransform
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.sinks_and_window import FIRST_EXACT, middle_of
 from eigencache.errors import CodecError
-from eigencache.kernels.rans.backend import Backend, chosen
-
-_T = TypeVar("_T")
-_U = TypeVar("_U")
+from eigencache.kernels.rans.backend import Backend
 
 
 @dataclass(frozen=True)
 class SinksAndWindow:
-    """What is not transformed: first positions and most recent tokens, in 16 or 8 bits."""
+    """The tokens that are stored raw: `sinks` first positions and `window` most recent tokens, in 16 or 8 bits."""
 
     sinks: int = FIRST_EXACT
     window: int = 0
@@ -47,10 +45,22 @@ class SinksAndWindow:
 
 @dataclass(frozen=True, eq=False)
 class EigenCodec:
-    """A fitted codec. `step`: of all coefficients, in the metric's unit; `block`: tokens that decode together.
+    """A fitted codec of one model (`fitting.eigen` fits it).
 
-    With `text`, the first rows of a block's integers are the digits of its tokens. `dtype`: the model's.
-    `backend` decodes (kernels/rans/backend.py); whichever it is, the integers are the same.
+    Args:
+        name: Name in tables.
+        layout: Which heads form a vector, and how keys are rotated.
+        transform: Vectors ⇄ coefficients.
+        step: Quantization step of all coefficients, in the unit of the metric.
+        quantizer: Thresholds and reconstruction points of every coefficient.
+        tables: Entropy tables. Where tokens are predicted, the first rows of a block are the digits of its tokens.
+        lanes: Interleaved states of the entropy coder.
+        kept: Which tokens are stored raw, and in how many bits.
+        block: Tokens per block.
+        dtype: The model's.
+        text: Predicts vectors from tokens; None: no prediction.
+        positions: The mean vector of every position, for learned positions; None: no such means.
+        backend: What decodes blocks (`kernels/rans/backend.py`); None chooses by the device. The result is the same.
     """
 
     name: str
@@ -68,17 +78,17 @@ class EigenCodec:
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
-        """A plain number for a step: what another one is written as would make another SHA-256."""
+        """Make the step a plain float: another type has another `repr`, which would change the SHA-256."""
         object.__setattr__(self, "step", float(self.step))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once, as it is saved: transform, what predicts, quantizer and tables."""
+        """Bytes stored once, as they are saved: transform, predictors, quantizer and tables."""
         return sum(t.nbytes for t in self._tensors()) + sum(a.nbytes for a in self._arrays())
 
     @cached_property
     def sha256(self) -> bytes:
-        """Of all that decides what bytes mean: a container names the codec that wrote it by this."""
+        """SHA-256 of everything that decides what bytes mean; a container names its codec by it."""
         columns = [(basis.start, basis.stop) for basis in self.transform.bases]
         said = (self.layout.parts, columns, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
         text = repr(said if self.positions is None else (*said, self.positions.places.shape))
@@ -93,7 +103,7 @@ class EigenCodec:
         return digest.digest()
 
     def to(self, device: str | torch.device) -> "EigenCodec":
-        """The same with its tensors where the cache is; tables stay with the CPU, which encodes."""
+        """Return the codec with its tensors on `device`; the tables stay on the CPU, which encodes."""
         moved = replace(
             self,
             transform=self.transform.to(device),
@@ -105,81 +115,91 @@ class EigenCodec:
         return moved
 
     def of_model(self, embed: Embed) -> "EigenCodec":
-        """The same for a model that `embed` asks for embeddings [n, d] of token ids [n], where it predicts from them."""
+        """Return the codec with the embeddings of its model: `embed` maps token ids [n] to embeddings [n, d]."""
         if self.text is None:
             return self
         return replace(self, text=replace(self.text, features=self.text.features.of_model(embed)))
 
     def encode(self, cached: Cached, start: int = 0) -> EncodedBytes:
-        """One container per row of the batch. A sliding-window layer may hold the last tokens only.
+        """Encode a cache as one container per row of the batch.
 
-        Raises `CodecError` for a cache of other shapes than the codec was fitted for, and for NaN.
+        Args:
+            cached: Layer → keys and values [batch, heads, seq, dim]; a sliding-window layer may hold the last tokens only.
+            start: Position of the first token.
+
+        Raises:
+            CodecError: The cache has other heads than the codec was fitted for, or holds NaN or infinite values.
         """
         self.layout.require_all(cached)
         tokens = length_of(cached)
         sinks, stop = middle_of(tokens, start, self.kept.sinks, self.kept.window)
-        lacking = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
+        missing = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
         x = self._stored(cached, start)
         if not x.isfinite().all():  # a head without coefficients would hide it
-            raise CodecError("the cache holds NaN or infinite numbers")
-        lacking_coded = {i: count - sinks for i, count in lacking.items() if count > sinks}
-        symbols = self._symbols(self._completed(x[:, sinks:stop], lacking_coded)).cpu().numpy()
+            raise CodecError("the cache holds NaN or infinite values")
+        symbols = self._symbols(self._completed(x[:, sinks:stop], missing, sinks)).cpu().numpy()
         header = ContainerHeader(
-            self.sha256, start, tokens, sinks, tokens - stop, self.kept.bits, self.block, tuple(sorted(lacking.items()))
+            self.sha256, start, tokens, sinks, tokens - stop, self.kept.bits, self.block, tuple(sorted(missing.items()))
         )
-        ends = [self._kept(cached, span, tokens) for span in (range(sinks), range(stop, tokens))]
+        mean, dtype = self.transform.mean, self.dtype
+        ends = [ends_of(cached, span, self.layout, dtype, mean.device) for span in (range(sinks), range(stop, tokens))]
 
         def row(index: int) -> bytes:
-            first, last = ([raw_bytes(end[index], self._heads, self.kept.bits)] if end.shape[1] else [] for end in ends)
+            heads = self.layout.head_widths
+            first, last = ([raw_bytes(end[index], heads, self.kept.bits)] if end.shape[1] else [] for end in ends)
             blocks = range(0, symbols.shape[1], self.block)
-            coded = _parallel(lambda at: self._coder.encode(symbols[index, at : at + self.block].T), blocks)
+            coded = parallel(lambda token: self._coder.encode(symbols[index, token : token + self.block].T), blocks)
             return write(Container(**vars(header), sections=(*first, *coded, *last)))
 
         return EncodedBytes(tuple(row(index) for index in range(len(x))), start, tokens)
 
     def decode(self, encoded: EncodedBytes, tokens: slice = slice(None)) -> dict[int, tuple[Tensor, Tensor]]:
-        """The cache's tensors [batch, heads, seq, dim] in the model's dtype; of `tokens` only, where they are given.
+        """Decode containers.
 
-        Only blocks that hold one of `tokens`, counted from the container's first, are looked at. Raises `CodecError`
-        for a container of another codec, for a damaged one, and for rows that are not of the same tokens.
+        Args:
+            encoded: One container per row of the batch; all hold the same tokens.
+            tokens: Which tokens to decode, counted from the container's first; default: all. Only the blocks that hold
+                them are read.
+
+        Returns:
+            Layer → keys and values [batch, heads, seq, dim] in the model's dtype.
+
+        Raises:
+            CodecError: A container is damaged or of another codec, rows hold different tokens, or `tokens` is no
+                contiguous slice of them.
         """
         readers = [Reader(row) for row in encoded.rows]
         for reader in readers:
             reader.header.check_codec(self.sha256)
         if len({reader.header for reader in readers}) > 1:
-            raise CodecError("rows of unlike stretches cannot be decoded together: decode them one by one")
+            raise CodecError("the rows hold different tokens: decode each container by itself")
         header = readers[0].header
         self._require_own(header)
-        if not isinstance(tokens, slice):
-            raise CodecError(f"tokens {tokens!r}: give a slice, such as slice(0, {header.tokens})")
-        span = range(header.tokens)[tokens]
+        span = range(header.tokens)[tokens] if isinstance(tokens, slice) else range(0)
         if span.step != 1 or not span:
             raise CodecError(
-                f"tokens {tokens}: of {header.tokens}, a stretch of neighbors can be decoded: give a slice without a step "
-                f"that holds at least one of tokens 0 to {header.tokens - 1}"
+                f"`tokens` is {tokens}: it must be a non-empty contiguous slice of the {header.tokens} stored tokens, "
+                f"such as slice(0, {header.tokens})"
             )
         slots = by_layer(self._slots(readers, span), self.dtype)
-        lacking = {i: max(0, count - span.start) for i, count in header.absent}
-        return {i: (k[:, :, lacking.get(i, 0) :], v[:, :, lacking.get(i, 0) :]) for i, (k, v) in slots.items()}
-
-    def _require_own(self, header: ContainerHeader) -> None:
-        """Raises `CodecError` for a header that this codec does not write: blocks of other sizes decode to other numbers."""
-        sinks, stop = middle_of(header.tokens, header.start, self.kept.sinks, self.kept.window)
-        own = {"block": self.block, "kept_bits": self.kept.bits, "sinks": sinks, "window": header.tokens - stop}
-        for name, value in own.items():
-            if (found := getattr(header, name)) != value:
-                raise CodecError(f"{name} is {found} in the container, this codec writes {value}: the container is damaged")
+        missing = {i: max(0, count - span.start) for i, count in header.absent}
+        return {i: (k[:, :, missing.get(i, 0) :], v[:, :, missing.get(i, 0) :]) for i, (k, v) in slots.items()}
 
     def nbytes_of(self, tokens: int, coded_bits: float) -> float:
-        """Bytes of `tokens` positions from 0 in one container, when a coded token costs `coded_bits` without states."""
+        """Return the bytes of one container that begins at position 0.
+
+        Args:
+            tokens: Its number of tokens.
+            coded_bits: Bits of a coded token, without the states of the entropy coder.
+        """
         sinks, stop = middle_of(tokens, 0, self.kept.sinks, self.kept.window)
         header = ContainerHeader(bytes(32), 0, tokens, sinks, tokens - stop, self.kept.bits, self.block, ())
-        raw = raw_nbytes(sinks + tokens - stop, self._heads, self.kept.bits)
+        raw = raw_nbytes(sinks + tokens - stop, self.layout.head_widths, self.kept.bits)
         states = 4 * self.lanes * header.block_count
         return header.header_nbytes + raw + states + (stop - sinks) * coded_bits / 8
 
     def cost(self, row: bytes) -> tuple[int, float]:
-        """Return the coded tokens of a container and the bits that one of them cost on average, without states."""
+        """Return how many tokens of a container are coded, and their average bits without the entropy coder's states."""
         reader = Reader(row)
         header = reader.header
         tokens = header.tokens - header.window - header.sinks
@@ -188,65 +208,45 @@ class EigenCodec:
         coded = [len(reader.section(i)) for i in header.sections_of(range(header.sinks, header.sinks + tokens))]
         return tokens, 8 * (sum(coded) - 4 * self.lanes * len(coded)) / tokens
 
-    def _kept(self, cached: Cached, span: range, tokens: int) -> Tensor:
-        """Vectors of a few tokens as the cache holds them; what a layer does not hold of them is zero."""
-        if not span:
-            return self.transform.mean.new_zeros(len(next(iter(cached.values()))[0]), 0, self.layout.width)
-        behind = tokens - span.stop
-
-        def end(x: Tensor) -> Tensor:
-            return x[:, :, : x.shape[2] - behind][:, :, -len(span) :]
-
-        ends = {i: (end(keys), end(values)) for i, (keys, values) in cached.items()}
-        return Layout(self.layout.parts, {}).vectors(ends, span.start, torch.zeros_like(self.transform.mean)).to(self.dtype)
+    def _require_own(self, header: ContainerHeader) -> None:
+        """Raise `CodecError` for a header that this codec does not write: its blocks would decode to wrong numbers."""
+        sinks, stop = middle_of(header.tokens, header.start, self.kept.sinks, self.kept.window)
+        expected = {"block": self.block, "kept_bits": self.kept.bits, "sinks": sinks, "window": header.tokens - stop}
+        for name, value in expected.items():
+            if (found := getattr(header, name)) != value:
+                raise CodecError(f"corrupt container: {name} is {found}, this codec writes {value}")
 
     def _stored(self, cached: Cached, start: int) -> Tensor:
-        """Vectors [batch, seq, width] of a cache without what positions add."""
+        """Return the vectors [batch, seq, width] of a cache without their position means."""
         return self.layout.vectors(cached, start, self.transform.mean) - self._from_position(start, length_of(cached))
 
     def _from_position(self, start: int, tokens: int) -> Tensor | float:
-        """What positions start, start + 1, … add to vectors: [tokens, width]."""
+        """Return the means of positions start, start + 1, … [tokens, width]."""
         return 0.0 if self.positions is None else self.positions.at(torch.arange(start, start + tokens))
 
     def _expected(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Digits of the tokens of vectors x, if they are coded, and what is expected of x without coefficients."""
+        """Return the digits of the tokens of vectors x, if they are coded, and the prediction of x without coefficients."""
         if self.text is None:
             return None, self.transform.mean
         ranks = self.text.find(x - self.transform.mean)
         return self.text.digits.split(ranks), self.transform.mean + self.text.predict(ranks, self.block)
 
-    def _completed(self, x: Tensor, lacking: Mapping[int, int]) -> Tensor:
-        """x with what layers lack of their first tokens replaced by what the other layers let expect of it.
-
-        Where the same layers are absent, the coefficients are the likeliest ones, given the present columns in the metric
-        and how far the tables let a coefficient vary.
-        """
-        if not lacking:
+    def _completed(self, x: Tensor, missing: dict[int, int], sinks: int) -> Tensor:
+        """Return the vectors of coded tokens, with the columns filled that layers lack."""
+        missing = {i: count - sinks for i, count in missing.items() if count > sinks}
+        if not missing:
             return x
-        expected = self._expected(x)[1].expand_as(x)
-        spread = torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(x)
-        prior = torch.diag(1 / (12 * spread))  # an integer's rounding over what the coefficient varies by
-        rows = self.transform.decode(torch.eye(self.transform.coefficients, device=x.device), self.step)
-        for first, stop in pairwise(sorted({0, *lacking.values()})):
-            present = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
-            for columns, part in zip(self.layout.spans, self.layout.parts, strict=True):
-                present[slice(*columns)] = lacking.get(part.layer_idx, 0) <= first
-            gram = self.transform.encode(rows * present, self.step)
-            known = (x[:, first:stop] - expected[:, first:stop]) * present
-            fitted = self.transform.encode(known, self.step)
-            y = torch.linalg.solve(gram.mT + prior, fitted.mT).mT
-            again = expected[:, first:stop] + self.transform.decode(y, self.step)
-            x[:, first:stop] = torch.where(present, x[:, first:stop], again)
-        return x
+        variances = torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(x)
+        return fill_missing(x, self._expected(x)[1], missing, self.layout, self.transform, self.step, variances)
 
     def _symbols(self, x: Tensor) -> Tensor:
-        """Integers int32 [batch, seq, rows] of vectors [batch, seq, width]: digits of tokens, if any, and coefficients."""
+        """Return the integers int32 [batch, seq, rows] of vectors [batch, seq, width]: digits, if any, and coefficients."""
         digits, expected = self._expected(x)
         q = self.quantizer.quantize(self.transform.encode(x - expected, self.step))
         return q if digits is None else torch.cat([digits, q], -1)
 
     def _vectors(self, symbols: Tensor) -> Tensor:
-        """Vectors [batch, seq, width] of integers, of which the first is the first of a block."""
+        """Return the vectors [batch, seq, width] of integers that begin with the first token of a block."""
         predicted = self.transform.mean
         if self.text is not None:
             digits = self.text.digits
@@ -258,51 +258,32 @@ class EigenCodec:
     def _coder(self) -> RansCoder:
         return RansCoder(self.tables, self.lanes)
 
-    @cached_property
-    def _heads(self) -> list[int]:
-        return [part.dim for part in self.layout.parts for _ in range(*part.heads)]
-
     def _slots(self, readers: list[Reader], span: range) -> Slots:
-        """The slots of `span`, all rows: sinks, what was coded, and window, one after the other."""
+        """Return the slots of `span` for all rows: sinks, coded tokens and window, in this order."""
         header = readers[0].header
         edges = (0, header.sinks, header.tokens - header.window, header.tokens)
         pieces = []
-        for role, whole in zip((self._raw, self._decoded, self._raw), map(range, edges, edges[1:]), strict=True):
-            shared = range(max(whole.start, span.start), min(whole.stop, span.stop))
-            if shared:
-                pieces.append(role(readers, shared))
-        return {at: torch.cat([piece[at].to(self.dtype) for piece in pieces], 2) for at in pieces[0]}
-
-    def _raw(self, readers: list[Reader], span: range) -> Slots:
-        header = readers[0].header
-        (section,) = header.sections_of(span)
-        whole, bits = header.tokens_of(section), header.kept_bits
-        rows = [raw_vectors(r.section(section), len(whole), self._heads, bits, self.dtype) for r in readers]
-        x = torch.stack(rows)[:, span.start - whole.start : span.stop - whole.start].to(self.transform.mean.device)
-        return Layout(self.layout.parts, {}).slots(x, header.start + span.start)
+        for coded, section in zip((False, True, False), map(range, edges, edges[1:]), strict=True):
+            part = range(max(section.start, span.start), min(section.stop, span.stop))
+            if part and coded:
+                pieces.append(self._decoded(readers, part))
+            elif part:
+                pieces.append(raw_slots(readers, part, self.layout, self.dtype, self.transform.mean.device))
+        return {key: torch.cat([piece[key].to(self.dtype) for piece in pieces], 2) for key in pieces[0]}
 
     def _decoded(self, readers: list[Reader], span: range) -> Slots:
-        header = readers[0].header
+        """Return the slots of coded tokens."""
+        header, device = readers[0].header, self.transform.mean.device
         sections = header.sections_of(span)
-        places = [(reader, section) for reader in readers for section in sections]
-        data = _parallel(lambda at: at[0].section(at[1]), places)
-        blocks = self._integers(data, [len(header.tokens_of(section)) for _, section in places])
-        symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(self.transform.mean.device)
+        jobs = [(reader, section) for reader in readers for section in sections]
+        data = parallel(lambda job: job[0].section(job[1]), jobs)
+        tokens = [len(header.tokens_of(section)) for _, section in jobs]
+        blocks = decode_blocks(self._coder, data, tokens, self.backend, device)
+        symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(device)
         first = header.tokens_of(sections[0]).start
         x = self._vectors(symbols)[:, span.start - first : span.stop - first]
         start = header.start + span.start
         return self.layout.slots(x + self._from_position(start, len(span)), start)
-
-    def _integers(self, data: list[memoryview], tokens: list[int]) -> list[Tensor]:
-        """Blocks int32 [rows, tokens]: where they are to be used from Triton, in memory from the CPU."""
-        device = self.transform.mean.device
-        if chosen(self.backend, device) == "triton":
-            from eigencache.kernels.rans.triton import decode_blocks  # Triton is optional
-
-            blocks = decode_blocks(data, tokens, self.tables, self.lanes, device)
-            return [block[:, :count] for block, count in zip(blocks, tokens, strict=True)]
-        coded = _parallel(lambda at: self._coder.decode(*at), zip(data, tokens, strict=True))
-        return [torch.from_numpy(block) for block in coded]
 
     def _tensors(self) -> Iterable[Tensor]:
         yield from self.transform.tensors()
@@ -314,12 +295,3 @@ class EigenCodec:
     def _arrays(self) -> tuple[np.ndarray, ...]:
         t = self.tables
         return (t.table_of, t.shifts, t.halves, t.starts)
-
-
-def _parallel(work: Callable[[_T], _U], items: Iterable[_T]) -> list[_U]:
-    """Results in order, on as many threads as torch has: the entropy coder leaves the interpreter's lock."""
-    items, threads = list(items), torch.get_num_threads()
-    if threads == 1 or len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(threads, len(items))) as pool:
-        return list(pool.map(work, items))

@@ -1,7 +1,8 @@
-"""One encoded sequence as one string of bytes: what is read back equals what was written, damage is refused by name.
+"""The container of one encoded sequence: writing, reading, and one named error per defect.
 
-docs/format.md is the specification. Fixed fields, a table, an index and a checksum make the header; the sections follow,
-each with a checksum of its own, so that a reader touches only those it needs. What a section means is the codec's.
+docs/format.md is the specification. The header consists of fixed fields, a table, an index and a checksum; the sections
+follow. Every section has its own checksum, so that a reader reads only the sections it needs. The codec defines what the
+bytes of a section mean.
 """
 
 import struct
@@ -43,20 +44,30 @@ _RANGES = (
 
 @dataclass(frozen=True)
 class ContainerHeader:
-    """What a container says of its sequence; fields that contradict each other raise `ContainerHeaderError`.
+    """The header of a container. Tokens and sections are counted from 0; sections are sinks, coded blocks, window.
 
-    Tokens are counted from the container's first, sections from 0: sinks if there are any, the coded blocks, the window
-    if there is one.
+    Args:
+        codec_sha256: The codec that wrote it, 32 bytes.
+        start: Position of the first token.
+        tokens: Number of tokens.
+        sinks: Leading tokens that are stored raw.
+        window: Trailing tokens that are stored raw.
+        kept_bits: Bits of the numbers of raw tokens, 8 or 16.
+        block: Tokens per coded block; the last block may be shorter.
+        absent: (layer_idx, how many of the first tokens that layer lacks), ascending by layer_idx.
+
+    Raises:
+        ContainerHeaderError: A field is out of range, or fields contradict each other.
     """
 
-    codec_sha256: bytes  # 32 bytes: which codec wrote it
-    start: int  # position of the first token
+    codec_sha256: bytes
+    start: int
     tokens: int
-    sinks: int  # leading tokens kept raw
-    window: int  # trailing tokens kept raw
-    kept_bits: int  # 8 or 16: of the raw tokens
-    block: int  # tokens per coded block; the last one may be shorter
-    absent: tuple[tuple[int, int], ...]  # (layer_idx, how many of the first tokens it does not hold), ascending
+    sinks: int
+    window: int
+    kept_bits: int
+    block: int
+    absent: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         if fault := _fields_fault(self) or _absent_fault(self):
@@ -64,26 +75,26 @@ class ContainerHeader:
 
     @property
     def block_count(self) -> int:
-        """How many coded blocks hold the tokens between sinks and window."""
+        """Number of coded blocks between sinks and window."""
         return -(-(self.tokens - self.sinks - self.window) // self.block)
 
     @property
     def first_block(self) -> int:
-        """Number of the section that holds the first coded block: behind the sinks."""
+        """Index of the section that holds the first coded block."""
         return int(self.sinks > 0)
 
     @property
     def section_count(self) -> int:
-        """How many sections follow from the counts of tokens."""
+        """Number of sections."""
         return self.first_block + self.block_count + int(self.window > 0)
 
     @property
     def header_nbytes(self) -> int:
-        """72 + 10 per entry of `absent` + 8 per section."""
+        """Bytes of the header: 72 + 10 per entry of `absent` + 8 per section."""
         return _header_nbytes(len(self.absent), self.section_count)
 
     def tokens_of(self, section: int) -> range:
-        """The tokens a section holds. Raises `IndexError` for a section the container does not have."""
+        """Return the tokens of a section. Raises `IndexError` for a section that does not exist."""
         self.check_section(section)
         end = self.tokens - self.window
         if section < self.first_block:
@@ -94,9 +105,14 @@ class ContainerHeader:
         return range(first, min(first + self.block, end))
 
     def blocks_of(self, tokens: slice | range) -> range:
-        """Numbers of the coded blocks, from 0, that hold any of the tokens; their sections begin at `first_block`.
+        """Return the coded blocks, counted from 0, that hold any of the tokens; block 0 is section `first_block`.
 
-        A slice is cut to the container as Python cuts it; a range beyond it raises `IndexError`.
+        Args:
+            tokens: A slice, which is cut to the container as Python cuts slices, or a range within it.
+
+        Raises:
+            IndexError: A range reaches beyond the container.
+            ValueError: The step is not 1.
         """
         span = self._span(tokens)
         first, stop = max(span.start, self.sinks), min(span.stop, self.tokens - self.window)
@@ -105,22 +121,22 @@ class ContainerHeader:
         return range((first - self.sinks) // self.block, (stop - 1 - self.sinks) // self.block + 1)
 
     def sections_of(self, tokens: slice | range) -> range:
-        """Numbers of the sections that hold any of the tokens, which are given as for `blocks_of`."""
+        """Return the sections that hold any of the tokens; `tokens` and errors are those of `blocks_of`."""
         span = self._span(tokens)
         return range(self._section_of(span[0]), self._section_of(span[-1]) + 1) if span else range(0)
 
     def check_codec(self, codec_sha256: bytes) -> None:
-        """Raises `ForeignContainerError` unless that codec wrote the container."""
+        """Raise `ForeignContainerError` unless the codec with this hash wrote the container."""
         if self.codec_sha256 != codec_sha256:
             raise ForeignContainerError(
                 f"the container was written by codec {self.codec_sha256.hex()[:12]}, expected {codec_sha256.hex()[:12]}: "
-                "decode it with the codec that wrote it"
+                "use the codec that wrote it"
             )
 
     def check_section(self, section: int) -> None:
-        """Raises `IndexError` for a section the container does not have."""
+        """Raise `IndexError` for a section that does not exist."""
         if not 0 <= section < self.section_count:
-            raise IndexError(f"section {section}: the container has {self.section_count}, counted from 0")
+            raise IndexError(f"section {section} does not exist: the container has {self.section_count}, counted from 0")
 
     def _section_of(self, token: int) -> int:
         if token < self.sinks:
@@ -132,7 +148,7 @@ class ContainerHeader:
     def _span(self, tokens: slice | range) -> range:
         span = range(self.tokens)[tokens] if isinstance(tokens, slice) else tokens
         if span.step != 1:
-            raise ValueError(f"tokens in steps of {span.step}: expected neighbors, a step of 1")
+            raise ValueError(f"`tokens` has a step of {span.step}: use 1")
         if span and not 0 <= span[0] <= span[-1] < self.tokens:
             raise IndexError(f"tokens {span[0]} to {span[-1]}: the container has {self.tokens}, counted from 0")
         return span
@@ -140,7 +156,7 @@ class ContainerHeader:
 
 @dataclass(frozen=True)
 class Container(ContainerHeader):
-    """A header and its sections; another number of them than the header gives raises `ContainerHeaderError`."""
+    """A header and its sections. Raises `ContainerHeaderError` unless there are as many as the header says."""
 
     sections: tuple[bytes, ...]
 
@@ -149,17 +165,17 @@ class Container(ContainerHeader):
         if len(self.sections) != self.section_count:
             raise ContainerHeaderError(
                 f"{len(self.sections)} sections, expected {self.section_count} for {self.tokens} tokens, "
-                f"{self.sinks} sinks, a window of {self.window} and blocks of {self.block}: hand over one for each"
+                f"{self.sinks} sinks, a window of {self.window} and blocks of {self.block}"
             )
         for i, section in enumerate(self.sections):
             if len(_octets(section)) > MAX_U32:
                 raise ContainerHeaderError(
-                    f"section {i} is {len(section)} bytes, expected at most {MAX_U32}: shorten blocks"
+                    f"section {i} is {len(section)} bytes, expected at most {MAX_U32}: use shorter blocks"
                 )
 
 
 def write(container: Container) -> bytes:
-    """The bytes of a container, the same on every machine."""
+    """Return the bytes of a container; they are the same on every machine."""
     c = container
     fields = (c.kept_bits, c.sinks, c.window, c.start, c.tokens, c.block, len(c.absent), c.codec_sha256)
     sections = [_octets(section) for section in c.sections]
@@ -174,18 +190,34 @@ def write(container: Container) -> bytes:
 
 
 def read(data: BytesLike, what: str = "container") -> Container:
-    """All of a container, every checksum verified. Raises what `Reader` and `Reader.section` raise."""
+    """Read a whole container and verify every checksum.
+
+    Args:
+        data: Its bytes.
+        what: Name of the data in error messages.
+
+    Raises:
+        ContainerError: The class tells the defect (docs/format.md).
+        TypeError: `data` is not contiguous bytes.
+    """
     reader = Reader(data, what)
     sections = tuple(bytes(reader.section(i)) for i in range(reader.header.section_count))
     return Container(**vars(reader.header), sections=sections)
 
 
 class Reader:
-    """Sections of a container one at a time; a damaged section leaves the others readable.
+    """Reads single sections of a container; a damaged section leaves the others readable.
 
-    The whole header is verified first, in the order of docs/format.md, and memory is taken only for an index that is
-    there. `data` must not change meanwhile; `what` names it in messages. Raises a `ContainerError` by defect, and
-    `TypeError` for anything but contiguous bytes.
+    The header is verified on construction, in the order of docs/format.md; memory is allocated only for an index that the
+    data really contains.
+
+    Args:
+        data: Bytes of the container; they are not copied and must not change.
+        what: Name of the data in error messages.
+
+    Raises:
+        ContainerError: The class tells the defect (docs/format.md).
+        TypeError: `data` is not contiguous bytes.
     """
 
     def __init__(self, data: BytesLike, what: str = "container") -> None:
@@ -200,12 +232,16 @@ class Reader:
         self._need(self._offsets[-1], "sections", "fetch or write it again")
         if surplus := len(self._data) - self._offsets[-1]:
             raise OverlongContainerError(
-                f"{what}: {len(self._data)} bytes, expected {self._offsets[-1]}: "
-                f"remove the {surplus} that follow the last section"
+                f"{what}: {len(self._data)} bytes, expected {self._offsets[-1]}: {surplus} bytes follow the last section"
             )
 
     def section(self, i: int) -> memoryview:
-        """Section i, read-only and not copied. Raises `ContainerChecksumError` if damaged, `IndexError` if there is none."""
+        """Return section i, read-only and not copied.
+
+        Raises:
+            ContainerChecksumError: The section is damaged.
+            IndexError: There is no such section.
+        """
         self.header.check_section(i)
         section = self._data[self._offsets[i] : self._offsets[i + 1]]
         _, expected = _INDEX.unpack_from(self._data, self._index + i * _INDEX.size)
@@ -221,13 +257,13 @@ class Reader:
         magic = bytes(data[: len(MAGIC)])
         if not MAGIC.startswith(magic):
             raise NotAContainerError(
-                f"{what}: begins with {magic.hex(' ')}, expected {MAGIC.hex(' ')}: name an encoded sequence"
+                f"{what}: begins with {magic.hex(' ')}, expected {MAGIC.hex(' ')}: it is no encoded sequence"
             )
         self._need(_START.size, "magic and version", "fetch or write it again")
         _, version = _START.unpack_from(data)
         if version != VERSION:
             raise ContainerVersionError(
-                f"{what}: version {version}, expected {VERSION}: read it with a release that knows it"
+                f"{what}: version {version}, expected {VERSION}: use a release that reads this version"
             )
         self._need(_FIXED.size, "fixed fields", "fetch or write it again")
         _, _, kept_bits, sinks, window, start, tokens, block, entries, sha256 = _FIXED.unpack_from(data)
@@ -253,7 +289,7 @@ class Reader:
 
 
 def _octets(data: BytesLike) -> memoryview:
-    """The bytes, read-only and not copied. Raises `TypeError` for anything but contiguous bytes."""
+    """Return the bytes, read-only and not copied. Raises `TypeError` for anything but contiguous bytes."""
     view = memoryview(data)
     return (view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")).toreadonly()
 

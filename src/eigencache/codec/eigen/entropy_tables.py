@@ -1,7 +1,7 @@
-"""Static tables for integers: coefficients of like spread share one, fitted at calibration and held with the codec.
+"""Static entropy tables: coefficients of similar spread share one, fitted at calibration and stored with the codec.
 
-A table has 2^12 slots over −half … half and an escape (THEORY 7). Where integers are wide, a table is over value >> shift
-and the lowest bits are coded as they are: within so small a part of the distribution they are all but uniform.
+A table has 2^12 slots over −half … half and an escape (THEORY 7). For large integers a table covers value >> shift and the
+lowest bits are coded raw: within so small a part of the distribution they are nearly uniform.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ import numpy as np
 from eigencache.kernels.rans.cpu import PRECISION, SLOTS, least_bits, pack_slots
 
 MAX_HALF = 127
-_WIDE = 24.0  # mean magnitude in units of 2^shift that a table is allowed
+_WIDE = 24.0  # largest mean magnitude of a table, in units of 2^shift
 _SMOOTH = 0.02  # counts added to every entry
 _ESCAPE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class EntropyTables:
-    """`table_of` [coefficients]; per table `shifts`, `halves` and `starts` [tables, 2 · MAX_HALF + 3], edges in slots."""
+    """The table of every coefficient [coefficients], and shift, half and edges [2 · MAX_HALF + 3] of every table."""
 
     table_of: np.ndarray  # int32
     shifts: np.ndarray  # int32
     halves: np.ndarray  # int32
-    starts: np.ndarray  # int32; beyond a table's own entries 2^12
+    starts: np.ndarray  # int32: first slot of every entry, then 2^12
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """What the decoder looks up, made once."""
+        """The decoder's look-up table."""
         return pack_slots(self.starts, self.halves)
 
     @property
@@ -41,19 +41,19 @@ class EntropyTables:
         return least_bits(self.table_of, self.shifts, self.halves, self.starts)
 
     def variances(self) -> np.ndarray:
-        """Mean square of the integers of every coefficient [coefficients], by its table, escapes left out.
+        """Return the mean square of the integers of every coefficient [coefficients] by its table, without escapes.
 
-        The one slot that every entry has whatever its share is not counted: of rare entries it is most.
+        The one slot that every entry has at least is not counted: it would dominate rare entries.
         """
-        found = []
+        by_table = []
         for shift, half, edges in zip(self.shifts, self.halves, self.starts, strict=True):
             values = np.arange(-half, half + 1, dtype=np.float64) * 2.0**shift
             weights = np.diff(edges[: 2 * half + 2]) - 1
-            found.append(weights @ values**2 / max(1, weights.sum()))
-        return np.maximum(np.array(found), 1 / SLOTS)[self.table_of]
+            by_table.append(weights @ values**2 / max(1, weights.sum()))
+        return np.maximum(np.array(by_table), 1 / SLOTS)[self.table_of]
 
     def bits(self, symbols: np.ndarray) -> float:
-        """Σ −log₂ of the shares that `symbols` [coefficients, tokens] have in these tables: what coding them costs."""
+        """Return the ideal code length, Σ −log₂ of the shares, of `symbols` [coefficients, tokens] in bits."""
         total = 0.0
         for table, (shift, half, edges) in enumerate(zip(self.shifts, self.halves, self.starts, strict=True)):
             counts = _counts(symbols[self.table_of == table], int(shift), int(half))
@@ -63,7 +63,12 @@ class EntropyTables:
 
 
 def fit_tables(symbols: np.ndarray, table_of: np.ndarray) -> EntropyTables:
-    """Tables for integers [coefficients, n] like these; `table_of` [coefficients] counts up from 0 without holes."""
+    """Fit tables to integers.
+
+    Args:
+        symbols: Integers [coefficients, n] of the calibration set.
+        table_of: Table of every coefficient [coefficients], numbered from 0 without gaps.
+    """
     shifts, halves, starts = [], [], []
     for table in range(int(table_of.max(initial=-1)) + 1):
         values = symbols[table_of == table].ravel()
@@ -83,16 +88,16 @@ def fit_tables(symbols: np.ndarray, table_of: np.ndarray) -> EntropyTables:
 
 
 def _counts(values: np.ndarray, shift: int, half: int) -> np.ndarray:
-    """How often each entry of a table occurs, the escape last."""
+    """Count how often each entry of a table occurs, the escape last."""
     high = (values >> shift).ravel()
     entries = np.where((high < -half) | (high > half), 2 * half + 1, high + half)
     return np.bincount(entries, minlength=2 * half + 2)
 
 
 def edges_of(counts: np.ndarray) -> np.ndarray:
-    """Slots in proportion to counts, one each at least, as edges [entries + 1] from 0 to 2^12.
+    """Return slots in proportion to counts, at least one each, as edges [entries + 1] from 0 to 2^12.
 
-    Slots that rounding left over go where they save most bits, those that are short come from where they cost least.
+    Slots left over by rounding go where they save the most bits; missing ones are taken where they cost the fewest.
     """
     share = counts / counts.sum()
     slots = np.maximum(1, np.floor(share * SLOTS)).astype(np.int64)
@@ -105,14 +110,14 @@ def edges_of(counts: np.ndarray) -> np.ndarray:
 
 
 def fault_of(tables: EntropyTables) -> str | None:
-    """What of tables that were read could not be coded with."""
+    """Return why tables that were read from a file cannot be used, or None."""
     if not len(tables.halves) or _beyond(tables.table_of, 0, len(tables.halves) - 1):
         return "a coefficient names a table that does not exist"
     if _beyond(tables.halves, 1, MAX_HALF) or _beyond(tables.shifts, 0, PRECISION):
         return "a table's width is out of range"
     for edges, half in zip(tables.starts, tables.halves, strict=True):
-        own = edges[: 2 * half + 3].astype(np.int64)  # in 32 bits a difference could come round
-        if own[0] != 0 or own[-1] != SLOTS or (np.diff(own) < 1).any() or (edges[2 * half + 3 :] != SLOTS).any():
+        used = edges[: 2 * half + 3].astype(np.int64)  # in 32 bits a difference could overflow
+        if used[0] != 0 or used[-1] != SLOTS or (np.diff(used) < 1).any() or (edges[2 * half + 3 :] != SLOTS).any():
             return "a table does not fill its slots"
     return None
 

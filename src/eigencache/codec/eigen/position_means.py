@@ -1,6 +1,6 @@
-"""What a position adds to what a model without rotation caches: learned positions leave their mark on every vector.
+"""The mean vector of every position, for models with learned positions instead of rotation.
 
-In `ref-gpt2` it is nearly all of the variance. It lies in a few directions, and is held once, with the codec.
+In `ref-gpt2` these means are nearly all of the variance. They lie in a few directions, and are stored once, with the codec.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from eigencache.codec.row_major import RowMajor
 
 @dataclass(frozen=True, eq=False)
 class PositionMeans(RowMajor):
-    """Position p adds row p of `places` [positions, k] float16, times `rows` [k, width] float16; later ones as the last."""
+    """Position p has the mean `places`[p] @ `rows`, float16 [positions, k] and [k, width]; later ones have the last mean."""
 
     places: Tensor
     rows: Tensor
 
     def at(self, positions: Tensor) -> Tensor:
-        """What is added at `positions` [n]: [n, width] float32."""
+        """Return the means [n, width] in float32 at `positions` [n]."""
         known = positions.to(self.places.device).clamp_max(len(self.places) - 1)
         return self.places[known].float() @ self.rows.float()

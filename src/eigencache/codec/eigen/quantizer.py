@@ -1,9 +1,10 @@
-"""One step for all coefficients: a dead-zone quantizer with thresholds and centroids chosen for bits, not error alone.
+"""A dead-zone quantizer with one step for all coefficients; thresholds and centroids minimize distortion + λ · bits.
 
 In units of the step, |y| below the dead zone is 0; beyond it |q| = max(1, round(|y| − offset)), decoded to |q| minus a
-centroid shift, one for |q| = 1 and one for the rest (THEORY 6; Sullivan 1996). Thresholds lie where the two neighbors
-cost the same in distortion + λ · bits, with λ the slope of rate against distortion of a uniform step at high rate. A
-coefficient whose bits cost more than they save is dropped. Coefficients of like spread share these numbers.
+centroid shift, one for |q| = 1 and one for larger ones (THEORY 6; Sullivan 1996). A threshold lies where the two
+neighboring integers cost the same in distortion + λ · bits; λ is the slope of distortion against rate of a uniform
+quantizer at high rate. A coefficient whose bits cost more than they save is dropped. Coefficients of similar spread form
+a class and share these numbers.
 """
 
 from dataclasses import dataclass
@@ -15,46 +16,50 @@ from torch import Tensor
 from eigencache.errors import CodecError
 
 LAMBDA = 2 * np.log(2) / 12  # of distortion in units of step², per bit
-LARGEST = 2**30  # beyond it an integer would not survive 32 bits
+LARGEST = 2**30  # a larger integer would not fit into 32 bits
 _ROUNDS = 4
-_SAMPLES = 100_000  # magnitudes of a class that are looked at
+_SAMPLES = 100_000  # magnitudes of a class that are used, drawn at random
 _LEVELS = 200
-_OFFSETS = (2, 8)  # the levels whose thresholds an offset is the mean of
+_OFFSETS = (2, 8)  # the levels over whose thresholds the offset is averaged
 
 
 @dataclass(frozen=True, eq=False)
 class DeadZone:
-    """Per coefficient, in units of the step, float32 [coefficients]: thresholds and centroid shifts."""
+    """Thresholds and centroid shifts of every coefficient, float32 [coefficients], in units of the step."""
 
-    dead_zone: Tensor  # |y| below it is 0, in [0.5, 1.2]
-    offset: Tensor  # taken from |y| before rounding
+    dead_zone: Tensor  # |y| below it becomes 0; in [0.5, 1.2]
+    offset: Tensor  # subtracted from |y| before rounding
     first: Tensor  # |q| = 1 is decoded to 1 − first
-    rest: Tensor
+    rest: Tensor  # |q| > 1 is decoded to |q| − rest
 
     def quantize(self, y: Tensor) -> Tensor:
-        """Integers int32 of y / step [..., coefficients]. Raises `CodecError` for NaN, infinite and absurdly large y."""
+        """Return the integers int32 of y / step [..., coefficients].
+
+        Raises:
+            CodecError: y holds NaN, or magnitudes of 2^30 steps or more.
+        """
         magnitude = y.abs()
         if not bool((magnitude < LARGEST).all()):  # NaN too
             largest = float(magnitude.max())
-            raise CodecError(f"coefficients up to {largest:.3g} steps: the cache holds NaN or is not the model's")
+            raise CodecError(f"coefficients up to {largest:.3g} steps: the cache holds NaN or is of another model")
         q = (magnitude - self.offset).round_().clamp_(min=1)
         return torch.where(magnitude < self.dead_zone, 0, q.mul_(y.sign())).to(torch.int32)
 
     def dequantize(self, q: Tensor) -> Tensor:
-        """y / step of integers, float32."""
+        """Return y / step in float32 of integers."""
         y = q.float()
         magnitude = y.abs()
         shift = torch.where(magnitude == 1, self.first, self.rest)
         return (magnitude - shift).mul_(y.sign())
 
     def to(self, device: str | torch.device) -> "DeadZone":
-        """The same where the coefficients are."""
+        """Return the quantizer on `device`."""
         return DeadZone(*(x.to(device) for x in (self.dead_zone, self.offset, self.first, self.rest)))
 
 
 @dataclass(frozen=True)
 class ClassFit:
-    """The numbers of one class of coefficients, and whether its bits are worth what they save."""
+    """The numbers of one class of coefficients; `worth`: whether its bits save more distortion than they cost."""
 
     dead_zone: float
     offset: float
@@ -64,7 +69,7 @@ class ClassFit:
 
 
 def fit_class(magnitudes: np.ndarray) -> ClassFit:
-    """Thresholds and centroids for |y| / step of one class [n], by alternating both (Chou, Lookabaugh & Gray 1989)."""
+    """Fit thresholds and centroids, in turns, to |y| / step [n] of one class (Chou, Lookabaugh & Gray 1989)."""
     v = magnitudes
     if v.size > _SAMPLES:
         v = v[np.random.default_rng(0).integers(0, v.size, _SAMPLES)]
@@ -78,8 +83,8 @@ def fit_class(magnitudes: np.ndarray) -> ClassFit:
         dead_zone = float(np.clip((level**2 + LAMBDA * (bits[1] - bits[0])) / (2 * level), 0.5, 1.2))
         if (q > 1).sum() > 50:
             k = np.arange(*_OFFSETS)
-            dearer = np.average(bits[k] - bits[k - 1], weights=share[k])
-            offset = float(np.clip(LAMBDA * dearer / 2 - rest, -0.2, 0.4))
+            extra_bits = np.average(bits[k] - bits[k - 1], weights=share[k])
+            offset = float(np.clip(LAMBDA * extra_bits / 2 - rest, -0.2, 0.4))
     q = _quantized(v, dead_zone, offset)
     decoded = q - np.where(q == 0, 0, np.where(q == 1, first, rest))
     saved = (v**2).mean() - ((v - decoded) ** 2).mean()
@@ -92,7 +97,7 @@ def _quantized(v: np.ndarray, dead_zone: float, offset: float) -> np.ndarray:
 
 
 def _costs(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of every magnitude, and the bits it takes with its sign."""
+    """Return the share of every magnitude, and its bits with its sign."""
     counts = np.bincount(np.minimum(q, _LEVELS + 1), minlength=_LEVELS + 2) + 0.02
     share = counts / counts.sum()
     return share, -np.log2(share) + (np.arange(len(share)) > 0)

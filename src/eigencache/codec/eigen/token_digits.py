@@ -1,8 +1,9 @@
-"""Ranks of tokens as a few digits whose shares multiply to nearly those of the tokens, so that small tables code them.
+"""Tokens as a few digits, so that small entropy tables code them.
 
-Tokens by falling frequency take the cells of a grid by rising product of (digit + 1), as if every digit followed Zipf's
-law. One table per digit then takes a tenth of a bit more than the tokens' own distribution would, which has too many
-entries for a table. Digits are centered: 0 lies in the middle of a table's range.
+Tokens are ranked by falling frequency and assigned to the cells of a grid by rising product of (digit + 1), as if every
+digit followed Zipf's law: the product of the digits' shares is then close to the token's. One table per digit costs a tenth
+of a bit more than the distribution of tokens, which has too many entries for a table. Digits are centered: 0 is the middle
+of a table's range.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from eigencache.modes import constant
 
 @dataclass(frozen=True, eq=False)
 class TokenDigits:
-    """`digits` [vocabulary, d] int32 of every rank, and `ranks` [side^d] int64 of every cell, −1 where none is."""
+    """`digits` [vocabulary, d] int32 of every rank, and `ranks` [side^d] int64 of every cell, −1 for an empty one."""
 
     side: int
     digits: Tensor
@@ -27,15 +28,19 @@ class TokenDigits:
 
     @property
     def count(self) -> int:
-        """How many digits a token has."""
+        """Digits of a token."""
         return self.digits.shape[1]
 
     def split(self, ranks: Tensor) -> Tensor:
-        """Digits int32 [..., d] of ranks [...]."""
+        """Return the digits int32 [..., d] of ranks [...]."""
         return self.digits.to(ranks.device)[ranks]
 
     def joined(self, digits: Tensor) -> Tensor:
-        """Ranks int64 [...] of digits [..., d]. Raises `CodecError` for a token that the vocabulary does not have."""
+        """Return the ranks int64 [...] of digits [..., d].
+
+        Raises:
+            CodecError: The digits name a token that the vocabulary does not have.
+        """
         cell = torch.zeros(digits.shape[:-1], dtype=torch.int64, device=digits.device)
         places = digits.long() + self.side // 2
         known = ((places >= 0) & (places < self.side)).all(-1)
@@ -43,12 +48,12 @@ class TokenDigits:
             cell = cell * self.side + digit
         ranks = torch.where(known, self.ranks.to(digits.device)[cell], -1)
         if bool((ranks < 0).any()):
-            raise CodecError("a block names a token that the vocabulary does not have: it is damaged")
+            raise CodecError("corrupt block: it names a token that the vocabulary does not have")
         return ranks
 
 
 def digit_count(vocabulary: int) -> int:
-    """How many digits a token of a vocabulary has: as few as can be, at most 255 values each."""
+    """Return the digits of a token of a vocabulary: as few as possible with at most 255 values each."""
     count, largest = 1, 2 * MAX_HALF + 1
     while largest**count < vocabulary:
         count += 1
@@ -58,7 +63,7 @@ def digit_count(vocabulary: int) -> int:
 @lru_cache(maxsize=8)
 @constant
 def token_digits(vocabulary: int) -> TokenDigits:
-    """The digits of every token of a vocabulary."""
+    """Return the digits of every token of a vocabulary."""
     count = digit_count(vocabulary)
     side = max(1, round(vocabulary ** (1 / count)))
     while side**count < vocabulary:

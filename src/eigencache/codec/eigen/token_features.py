@@ -1,4 +1,4 @@
-"""What a prediction knows of a token: features of the model's own embedding of it, which no codec needs to hold."""
+"""Features of tokens, from which vectors are predicted: projections of the model's embeddings, which no codec stores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +14,13 @@ Embed = Callable[[Tensor], Tensor]  # token ids [n] → embeddings [n, d] float3
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingFeatures(RowMajor):
-    """Of tokens by rank: an embedding, brought to unit mean square, @ `projection` [d, h] float16, less `shift` [h] float32.
+    """Features from embeddings: normalized to unit mean square, @ `projection`, − `shift`.
 
-    `order` int32 [vocabulary]: the token of every rank. `embed` asks the model; None: not known yet (`of_model`).
+    Args:
+        order: Token of every rank, int32 [vocabulary].
+        projection: Float16 [d, h].
+        shift: Float32 [h].
+        embed: Returns the model's embeddings of token ids; None until `of_model` sets it.
     """
 
     order: Tensor
@@ -26,55 +30,59 @@ class EmbeddingFeatures(RowMajor):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return len(self.order)
 
     @property
     def size(self) -> int:
-        """How many features a token has."""
+        """Number of features."""
         return len(self.shift)
 
     def of(self, ranks: Tensor) -> Tensor:
-        """Features [n, h] float32 of ranks [n]. Raises `CodecError` before the model is known."""
+        """Return the features [n, h] in float32 of ranks [n].
+
+        Raises:
+            CodecError: `embed` is None.
+        """
         if self.embed is None:
             raise CodecError(
                 "this codec predicts from its model's embeddings: load it with CacheCodec.load(folder, model, tokenizer)"
             )
-        found = unit_mean_square(self.embed(self.order[ranks].long()).to(self.shift))
-        return found @ self.projection.float() - self.shift
+        embeddings = unit_mean_square(self.embed(self.order[ranks].long()).to(self.shift))
+        return embeddings @ self.projection.float() - self.shift
 
     def of_model(self, embed: Embed) -> "EmbeddingFeatures":
-        """The same for a model. Raises `CodecError` for embeddings of another size."""
+        """Return the features with the embeddings of a model. Raises `CodecError` for another embedding size."""
         if (size := embed(self.order[:1].long()).shape[-1]) != len(self.projection):
-            raise CodecError(f"the model's embeddings have {size} numbers, this codec was fitted on {len(self.projection)}")
+            raise CodecError(f"the model's embeddings have size {size}, the codec expects {len(self.projection)}")
         return replace(self, embed=embed)
 
 
 @dataclass(frozen=True, eq=False)
 class StoredFeatures(RowMajor):
-    """Of tokens by rank, as codecs of earlier versions hold them: `table` [vocabulary, h] float16."""
+    """Features of every rank in a `table` [vocabulary, h] float16, as codecs of earlier versions store them."""
 
     table: Tensor
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return len(self.table)
 
     @property
     def size(self) -> int:
-        """How many features a token has."""
+        """Number of features."""
         return self.table.shape[1]
 
     def of(self, ranks: Tensor) -> Tensor:
-        """Features [n, h] float32 of ranks [n]."""
+        """Return the features [n, h] in float32 of ranks [n]."""
         return self.table[ranks].float()
 
     def of_model(self, embed: Embed) -> "StoredFeatures":
-        """The same: nothing is asked of the model."""
+        """Return self: stored features need no model."""
         return self
 
 
 def unit_mean_square(embeddings: Tensor) -> Tensor:
-    """Embeddings [n, d] of mean square 1, which is what the first layer's norm makes of them."""
+    """Normalize embeddings [n, d] to mean square 1, as the norm of the first layer does."""
     return F.normalize(embeddings, dim=-1) * embeddings.shape[-1] ** 0.5

@@ -1,10 +1,8 @@
-"""What the text already says of a cache: a linear prediction of every vector from the tokens at it and before it.
+"""Token prediction: every vector is predicted linearly from its token and the previous one, and only the rest is coded.
 
-A vector is predicted from features of its token and of the previous one (zero at the first of a block, so that blocks
-decode alone), and only the rest is transformed and coded. The tokens are coded beside it, as ranks in order of
-frequency (`token_digits.py`). The encoder needs no text: it finds each token as the one whose features predict best
-what the first layer holds, which before any mixing is a function of the token alone. A wrong guess costs bits, never
-correctness.
+The previous token's features are zero at the first token of a block, so that blocks decode independently. The tokens are
+coded too, as ranks by frequency (`token_digits.py`). The encoder needs no text: what the first layer stores depends on the
+token alone, so it takes the token whose features predict that best. A wrong guess costs bits, never correctness.
 """
 
 from collections.abc import Iterator
@@ -20,34 +18,48 @@ from eigencache.codec.eigen.token_features import EmbeddingFeatures, StoredFeatu
 from eigencache.codec.row_major import RowMajor
 from eigencache.modes import constant
 
-_ROWS = 128  # tokens that are looked for at a time: what is compared stays in the processor's own memory
-_AT_A_TIME = 8192  # tokens of the vocabulary whose features are made
-_TABLE = 2**24  # numbers a table of all tokens' predictions may have: 64 MB
+_ROWS = 128  # tokens that are searched for at a time, so that the scores stay in the processor's cache
+_AT_A_TIME = 8192  # tokens of the vocabulary whose features are computed at a time
+_TABLE = 2**24  # largest table of all tokens' predictions, in numbers: 64 MB
 
 
 @dataclass(frozen=True, eq=False)
 class TokenPredictor(RowMajor):
-    """Tokens by rank, of h `features` each; prediction [f(t), f(t − 1)] @ `mix` [2h, k] @ `rows` [k, width].
+    """Predicts [f(t), f(t − 1)] @ `mix` @ `rows` from the features f of tokens, and finds the token of a vector.
 
-    `finder` [columns, n] float32 brings columns from `first` of a vector to where `places` [h, n] puts features.
+    Args:
+        features: h features of every token, by rank.
+        mix: Float16 [2h, k].
+        rows: Float16 [k, width].
+        first: First column of a vector that the search uses, int32 [1].
+        finder: Maps those columns to the space of the search, float32 [columns, n].
+        places: Maps features to that space, float32 [h, n].
     """
 
     features: EmbeddingFeatures | StoredFeatures
     mix: Tensor
     rows: Tensor
-    first: Tensor  # int32, one number
+    first: Tensor
     finder: Tensor
     places: Tensor
 
     def find(self, x: Tensor) -> Tensor:
-        """Ranks int64 [batch, seq] of the tokens of vectors [batch, seq, width] less their mean."""
+        """Return the ranks int64 [batch, seq] of the tokens of centered vectors [batch, seq, width]."""
         start = int(self.first)
-        seen = x[..., start : start + len(self.finder)] @ self.finder
-        found = [_largest((part @ self._known.mT).sub_(self._norms)) for part in seen.flatten(0, 1).split(_ROWS)]
-        return torch.cat(found).view(x.shape[:2]) if found else x.new_zeros(x.shape[:2], dtype=torch.int64)
+        points = x[..., start : start + len(self.finder)] @ self.finder
+        ranks = [_largest((part @ self._known.mT).sub_(self._norms)) for part in points.flatten(0, 1).split(_ROWS)]
+        return torch.cat(ranks).view(x.shape[:2]) if ranks else x.new_zeros(x.shape[:2], dtype=torch.int64)
 
     def predict(self, ranks: Tensor, block: int) -> Tensor:
-        """Vectors less their mean [batch, seq, width] float32 of ranks [batch, seq], in blocks that begin with the first."""
+        """Return the predicted centered vectors.
+
+        Args:
+            ranks: Ranks [batch, seq] of tokens that begin with the first token of a block.
+            block: Tokens per block.
+
+        Returns:
+            Float32 [batch, seq, width].
+        """
         if self.features.vocabulary * self.rows.shape[1] > _TABLE:
             here = self.features.of(ranks.flatten()).view(*ranks.shape, -1)
             return torch.cat([here, _before(here, block)], -1) @ self.mix.float() @ self.rows.float()
@@ -56,15 +68,15 @@ class TokenPredictor(RowMajor):
 
     @cached_property
     def digits(self) -> TokenDigits:
-        """How ranks become integers and back."""
+        """Ranks ⇄ digits."""
         return token_digits(self.features.vocabulary)
 
     @cached_property
     @constant
     def _predictions(self) -> tuple[Tensor, Tensor]:
-        """What a token adds at its own place [vocabulary, width], and to the next one's [1 + vocabulary, width].
+        """What a token contributes to its own vector [vocabulary, width], and to the next one [1 + vocabulary, width].
 
-        Row 0 of the second stands for no token. Looking up costs a tenth of the products, so small vocabularies get it.
+        Row 0 of the second is "no token". A look-up takes a tenth of the time of the products.
         """
         features = torch.cat(list(self._every()))
         here, before = (features @ part @ self.rows.float() for part in self.mix.float().chunk(2))
@@ -76,7 +88,7 @@ class TokenPredictor(RowMajor):
         return torch.cat([part @ self.places for part in self._every()])
 
     def _every(self) -> Iterator[Tensor]:
-        """Features of all tokens by rank, some at a time."""
+        """Yield the features of all tokens by rank, some at a time."""
         ranks = torch.arange(self.features.vocabulary, device=self.mix.device)
         yield from map(self.features.of, ranks.split(_AT_A_TIME))
 
@@ -87,12 +99,12 @@ class TokenPredictor(RowMajor):
 
 
 def _before(x: Tensor, block: int) -> Tensor:
-    """x [batch, seq, n] of the token before, 0 at the first of a block."""
+    """Return x [batch, seq, n] of the previous token, 0 at the first token of a block."""
     before = F.pad(x, (0, 0, 1, 0))[:, :-1].clone()
     before[:, ::block] = 0
     return before
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Where the largest number of every row [n, m] is: on a CPU NumPy finds it a dozen times as fast."""
+    """Return the argmax of every row [n, m]; on a CPU NumPy is a dozen times as fast as torch."""
     return torch.from_numpy(x.detach().numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)

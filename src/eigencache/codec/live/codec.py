@@ -1,8 +1,8 @@
-"""The codec of the live cache: bit-packed coefficients per head in blocks of 64 tokens, the rest in 16 bits.
+"""The live codec: bit-packed coefficients per head in blocks of 64 tokens, first and last tokens in 16 bits.
 
-As a codec it holds a whole prefix at once, which is how it is fitted and compared.
-`models/live_cache/cache.py` holds the same bytes while a model generates. There is no entropy coding: attention reads the
-integers of 8, 4 and 2 bits without unpacking them.
+`LiveCodec` encodes a whole prefix at once, which is how it is fitted and compared with other codecs.
+`models/live_cache/cache.py` stores the same bytes while a model generates. There is no entropy coding: attention reads the
+8-, 4- and 2-bit integers without unpacking them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,64 +20,96 @@ from eigencache.kernels.packed.format import BLOCK
 
 @dataclass(frozen=True, eq=False)
 class LiveCodec:
-    """Layer → keys and values; `sinks` first tokens and at least `window` last ones are not packed.
+    """Codec of `CompressedCache`.
 
-    `reach`: positions that it was fitted for, from 0 on; None: not known.
+    Attributes:
+        name: Name in tables.
+        layers: Layer index → heads of its keys and of its values.
+        sinks: Number of first positions that stay in 16 bits.
+        window: Minimum number of last tokens that stay in 16 bits; tokens that fill no block stay too.
+        dtype: The model's dtype.
+        reach: Number of positions, from 0, that the codec was fitted for; None if unknown.
     """
 
     name: str
     layers: Mapping[int, tuple[PackedHeads, PackedHeads]]
     sinks: int
     window: int
-    dtype: torch.dtype  # of the model
+    dtype: torch.dtype
     reach: int | None = None
 
     def tensors(self) -> Iterable[Tensor]:
-        """All that is held."""
-        for both in self.layers.values():
-            for heads in both:
+        """Yield all stored tensors."""
+        for slots in self.layers.values():
+            for heads in slots:
                 yield from heads.tensors()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held once: transforms, means."""
+        """Bytes of the side information: transforms and means."""
         return sum(t.nbytes for t in self.tensors())
 
     @property
     def bits_per_value(self) -> float:
-        """Of packed tokens alone."""
-        bits = sum(heads.bits for both in self.layers.values() for heads in both)
-        return bits / sum(heads.mean.numel() for both in self.layers.values() for heads in both)
+        """Bits per value of packed tokens alone."""
+        bits, values = self._per_token
+        return bits / values
 
     def nbytes_of(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens of one sequence from position 0 on, in layers that attend to all of them."""
+        """Return the bytes of one sequence of `tokens` tokens from position 0, in layers without a sliding window."""
         first, stop = self.packed_of(tokens, 0)
-        values = sum(heads.mean.numel() for both in self.layers.values() for heads in both)
-        bits = sum(heads.bits for both in self.layers.values() for heads in both)
+        bits, values = self._per_token
         return (tokens - (stop - first)) * values * 2 + (stop - first) // 8 * bits
 
+    @property
+    def _per_token(self) -> tuple[int, int]:
+        """Bits of a packed token, and its number of values, in all layers."""
+        all_heads = [heads for slots in self.layers.values() for heads in slots]
+        return sum(heads.bits for heads in all_heads), sum(heads.mean.numel() for heads in all_heads)
+
     def to(self, device: str | torch.device) -> "LiveCodec":
-        """The same where the cache is."""
+        """Return this codec with all tensors on `device`."""
         layers = {i: (keys.to(device), values.to(device)) for i, (keys, values) in self.layers.items()}
         return replace(self, layers=layers)
 
     def packed_of(self, tokens: int, start: int) -> tuple[int, int]:
-        """From and up to which of `tokens` tokens are packed, the first of which stands at position `start`."""
+        """Return the slice of tokens that is packed.
+
+        Args:
+            tokens: Number of tokens.
+            start: Position of the first of them.
+
+        Returns:
+            Index of the first packed token, and one past the last; a whole number of blocks lies between them.
+        """
         first, stop = middle_of(tokens, start, self.sinks, self.window)
         return first, first + (stop - first) // BLOCK * BLOCK
 
     def encode(self, cached: Cached, start: int = 0) -> Encoded:
-        """Every layer's sinks, blocks and window. Raises `CodecError` for a cache of another model, NaN and infinity."""
+        """Encode the sinks, packed blocks and window of every layer.
+
+        Args:
+            cached: Layer index → keys and values [batch, heads, tokens, dim]; a layer may hold the last tokens only.
+            start: Position of the first token.
+
+        Raises:
+            CodecError: The cache is of another model, or it contains NaN or infinite numbers.
+        """
         if other := sorted(cached.keys() ^ self.layers.keys()):
-            raise CodecError(f"layers {other}: the cache has other layers, this codec was fitted on another model")
+            raise CodecError(
+                f"layers {other} exist only in the cache or only in the codec. It was fitted on another model: "
+                "fit one on this model"
+            )
         tokens, tensors = length_of(cached), {}
-        for layer_idx, both in cached.items():
-            begin = start + tokens - both[0].shape[2]
-            first, stop = self.packed_of(both[0].shape[2], begin)
-            for slot, (x, heads) in enumerate(zip(both, self.layers[layer_idx], strict=True)):
+        for layer_idx, slots in cached.items():
+            begin = start + tokens - slots[0].shape[2]
+            first, stop = self.packed_of(slots[0].shape[2], begin)
+            for slot, (x, heads) in enumerate(zip(slots, self.layers[layer_idx], strict=True)):
                 heads.require(x, layer_idx)
                 if not x.isfinite().all():
-                    raise CodecError(f"layer {layer_idx} holds NaN or infinite numbers")
+                    raise CodecError(
+                        f"layer {layer_idx}: the cache contains NaN or infinite numbers; load the model in float32"
+                    )
                 name = f"{layer_idx}.{slot}"
                 tensors[f"{name}.sinks"] = to_sixteen_bit(x[:, :, :first], name)
                 tensors[f"{name}.window"] = to_sixteen_bit(x[:, :, stop:], name)
@@ -85,7 +117,7 @@ class LiveCodec:
         return Encoded(tensors, start, tokens)
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
-        """The cache again, in the model's dtype."""
+        """Return layer index → decoded keys and values in the model's dtype."""
         end = encoded.start + encoded.tokens
 
         def slot_of(name: str, heads: PackedHeads) -> Tensor:
@@ -98,5 +130,5 @@ class LiveCodec:
 
 
 def _positions(like: Tensor, start: int, count: int) -> Tensor:
-    """[batch, count] on the device of a tensor."""
+    """Return positions [batch, count] from `start` on, on the device of `like`."""
     return torch.arange(start, start + count, device=like.device).expand(len(like), -1)

@@ -1,4 +1,4 @@
-"""Codes of b bits take b bits: n codes side by side are ⌈n·b / 8⌉ bytes, lowest bits first, and come back exactly."""
+"""Packing of b-bit codes: n codes take ⌈n·b / 8⌉ bytes, the lowest bits first, and are unpacked exactly."""
 
 import math
 
@@ -12,9 +12,17 @@ WIDTHS = (1, 2, 3, 4, 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bytes [..., ⌈n·bits / 8⌉] of codes [..., n] below 2^bits, in a storage of their own.
+    """Pack codes along the last dimension.
 
-    A row is filled up with zero bits. Raises `CodecError` for widths other than 1, 2, 3, 4 and 8.
+    Args:
+        codes: Integers [..., n] from 0 to 2^bits − 1.
+        bits: Bits per code: 1, 2, 3, 4 or 8.
+
+    Returns:
+        Bytes [..., ⌈n·bits / 8⌉] in uint8 with a storage of their own; the last byte of a row is filled with zero bits.
+
+    Raises:
+        CodecError: Another `bits`.
     """
     per_word, word = _word(bits)
     if bits == 8:
@@ -31,7 +39,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of every row again, uint8 [..., count]."""
+    """Return the first `count` codes of every row, uint8 [..., count].
+
+    Raises:
+        CodecError: Another `bits` than 1, 2, 3, 4 or 8.
+    """
     per_word, word = _word(bits)
     if bits == 8:
         return packed[..., :count]
@@ -47,8 +59,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _word(bits: int) -> tuple[int, torch.dtype]:
-    """How many codes fill whole bytes, and what those bytes are put together in."""
+    """Return how many codes fill whole bytes, and the dtype in which those bytes are assembled."""
     if bits not in WIDTHS:
-        raise CodecError(f"codes of {bits} bits: {', '.join(map(str, WIDTHS))} are packed")
+        raise CodecError(f"bits={bits} cannot be packed: use {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]}")
     per_word = 8 // math.gcd(bits, 8)
     return per_word, torch.uint8 if per_word * bits == 8 else torch.int32

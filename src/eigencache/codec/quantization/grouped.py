@@ -1,8 +1,7 @@
-"""Asymmetric uniform quantization with real packing: 8 bits take one byte per number, 4 bits half a byte.
+"""Asymmetric integers in groups along one dimension: the error is at most half a step, and nothing is clipped.
 
-Per group of consecutive tokens and per coefficient: lowest value and step in float16, both stored. No value is
-clipped: the group's extremes are code 0 and code 2^b − 1. The error is at most half a step and the rounding of the
-step itself.
+A group has a lowest value and a step, both stored in float16, so b bits per number cost b + 32 / group bits. The extremes
+of a group are code 0 and code 2^b − 1. Codes are packed along the last dimension.
 """
 
 from typing import NamedTuple
@@ -11,67 +10,71 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.quantization.bitpack import pack, unpack
+from eigencache.codec.quantization.scales import divisor, low_and_step
 from eigencache.errors import CodecError
 
-GROUP = 64  # tokens that share lowest value and step
+GROUP = 64  # numbers that share lowest value and step
 
 
 class QuantizedGroups(NamedTuple):
-    """Codes [batch, seq, ⌈r·bits/8⌉] uint8, low and step [batch, groups, r] float16."""
+    """Packed codes uint8 [..., ⌈n·bits / 8⌉], and `low` and `step` in float16, one per group along the grouped dimension."""
 
     codes: Tensor
     low: Tensor
     step: Tensor
 
 
-def quantize(y: Tensor, bits: int, group: int = GROUP) -> QuantizedGroups:
-    """Quantize coefficients [batch, seq, r] to 8 or 4 bits. Raises `CodecError` for other widths and for non-finite y."""
-    if bits not in (4, 8):
-        raise CodecError(f"{bits}-bit coefficients: 16, 8 or 4 are stored")
-    if not y.isfinite().all():
-        raise CodecError("coefficients hold NaN or infinite values: the cache that was given does")
-    batch, seq, rank = y.shape
-    groups = -(-seq // group)
-    padded = torch.cat([y, y[:, -1:].expand(batch, groups * group - seq, rank)], 1).unflatten(1, (groups, group)).float()
-    low, step = low_and_step(padded, bits, 2)
+def quantize(x: Tensor, bits: int, group: int = GROUP, *, dim: int = -1, what: str = "the cache") -> QuantizedGroups:
+    """Quantize numbers in groups of neighbors along one dimension.
+
+    Args:
+        x: Numbers [..., n] in any floating-point dtype.
+        bits: Bits per code: 1, 2, 3, 4 or 8.
+        group: Numbers per group; the last group of a dimension may be smaller.
+        dim: The grouped dimension, counted from the end (−1 is the last).
+        what: What the numbers are, to begin an error message.
+
+    Raises:
+        CodecError: `x` holds NaN, infinite values, or values that float16 scales cannot represent.
+    """
+    require_finite(x, what)
+    grouped = _grouped(x.float(), group, dim)
+    low, step = low_and_step(grouped, bits, dim)
     if not (low.isfinite().all() and step.isfinite().all()):
-        raise CodecError(f"coefficients up to {float(y.abs().max()):.3g} do not fit into float16 scales")
-    divisor = torch.where(step > 0, step, 1).float()[:, :, None]
-    codes = ((padded - low.float()[:, :, None]) / divisor).round().clamp(0, 2**bits - 1)
-    codes = codes.to(torch.uint8).flatten(1, 2)[:, :seq]
+        raise CodecError(f"{what}: values up to {float(x.abs().max()):.3g} do not fit into float16 scales")
+    codes = ((grouped - low.float().unsqueeze(dim)) / divisor(step).unsqueeze(dim)).round().clamp(0, 2**bits - 1)
+    codes = codes.to(torch.uint8).flatten(dim - 1, dim).narrow(dim, 0, x.shape[dim])
     return QuantizedGroups(pack(codes, bits), low, step)
 
 
-def dequantize(quantized: QuantizedGroups, bits: int, rank: int, group: int = GROUP) -> Tensor:
-    """Coefficients [batch, seq, rank] again, float32."""
-    codes = unpack(quantized.codes, bits, rank)
-    seq = codes.shape[1]
-    low, step = (part.float().repeat_interleave(group, dim=1)[:, :seq] for part in (quantized.low, quantized.step))
-    return codes.float() * step + low
+def dequantize(quantized: QuantizedGroups, bits: int, count: int, group: int = GROUP, *, dim: int = -1) -> Tensor:
+    """Return the numbers [..., count] in float32.
 
-
-def low_and_step(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Lowest value and step along `dim` in float16, rounded so that 2^bits codes reach every number of float32 x.
-
-    Infinite where float16 is too narrow.
+    Args:
+        quantized: What `quantize` returned.
+        bits: Bits per code.
+        count: Size of the last dimension.
+        group: Numbers per group.
+        dim: The grouped dimension, counted from the end.
     """
-    lowest, highest = x.amin(dim), x.amax(dim)
-    low = lowest.half()
-    low = torch.where(low.float() > lowest, below(low), low)
-    return low, scale_reaching(highest - low.float(), 2**bits - 1)
+    codes = unpack(quantized.codes, bits, count).float()
+    size = codes.shape[dim]
+    low, step = (part.float().unsqueeze(dim) for part in (quantized.low, quantized.step))
+    numbers = (_grouped(codes, group, dim) * step + low).flatten(dim - 1, dim).narrow(dim, 0, size)
+    return numbers if dim == -1 else numbers.contiguous()
 
 
-def scale_reaching(largest: Tensor, levels: float) -> Tensor:
-    """`largest / levels` in float16, rounded so that `levels` of it reach every number of float32 `largest`."""
-    scale = (largest / levels).half()
-    return torch.where(scale.float() * levels < largest, above(scale), scale)
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise `CodecError`, beginning with `what`, for NaN and infinite values."""
+    if not x.isfinite().all():
+        raise CodecError(f"{what} holds NaN or infinite values")
 
 
-def above(x: Tensor) -> Tensor:
-    """The next number above, in x's own dtype."""
-    return torch.nextafter(x, torch.full_like(x, torch.inf))
-
-
-def below(x: Tensor) -> Tensor:
-    """The next number below, in x's own dtype."""
-    return torch.nextafter(x, torch.full_like(x, -torch.inf))
+def _grouped(x: Tensor, group: int, dim: int) -> Tensor:
+    """Split a dimension into [groups, group]; the last number is repeated, which moves neither extreme of its group."""
+    missing = -x.shape[dim] % group
+    if missing:
+        shape = list(x.shape)
+        shape[dim] = missing
+        x = torch.cat([x, x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)], dim)
+    return x.unflatten(dim, (-1, group))

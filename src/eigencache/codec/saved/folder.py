@@ -1,7 +1,7 @@
-"""A fitted codec as a folder of two files: its tensors in `codec.safetensors`, what they are in `card.json`.
+"""Saving a fitted codec as a folder of two files, `codec.safetensors` and `card.json`, and loading it.
 
-What is read back encodes bit for bit like what was written and holds as many bytes. A damaged folder is refused by the
-name of the file at fault, before anything is decoded.
+The loaded codec encodes bit for bit like the saved one. A damaged folder is refused before anything is decoded; the error
+names the file at fault.
 """
 
 import hashlib
@@ -18,67 +18,68 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.pca import PCACodec
-from eigencache.codec.saved import eigen as saved_eigen
-from eigencache.codec.saved import live as saved_live
-from eigencache.codec.saved import pca as saved_pca
-from eigencache.codec.saved.card import (
-    CardHead,
-    CodecCard,
-    CodecOrigin,
-    EigenCard,
-    EigenCardSettings,
-    Expected,
-    LiveCard,
-    LiveCardSettings,
-    PCACard,
-    PCACardSettings,
+from eigencache.codec.saved.card import CardHead, CodecCard, CodecOrigin
+from eigencache.codec.saved.registry import (
+    AnyCodec,
+    Fault,
+    SavedKind,
+    Tensors,
+    kind_of,
+    saved_kinds,
+    tensor_fault,
 )
-from eigencache.codec.saved.kind import Fault, Kind, Tensors, tensor_fault
 from eigencache.errors import CodecError, OutputError, RecordError
+from eigencache.records.base import Record
+from eigencache.records.fit import Expected
 
-CARD, TENSORS, LIVE = "card.json", "codec.safetensors", "live"  # the last is a folder like this one
+CARD, TENSORS, LIVE = "card.json", "codec.safetensors", "live"  # LIVE: the subfolder of the live codec, and its kind
 DIGEST = "card_sha256"
 _OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
-KINDS: dict[str, Kind] = {"pca": saved_pca.KIND, "eigen": saved_eigen.KIND, "live": saved_live.KIND}  # by what a card says
 WINDOWS = "calibration.windows"
-AnyCodec = PCACodec | EigenCodec | LiveCodec
-Settings = PCACardSettings | EigenCardSettings | LiveCardSettings
-Card = PCACard | EigenCard | LiveCard
 
 
 @dataclass(frozen=True, eq=False)
 class SavedCodec:
-    """A codec that was read from `folder`; `windows`: hashes of its calibration text, ascending, uint64."""
+    """A codec that was read from `folder`.
+
+    `windows` are hashes of its calibration text, ascending, uint64 (`corpora.overlap`).
+    """
 
     folder: Path
     codec: AnyCodec
-    card: Card
+    card: CodecCard
     windows: np.ndarray
 
     @property
     def coded_bits(self) -> float | None:
-        """What a coded token is expected to cost; None for a codec whose bytes follow from the number of tokens."""
-        return self.card.expected.coded_bits if isinstance(self.card, EigenCard) else None
+        """Expected bits of a coded token; None for a codec whose bytes follow from the number of tokens."""
+        return saved_kinds()[self.card.kind].coded_bits(self.card)
 
 
 def save_codec(
     folder: str | Path,
     codec: AnyCodec,
-    settings: Settings,
+    settings: Record,
     origin: CodecOrigin,
     windows: np.ndarray,
     expected: Expected | None = None,
     *,
     live: tuple[Any, ...] | None = None,
 ) -> None:
-    """Write all files or none; a codec that lies there is replaced, anything else is never touched.
+    """Save a codec; all files are written or none.
 
-    `windows`: sketch of the calibration text (`corpora.overlap.sketch`), uint64. `expected`: of an `EigenCodec`. `live`: a
-    live codec, its settings, origin, windows and expectation, written beside it in the same step. Raises `OutputError` for a
-    folder that holds other things or cannot be written, `CodecError` for a codec that could not be read back.
+    Args:
+        folder: Where to; a codec in it is replaced, a folder with anything else is refused.
+        codec: A codec of a registered kind.
+        settings: The settings of its fit, of the class that the card of its kind requires.
+        origin: What it was fitted on.
+        windows: Sketch of the calibration text (`corpora.overlap.sketch`), uint64.
+        expected: The measurements of its fit; required by kinds whose card has the field.
+        live: A live codec, its settings, origin, windows and expectation, saved in a subfolder in the same step.
+
+    Raises:
+        OutputError: The folder holds something else or cannot be written.
+        CodecError: The codec could not be read back.
     """
     folder = Path(folder)
     check_replaceable(folder)
@@ -89,24 +90,29 @@ def save_codec(
 
 
 def copy_codec(source: str | Path, folder: str | Path) -> None:
-    """Write what a folder holds, whose codec has been loaded, into another one. Raises as `save_codec` does."""
+    """Copy the files of a loaded codec.
+
+    Args:
+        source: Folder that the codec was loaded from.
+        folder: Where to; conditions and errors are those of `save_codec`.
+    """
     check_replaceable(Path(folder))
     names = [name for name in (CARD, TENSORS, f"{LIVE}/{CARD}", f"{LIVE}/{TENSORS}") if Path(source, name).exists()]
     _write(Path(folder), {name: Path(source, name).read_bytes() for name in names})
 
 
 def _files_of(
-    codec: AnyCodec, settings: Settings, origin: CodecOrigin, windows: np.ndarray, expected: Expected | None = None
+    codec: AnyCodec, settings: Record, origin: CodecOrigin, windows: np.ndarray, expected: Expected | None = None
 ) -> dict[str, bytes]:
-    """The files of one codec by name. Raises `CodecError` for one that could not be read back."""
-    kind = next(kind for kind in KINDS.values() if isinstance(codec, kind.codec))
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in kind.tensors_of(codec).items()}
+    """Return the files of one codec by name. Raises `CodecError` for one that could not be read back."""
+    kind = kind_of(codec)
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in kind.tensors(codec).items()}
     tensors[WINDOWS] = torch.from_numpy(windows.view(np.int64).copy())
     data = save(tensors)
-    said = {"name": codec.name, "settings": settings, "origin": origin, "windows": len(windows)}
-    said |= {"tensors_sha256": hashlib.sha256(data).hexdigest()} | ({} if expected is None else {"expected": expected})
+    entries = {"name": codec.name, "settings": settings, "origin": origin, "windows": len(windows)}
+    entries |= {"tensors_sha256": hashlib.sha256(data).hexdigest()} | ({} if expected is None else {"expected": expected})
     try:
-        card = kind.card(**said, **kind.entries_of(codec))
+        card = kind.card(**entries, **kind.entries(codec))
     except ValidationError as error:
         first = error.errors()[0]
         raise CodecError(f"{codec.name}: cannot be saved: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -119,20 +125,28 @@ def _files_of(
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """SHA-256 of what a card says beside it."""
-    said = {name: value for name, value in content.items() if name != DIGEST}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of the other fields of a card."""
+    fields = {name: value for name, value in content.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load_codec(folder: str | Path) -> SavedCodec:
-    """What `save_codec` wrote. Raises `CodecError` naming the file that is missing, damaged or of another version."""
+    """Load the codec that `save_codec` wrote.
+
+    Raises:
+        CodecError: A file is missing, damaged or of another version; the message names it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise CodecError(f"{folder}: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote")
     if not (folder / CARD).exists() and not (folder / TENSORS).exists():
         raise CodecError(f"{folder}: holds no codec: name a folder that `eigencache fit` or `evaluate --save-codec` wrote")
     try:
-        kind = KINDS[CardHead.load(folder / CARD).kind]
+        name = CardHead.load(folder / CARD).kind
+        if name not in (kinds := saved_kinds()):
+            known = ", ".join(sorted(kinds))
+            raise RecordError(f"{folder / CARD}: kind {name!r} is unknown to this version, which reads {known}")
+        kind = kinds[name]
         card = kind.card.load(folder / CARD)
     except RecordError as error:
         raise CodecError(f"{error}: save the codec again with this version") from error
@@ -149,7 +163,7 @@ def load_codec(folder: str | Path) -> SavedCodec:
 
 
 def load_live(folder: str | Path) -> SavedCodec:
-    """The codec of the live cache that `eigencache fit --live` put beside the stored one. Raises as `load_codec` does."""
+    """Load the live codec that `eigencache fit --live` saved with the stored one. Raises as `load_codec` does."""
     folder = Path(folder)
     if not (folder / LIVE).is_dir():
         if _is_live(folder / CARD):
@@ -157,7 +171,7 @@ def load_live(folder: str | Path) -> SavedCodec:
         what = "has no codec for a live cache: fit it again" if (folder / CARD).exists() else "holds no codec: fit one"
         raise CodecError(f"{folder}: {what} with `eigencache fit --live`")
     saved = load_codec(folder / LIVE)
-    if not isinstance(saved.codec, LiveCodec):
+    if saved.card.kind != LIVE:
         raise CodecError(f"{folder / LIVE}: holds a codec of another kind: fit it again with `eigencache fit --live`")
     return saved
 
@@ -167,11 +181,11 @@ def _is_live(card: Path) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises `OutputError` for a file, and for a folder that holds anything but a codec."""
+    """Raise `OutputError` for a file, and for a folder that holds anything but a codec."""
     if not folder.exists():
         return
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise OutputError(f"{folder}: the shell is in this folder, which a codec would replace: name a new folder in it")
+        raise OutputError(f"{folder}: would replace the current directory: name a new folder in it")
     if not folder.is_dir():
         raise OutputError(f"{folder}: is a file: name a folder")
     try:
@@ -181,7 +195,7 @@ def check_replaceable(folder: Path) -> None:
     if LIVE in names:
         check_replaceable(folder / LIVE)
     if names and (names - {LIVE} != {CARD, TENSORS} or not _is_card(folder / CARD)):
-        raise OutputError(f"{folder}: holds other things than a codec and is left alone: name another folder")
+        raise OutputError(f"{folder}: holds other files than a codec and was not changed: name another folder")
 
 
 def _is_card(path: Path) -> bool:
@@ -192,13 +206,13 @@ def _is_card(path: Path) -> bool:
     return isinstance(content, dict) and str(content.get("schema_version")).startswith("eigencache.codec/")
 
 
-def _tensor_fault(kind: Kind, card: CodecCard, tensors: Tensors) -> Fault:
+def _tensor_fault(kind: SavedKind, card: CodecCard, tensors: Tensors) -> Fault:
     expected = {WINDOWS: (torch.int64, (card.windows,))} | kind.tensor_kinds(card)
     return tensor_fault(expected, tensors) or kind.value_fault(card, tensors)
 
 
-def _read_tensors(path: Path, kind: Kind, card: CodecCard) -> dict[str, Tensor]:
-    """Every tensor in a storage of its own, so that none lies unaligned."""
+def _read_tensors(path: Path, kind: SavedKind, card: CodecCard) -> dict[str, Tensor]:
+    """Read the tensors, each into a storage of its own, so that none is unaligned."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -206,22 +220,21 @@ def _read_tensors(path: Path, kind: Kind, card: CodecCard) -> dict[str, Tensor]:
     found = hashlib.sha256(data).hexdigest()
     if found != card.tensors_sha256:
         raise CodecError(
-            f"{path}: is not the file that {CARD} was written with (sha256 {found[:12]}, not {card.tensors_sha256[:12]}): "
-            "save the codec again"
+            f"{path}: does not match {CARD} (sha256 {found[:12]}, expected {card.tensors_sha256[:12]}): save the codec again"
         )
     try:
         tensors = {name: x.clone() for name, x in load(data).items()}
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # by what is wrong with the header
-        raise CodecError(f"{path}: no file of tensors ({error}): save the codec again") from error
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # depends on the defect of the header
+        raise CodecError(f"{path}: not a safetensors file ({error}): save the codec again") from error
     if fault := _tensor_fault(kind, card, tensors):
         raise CodecError(f"{path}: {fault}: save the codec again")
     return tensors
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """The files in a new folder, which takes the place of the old one only when it is complete."""
+    """Write files into a new folder, which replaces the old one only when it is complete."""
     try:
-        place = folder.resolve()  # of a link, what it leads to
+        place = folder.resolve()  # the target of a link
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
             new, old = Path(temporary, "new"), Path(temporary, "old")

@@ -1,8 +1,11 @@
-"""Which backend reads packed blocks: one that is asked for by name, or the fastest that there is on the device.
+"""The choice of the backend that reads packed blocks: a backend given by name, or the fastest available one.
 
-`vnni`: C on CPUs with AVX-512 VNNI; `cpu`: numba on others; `triton`: GPUs; `reference`: plain PyTorch, anywhere.
+`vnni`: C, for CPUs with AVX-512 VNNI. `cpu`: numba, for other CPUs. `triton`: for GPUs. `reference`: plain PyTorch, for any
+device, and the only one that computes gradients. A named backend is used or refused with a reason; it is never replaced.
+Without a name, `PackedBackend.name` tells which backend was chosen, and `unavailable` why a faster one was not.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,37 +22,34 @@ from eigencache.kernels.packed.reference import AttentionQueries, PackedStorage
 from eigencache.modes import constant
 
 BackendName = Literal["reference", "cpu", "vnni", "triton"]
-_ROWS = 64  # queries of a bundle; from about 100 on numba is slower than unpacking once and a matrix product
-_CLOSE = 1e-3  # of the largest number: what a GPU's results may differ from plain PyTorch's
+_LOG = logging.getLogger(__name__)
+_DEVICES = {"cpu": "cpu", "vnni": "cpu", "triton": "cuda"}  # the type of device that a backend runs on
+_ROWS = 64  # from about 100 queries of a bundle on, unpacking once and a matrix product are faster than numba
+_TOLERANCE = 1e-3  # largest difference of a GPU's results from plain PyTorch's, relative to the largest number
 Kernel = Callable[[Tensor, tuple[Widths, ...], Tensor], Tensor]
 Attention = Callable[[PackedStorage, AttentionQueries], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class PackedBackend:
-    """What `reference.py` has: of coefficients or, where `planes` is given, of planes.
+    """The functions that read and write packed blocks, with the signatures of `reference.py`.
 
-    No `attention`: what is between logits and sums is for the caller, as it is where masks are more than stretches.
+    Attributes:
+        name: name of the backend.
+        logits: as `reference.logits`.
+        sums: as `reference.sums`.
+        encode: as `reference.encode`.
+        planes: if set, `logits` takes queries, and `sums` gives results, in planes instead of coefficients;
+            `planes(widths)` is the matrix A [bundles, most, most] with coefficients = A planes.
+        attention: as `reference.attention`; None if the caller has to compute softmax between `logits` and `sums`.
     """
 
     name: BackendName
     logits: Kernel
     sums: Kernel
     encode: Callable[..., Tensor] = reference.encode
-    planes: Callable[[tuple[Widths, ...]], Tensor] | None = None  # A [bundles, most, most] with integers = A planes
+    planes: Callable[[tuple[Widths, ...]], Tensor] | None = None
     attention: Attention | None = None
-
-
-def _triton_attention(held: PackedStorage, asked: AttentionQueries) -> tuple[Tensor, Tensor, Tensor]:
-    from eigencache.kernels.packed.triton import launch  # Triton is optional
-
-    given = {name: getattr(asked, name) for name in ("constant", "turned", "visible", "softcap", "exact")}
-    stored = held.keys, held.values, *held.widths, asked.queries
-    if asked.others is None:
-        means, lse = launch.attend(*stored, **given)
-    else:
-        means, lse = launch.attend_latents(*stored, asked.others, **given)
-    return lse, torch.ones_like(lse).masked_fill_(lse == -torch.inf, 0), means
 
 
 REFERENCE = PackedBackend("reference", reference.logits, reference.sums)
@@ -58,70 +58,111 @@ VNNI = PackedBackend("vnni", vnni.logits, vnni.sums, attention=vnni.attention)
 
 
 def packed_backend(x: Tensor, rows: int, name: BackendName | None = None) -> PackedBackend:
-    """What reads the blocks of a bundle for `rows` queries or weights, of which x is one: gradients need PyTorch.
+    """Return the backend that reads packed blocks.
 
-    `name`: the backend to use; None chooses. Raises `CodecError` where the backend that is named cannot be used.
+    Args:
+        x: queries or weights; their device decides, and whether they require gradients.
+        rows: number of queries or weights per bundle.
+        name: backend to use; None chooses the fastest available one, or `reference` where x requires gradients.
+
+    Raises:
+        CodecError: the named backend does not exist or cannot be used, or Triton computes wrong results on this device.
     """
+    if name is not None:
+        return _named(name, x)
     if x.requires_grad:
         return REFERENCE
-    if name is not None:
-        return _named(name, x.device)
     if x.device.type == "cpu":
         if vnni.unavailable() is None:
             return VNNI
         return CPU if rows <= _ROWS else REFERENCE
-    return triton_backend(x.device) if x.device.type == "cuda" and find_spec("triton") else REFERENCE
+    if x.device.type != "cuda":
+        return REFERENCE
+    if (reason := _refusal("triton", x.device)) is not None:
+        _warn_once(f"backend triton cannot be used; plain PyTorch reads the packed blocks of the live cache: {reason}")
+        return REFERENCE
+    return triton_backend(x.device)
 
 
-def _named(name: BackendName, device: torch.device) -> PackedBackend:
+def unavailable(device: torch.device) -> dict[BackendName, str]:
+    """Return why backends cannot be used on a device, by name; backends that can be used are missing.
+
+    The first call builds the library of `vnni` where the CPU supports it. The compiler's message is part of the reason.
+    """
+    reasons = {name: _refusal(name, device) for name in get_args(BackendName)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _named(name: BackendName, x: Tensor) -> PackedBackend:
+    """Return a backend by its name, or raise `CodecError` with the reason why it cannot be used for x."""
     if name not in get_args(BackendName):
-        raise CodecError(f"backend {name!r}: choose one of {', '.join(get_args(BackendName))}")
-    needed = {"cpu": "cpu", "vnni": "cpu", "triton": "cuda"}.get(name, device.type)
+        raise CodecError(f"`backend` {name!r} does not exist: use one of {', '.join(get_args(BackendName))}")
+    if (reason := _refusal(name, x.device)) is not None:
+        raise CodecError(f"`backend` {name!r} cannot be used: {reason}")
+    if name == "reference":
+        return REFERENCE
+    if x.requires_grad:
+        raise CodecError(
+            f"`backend` {name!r} computes no gradients: use 'reference', or run the model under torch.no_grad()"
+        )
+    return triton_backend(x.device) if name == "triton" else {"cpu": CPU, "vnni": VNNI}[name]
+
+
+def _refusal(name: BackendName, device: torch.device) -> str | None:
+    """Return why a backend cannot be used on a device, or None if it can."""
+    needed = _DEVICES.get(name, device.type)
     if device.type != needed:
-        raise CodecError(f"backend {name}: it runs on a {needed} device, and the model is on {device}")
-    if name == "vnni" and (why := vnni.unavailable()):
-        raise CodecError(f"backend vnni: {why}")
-    if name == "triton":
-        if not find_spec("triton"):
-            raise CodecError("backend triton: the package triton is not installed: pip install 'eigencache[triton]'")
-        return triton_backend(device)
-    return {"reference": REFERENCE, "cpu": CPU, "vnni": VNNI}[name]
+        return f"it needs a {needed} device, the model is on {device}"
+    if name == "vnni":
+        return vnni.unavailable()
+    if name == "triton" and not find_spec("triton"):
+        return "the package triton is not installed: pip install 'eigencache[triton]'"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 @cache
 @constant
 def triton_backend(device: torch.device) -> PackedBackend:
-    """Triton on a device, after a look at whether it computes there what plain PyTorch does. Raises `CodecError` if not."""
-    from eigencache.kernels.packed.triton import encode, launch
+    """Return the Triton backend after comparing its results on a device with those of plain PyTorch.
 
-    backend = PackedBackend("triton", launch.logits, launch.sums, encode.encode, attention=_triton_attention)
-    whole = replace(REFERENCE, attention=reference.attention)
+    Raises:
+        CodecError: the results differ.
+    """
+    from eigencache.kernels.packed.triton import encode, launch  # Triton is optional
+
+    backend = PackedBackend("triton", launch.logits, launch.sums, encode.encode, attention=launch.attention)
+    plain = replace(REFERENCE, attention=reference.attention)
     generator, widths = torch.Generator().manual_seed(0), (Widths(8, 16, 8),)
     packed = torch.randint(256, (1, 5, widths[0].nbytes), generator=generator, dtype=torch.uint8).to(device)
     x, q, encoder = (torch.randn(shape, generator=generator).to(device) for shape in ((320, 32), (4, 32), (32, 32)))
     limits = torch.tensor([[3, 0, 70, 0], [320, 100, 320, 320]], device=device)
-    right, found = (_looked_at(one, packed, widths, x, q / 64, encoder, limits) for one in (whole, backend))
-    for one, other in zip(found, right, strict=True):
-        if not float((one - other).abs().max()) <= _CLOSE * float(other.abs().max()):
+    expected, results = (_sample_results(one, packed, widths, x, q / 64, encoder, limits) for one in (plain, backend))
+    for result, right in zip(results, expected, strict=True):
+        if not float((result - right).abs().max()) <= _TOLERANCE * float(right.abs().max()):
             raise CodecError(
-                f"the Triton kernels of the live cache compute something else on {device} than PyTorch: please report it; "
-                "without the package triton the cache works by PyTorch alone"
+                f"the Triton kernels of the live cache compute wrong results on {device}: please report it, and use "
+                "`backend` 'reference' (plain PyTorch)"
             )
     return backend
 
 
-def _looked_at(
+def _sample_results(
     backend: PackedBackend, packed: Tensor, widths: tuple[Widths, ...], x: Tensor, q: Tensor, encoder: Tensor, limits: Tensor
 ) -> list[Tensor]:
-    """What a backend makes of one bundle: logits, sums, attention to values and to latents, and sums of what it encodes."""
+    """Compute logits, sums, attention to values and to latents, and sums of encoded vectors, all of one bundle."""
     assert backend.attention is not None
     q, x, encoder = q[None, None], x[None, None], encoder[None]
     logits = backend.logits(packed, widths, q)
     weights = logits.softmax(-1)
     results = [logits, backend.sums(packed, widths, weights)]
-    for others in (None, q):
-        asked = AttentionQueries(q, others=others, visible=(limits[0, None, None], limits[1, None, None]))
-        _, total, sums = backend.attention(PackedStorage([packed], [packed], (widths, widths)), asked)
+    for rotary in (None, q):
+        queries = AttentionQueries(q, projected_rotary=rotary, visible=(limits[0, None, None], limits[1, None, None]))
+        _, total, sums = backend.attention(PackedStorage([packed], [packed], (widths, widths)), queries)
         results.append(sums / total[..., None])
     encoded = backend.encode(x, torch.zeros_like(x[0, :, 0]), encoder, widths, (8,))
     return [*results, reference.sums(encoded, widths, weights)]

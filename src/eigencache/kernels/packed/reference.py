@@ -1,11 +1,7 @@
-"""Attention inside packed codes in plain PyTorch, on any device: what every faster backend is held against.
+"""Attention over packed blocks in plain PyTorch, on any device: the reference that every faster backend is tested against.
 
-Heads that share a basis are a bundle. A block is 64 tokens of one layer: the bundles one after the other, of each the
-integers of its coefficients, those of 8 bits first, then of 4, then of 2, each a row of 64 tokens. A byte holds one token of
-1, 2 or 4 coefficients: of g coefficients of 4 bits, byte row i has i in its low and i + g/2 in its high half, of g of 2 bits
-i, i + g/4, i + g/2 and i + 3g/4 from the lowest bits on. An integer u of b bits stands for u − (2^b − 1)/2 steps: static,
-symmetric, without an exact zero. Steps are folded into the queries and into what is expanded afterwards, so that nothing
-is multiplied per token but the integers themselves, and what stands for zero is one vector for all (THEORY 8).
+The module also defines what all backends receive: `PackedStorage`, `AttentionQueries` and the factors of a rotated mean.
+`format.py` describes the blocks.
 """
 
 from collections.abc import Sequence
@@ -14,23 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from eigencache.kernels.packed.format import (
-    BLOCK,
-    Widths,
-    digits_of,
-    pack,
-    unpack,
-)
+from eigencache.kernels.packed.format import BLOCK, Widths, digit_layout, pack, unpack
 
 _TILE = 16  # blocks that are unpacked at a time
 
 
 @dataclass(frozen=True, eq=False)
 class RotatedMeanLogits:
-    """Keys' mean that turns with their position, as logits Σ_p even_p cos(nθ_p) + odd_p sin(nθ_p), float32.
+    """Logits of a rotated key mean in factors: Σ_p even_p cos(nθ_p) + odd_p sin(nθ_p) at position n, float32.
 
-    `even`, `odd` [batch, bundles, rows, pairs]; `cos`, `sin` [batch, blocks, pairs] of the first token of every block;
-    `table` [2 · pairs, 64] cos, then sin, of the tokens of a block counted from its first.
+    Attributes:
+        even: [batch, bundles, rows, pairs] factors of the cosines.
+        odd: [batch, bundles, rows, pairs] factors of the sines.
+        cos: [batch, blocks, pairs] cosines at the first token of every block.
+        sin: [batch, blocks, pairs] sines at the first token of every block.
+        table: [2 · pairs, 64] cosines, then sines, of the tokens of a block counted from its first token.
     """
 
     even: Tensor
@@ -40,12 +34,12 @@ class RotatedMeanLogits:
     table: Tensor
 
     def bundled(self, bundles: int) -> "RotatedMeanLogits":
-        """The same with the rows of a bundle's heads one after the other."""
+        """Return a copy whose dimension of heads is regrouped to `bundles`, the rows of a bundle's heads side by side."""
         even, odd = (x.unflatten(1, (bundles, -1)).flatten(2, 3) for x in (self.even, self.odd))
         return replace(self, even=even, odd=odd)
 
     def logits(self) -> Tensor:
-        """[batch, bundles, rows, 64 · blocks], by the sum of two angles."""
+        """Return the logits [batch, bundles, rows, 64 · blocks], computed by the addition theorems."""
         even, odd = self.even[..., None, :], self.odd[..., None, :]
         cos, sin = self.cos[:, None, None], self.sin[:, None, None]
         return (torch.cat([even * cos + odd * sin, odd * cos - even * sin], -1) @ self.table).flatten(-2)
@@ -53,10 +47,15 @@ class RotatedMeanLogits:
 
 @dataclass(frozen=True, eq=False)
 class RotatedMean:
-    """R_n μ = `still` cos nθ + `quarter` sin nθ [heads, dim], where every number of a vector has its pair's angle.
+    """A key mean μ rotated to position n in factors: R_n μ = still cos(nθ) + quarter sin(nθ), float32.
 
-    `still` is R_0 μ, `quarter` the same turned by a right angle; `starts` [2, batch, blocks, dim] cos and sin of the first
-    token of every block; `table` [2, dim, 64] of the tokens of a block counted from its first. All float32.
+    Every number of a vector has the angle θ of its pair.
+
+    Attributes:
+        still: [heads, dim] R_0 μ.
+        quarter: [heads, dim] R_0 μ rotated by a right angle.
+        starts: [2, batch, blocks, dim] cosines and sines at the first token of every block.
+        table: [2, dim, 64] cosines and sines of the tokens of a block counted from its first token.
     """
 
     still: Tensor
@@ -65,7 +64,7 @@ class RotatedMean:
     table: Tensor
 
     def of_tokens(self) -> Tensor:
-        """R_n μ [batch, heads, 64 · blocks, dim], by the sum of two angles."""
+        """Return R_n μ of every token [batch, heads, 64 · blocks, dim], computed by the addition theorems."""
         (first_cos, first_sin), (cos, sin) = self.starts[:, :, :, None], self.table.mT
         n_cos, n_sin = (
             x.flatten(1, 2)[:, None] for x in (first_cos * cos - first_sin * sin, first_sin * cos + first_cos * sin)
@@ -75,7 +74,15 @@ class RotatedMean:
 
 @dataclass(frozen=True, eq=False)
 class PackedStorage:
-    """What a layer holds packed: storages of keys and of values [batch, blocks, bytes], one after the other, and widths."""
+    """The packed blocks of one layer.
+
+    For MLA, `keys` are the latents and `values` are the rotary keys.
+
+    Attributes:
+        keys: chunks uint8 [batch, blocks, bytes], in the order of their tokens.
+        values: chunks of the same numbers of blocks as `keys`.
+        widths: bit widths of the bundles of keys and of values.
+    """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
@@ -84,18 +91,24 @@ class PackedStorage:
 
 @dataclass(frozen=True, eq=False)
 class AttentionQueries:
-    """What is asked of it: `queries` [batch, bundles, rows, most] as `PackedHeads.queries` makes them, in the model's scale.
+    """Queries to a `PackedStorage`. A logit is Σ_i q_i u_i + `constant` + the logits of `rotated_mean`.
 
-    A logit is Σ_i q_i u_i + `constant` [batch, bundles, rows] + what `turned` gives. `others`: queries of what lies in the
-    slot of values, as rotary keys of MLA do: then logits add up, and what is weighed is the slot of keys. `visible`: the
-    first packed token that a row sees and the one after the last, broadcast to [batch, bundles, rows]; none: all. `exact`:
-    as exact as float32, else as a model in 16 bits is.
+    Attributes:
+        projected: [batch, bundles, rows, most] queries from `PackedHeads.queries`, with the model's scale.
+        constant: [batch, bundles, rows] added to all logits of a row.
+        projected_rotary: [batch, bundles, rows, most] queries of the rotary keys of MLA, which lie in the slot of values.
+            Their products are added to the logits, and the weights apply to the slot of keys, the latents.
+        rotated_mean: the logits of a rotated key mean.
+        visible: the first visible token of each row and the token after the last, broadcast to [batch, bundles, rows].
+            None: all tokens are visible.
+        softcap: logits x become softcap · tanh(x / softcap); None: no cap.
+        exact: True asks for the precision of float32, False for that of a model in 16 bits.
     """
 
-    queries: Tensor
+    projected: Tensor
     constant: Tensor | None = None
-    others: Tensor | None = None
-    turned: RotatedMeanLogits | None = None
+    projected_rotary: Tensor | None = None
+    rotated_mean: RotatedMeanLogits | None = None
     visible: tuple[Tensor, Tensor] | None = None
     softcap: float | None = None
     exact: bool = True
@@ -107,51 +120,78 @@ def encode(
     encoder: Tensor,
     widths: tuple[Widths, ...],
     six: tuple[int, ...] = (),
-    turned: RotatedMean | None = None,
+    rotated_mean: RotatedMean | None = None,
 ) -> Tensor:
-    """Bytes uint8 [batch, blocks, bytes] of x [batch, heads, 64 · blocks, dim]: integers round(E (x − μ) + c).
+    """Encode keys or values to packed bytes: integers round(E (x − μ) + c), c = (2^b − 1)/2. Out-of-range values saturate.
 
-    What lies beyond the widest integer becomes that. `mean` [heads, dim], `encoder` [bundles, most, numbers of a bundle],
-    `six` as in `digits_of`.
+    Args:
+        x: [batch, heads, 64 · blocks, dim] vectors.
+        mean: [heads, dim] μ.
+        encoder: [bundles, most, numbers of a bundle] E, with the quantization steps.
+        widths: bit widths of every bundle.
+        six: number of coefficients of 6 bits of every bundle, as for `digit_layout`.
+        rotated_mean: a mean that is subtracted too, depending on the position.
+
+    Returns:
+        Bytes uint8 [batch, blocks, bytes].
     """
-    left = x.float() - mean[:, None] - (0 if turned is None else turned.of_tokens())
-    y = encoder @ left.unflatten(1, (len(widths), -1)).transpose(2, 3).flatten(3).mT
-    most, shifts, masks = (t.to(y.device)[:, :, None] for t in digits_of(widths, six))
-    codes = (y + most / 2).round_().clamp_(min=torch.zeros_like(most), max=most).to(torch.uint8)
+    centered = x.float() - mean[:, None] - (0 if rotated_mean is None else rotated_mean.of_tokens())
+    y = encoder @ centered.unflatten(1, (len(widths), -1)).transpose(2, 3).flatten(3).mT
+    limits, shifts, masks = (t.to(y.device)[:, :, None] for t in digit_layout(widths, six))
+    codes = (y + limits / 2).round_().clamp_(min=torch.zeros_like(limits), max=limits).to(torch.uint8)
     return pack((codes >> shifts) & masks if any(six) else codes, widths)
 
 
 def logits(packed: Tensor, widths: Sequence[Widths], queries: Tensor) -> Tensor:
-    """Σ_i q_i u_i [batch, bundles, rows, tokens] float32 of queries [batch, bundles, rows, most], steps within.
+    """Return Σ_i q_i u_i of packed integers u.
 
-    `packed` [batch, blocks, bytes].
+    Args:
+        packed: [batch, blocks, bytes] blocks.
+        widths: bit widths of every bundle.
+        queries: [batch, bundles, rows, most] queries, with the quantization steps.
+
+    Returns:
+        Logits float32 [batch, bundles, rows, 64 · blocks].
     """
     return torch.cat([queries @ unpack(tile, widths).to(queries) for tile in packed.split(_TILE, 1)], -1)
 
 
 def sums(packed: Tensor, widths: Sequence[Widths], weights: Tensor) -> Tensor:
-    """Σ_t a_t u_t [batch, bundles, rows, most] float32 of weights [batch, bundles, rows, tokens]."""
+    """Return Σ_t a_t u_t of packed integers u.
+
+    Args:
+        packed: [batch, blocks, bytes] blocks.
+        widths: bit widths of every bundle.
+        weights: [batch, bundles, rows, 64 · blocks] weights a.
+
+    Returns:
+        Weighted sums float32 [batch, bundles, rows, most].
+    """
     tiles = zip(packed.split(_TILE, 1), weights.split(_TILE * BLOCK, -1), strict=True)
     return sum(a @ unpack(tile, widths).to(a).mT for tile, a in tiles)  # type: ignore[return-value]
 
 
-def attention(held: PackedStorage, asked: AttentionQueries) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over all that is held: the largest logit, the sum of weights relative to it [batch, bundles, rows], and what
-    they weigh [batch, bundles, rows, most], integers that is. A row that sees nothing has −∞, zero and zeros."""
-    of_keys, of_values = held.widths
-    x = torch.cat([logits(storage, of_keys, asked.queries) for storage in held.keys], -1)
-    if asked.others is not None:
-        x = x + torch.cat([logits(storage, of_values, asked.others) for storage in held.values], -1)
-    x = x + (0 if asked.constant is None else asked.constant[..., None])
-    x = x + (0 if asked.turned is None else asked.turned.logits())
-    if asked.softcap is not None:
-        x = asked.softcap * (x / asked.softcap).tanh()
-    if asked.visible is not None:
-        at, (first, stop) = torch.arange(x.shape[-1], device=x.device), (limit[..., None] for limit in asked.visible)
-        x = x.masked_fill((at < first) | (at >= stop), -torch.inf)
+def attention(storage: PackedStorage, queries: AttentionQueries) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute softmax attention over all packed blocks of a layer.
+
+    Returns:
+        The largest logit [batch, bundles, rows], the sum of the weights relative to it [batch, bundles, rows], and the
+        weighted sums of integers [batch, bundles, rows, most]. A row without a visible token has −∞, 0 and zeros.
+    """
+    key_widths, value_widths = storage.widths
+    x = torch.cat([logits(chunk, key_widths, queries.projected) for chunk in storage.keys], -1)
+    if queries.projected_rotary is not None:
+        x = x + torch.cat([logits(chunk, value_widths, queries.projected_rotary) for chunk in storage.values], -1)
+    x = x + (0 if queries.constant is None else queries.constant[..., None])
+    x = x + (0 if queries.rotated_mean is None else queries.rotated_mean.logits())
+    if queries.softcap is not None:
+        x = queries.softcap * (x / queries.softcap).tanh()
+    if queries.visible is not None:
+        token, (first, stop) = torch.arange(x.shape[-1], device=x.device), (limit[..., None] for limit in queries.visible)
+        x = x.masked_fill((token < first) | (token >= stop), -torch.inf)
     top = x.amax(-1)
     weights = (x - top.clamp_min(torch.finfo(x.dtype).min)[..., None]).exp()
-    slot, widths = (held.values, of_values) if asked.others is None else (held.keys, of_keys)
-    parts = weights.split([BLOCK * storage.shape[1] for storage in slot], -1)
-    found = [sums(storage, widths, part) for storage, part in zip(slot, parts, strict=True)]
-    return top, weights.sum(-1), sum(found[1:], found[0])
+    chunks, widths = (storage.values, value_widths) if queries.projected_rotary is None else (storage.keys, key_widths)
+    parts = weights.split([BLOCK * chunk.shape[1] for chunk in chunks], -1)
+    summed = [sums(chunk, widths, part) for chunk, part in zip(chunks, parts, strict=True)]
+    return top, weights.sum(-1), sum(summed[1:], summed[0])

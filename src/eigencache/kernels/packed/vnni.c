@@ -1,4 +1,5 @@
-/* Attention inside packed codes for CPUs with AVX-512 VNNI: kernels/reference.py, tile by tile on many threads. */
+/* Attention over packed blocks for CPUs with AVX-512 VNNI: the functions of reference.py, tile by tile on many threads.
+   "most" is the largest number of coefficients of a bundle, to which rows of queries and sums are padded. */
 
 #include "vnni.h"
 
@@ -13,7 +14,7 @@
         CASE(1, 3, work, __VA_ARGS__) CASE(2, 3, work, __VA_ARGS__) CASE(3, 3, work, __VA_ARGS__) CASE(4, 3, work, __VA_ARGS__) \
     }
 
-/* Rows at a time: what registers have room for, with that many digits. */
+/* Rows of queries that registers have room for, with D digits. */
 static int64_t together(int64_t D) { return D == 3 ? 4 : ROWS; }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -22,7 +23,7 @@ static const uint8_t *block_of(const Codes *c, int64_t batch, int64_t block) {
     return c->data + batch * c->batch_stride + block * c->block_stride;
 }
 
-/* The largest magnitude; NaN where there is one. */
+/* Return the largest magnitude, or NaN if any number is NaN. */
 static float largest_of(const float *x, int64_t count) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 none = 0;
@@ -40,8 +41,8 @@ static void digits_of(int D, float x, int8_t *digits, int64_t distance) {
     for (int i = 0; i < D; i++, whole = (whole + 128) >> 8) digits[i * distance] = (int8_t)whole;
 }
 
-/* Queries of some rows in the order in which `block_logits` wants them: per four byte rows and part, row by row, digit by
-   digit, four coefficients in 32 bits. `steps`: of every row. */
+/* Convert queries of some rows to digits in the order in which `block_logits` reads them: for every four byte rows and every
+   part, row by row and digit by digit, four coefficients in 32 bits. Store the step of every row in `steps`. */
 static void ordered_queries(
     const Bundle *b, const float *queries, int64_t most, int rows, int D, int8_t *ordered, float *steps
 ) {
@@ -59,7 +60,7 @@ static void ordered_queries(
                     }
 }
 
-/* A bundle's bytes of one block, on their way to the second-level cache: what follows lies too far off to be foreseen. */
+/* Prefetch a bundle's bytes of one block to the second-level cache; the hardware does not predict such a distance. */
 INLINE void prefetch(const Bundle *b, const uint8_t *block) {
     Class classes[3];
     classes_of(b, classes);
@@ -85,7 +86,7 @@ static void tile_sums(
     BY_ROWS(rows, D, bundle_sums, b, block, codes->block_stride, blocks, weights, steps, out, distance)
 }
 
-/* e^x to the last bits but one: 2^n times a polynomial in the rest. */
+/* Return e^x, exact to the last bit but one: 2^n times a polynomial in the rest. */
 INLINE __m512 exponential(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-104), x); /* in this order NaN stays NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -97,8 +98,8 @@ INLINE __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Digits of 16 numbers. They are rounded down after a part of 1 has been added, another one in every lane: small numbers
-   side by side add up to what they are, where rounding to the nearest would make them all nothing. */
+/* Store the digits of 16 numbers. A different fraction of 1 is added in every lane before rounding down (ordered dithering),
+   so that sums of many small numbers are right; rounding to nearest would make all of them 0. */
 INLINE void store_digits(int D, __m512 x, int8_t *digits) {
     const __m512 parts = _mm512_set_ps(
         31 / 32.f, 15 / 32.f, 23 / 32.f, 7 / 32.f, 27 / 32.f, 11 / 32.f, 19 / 32.f, 3 / 32.f, 29 / 32.f, 13 / 32.f, 21 / 32.f,
@@ -111,7 +112,7 @@ INLINE void store_digits(int D, __m512 x, int8_t *digits) {
     }
 }
 
-/* Digits [D][TOKENS] of one row's weights, a multiple of 64 of them; their step. */
+/* Store the digits [D][TOKENS] of one row of weights, `count` a multiple of 64; return their step. */
 static float weight_digits(int D, const float *x, int64_t count, int8_t *digits) {
     float largest = largest_of(x, count), scale = largest > 0 ? largest_number(D) / largest : 0;
     for (int64_t t = 0; t < count; t += 16)
@@ -119,7 +120,7 @@ static float weight_digits(int D, const float *x, int64_t count, int8_t *digits)
     return largest / largest_number(D);
 }
 
-typedef struct { /* what a thread works with: weights' digits, logits of a tile, queries' digits, and steps */
+typedef struct { /* working space of a thread: digits of weights, logits of a tile, digits of queries, and steps */
     _Alignas(64) int8_t weights[ROWS * DIGITS * TOKENS];
     float logits[2][ROWS * TOKENS], weight_steps[ROWS];
     float *query_steps[2]; /* [rows] */
@@ -132,13 +133,13 @@ static void free_scratch(Scratch *s) {
     free(s);
 }
 
-/* For queries of so many coefficients in either slot; 0 where there is no memory. */
+/* Allocate working space for queries of `most` and `other_most` coefficients in the two slots; 0 if out of memory. */
 static Scratch *scratch_for(int64_t rows, int64_t most, int64_t other_most) {
     Scratch *s = aligned_alloc(64, sizeof(Scratch));
     if (!s) return 0;
     int enough = 1;
     for (int i = 0; i < 2; i++) {
-        s->of_row[i] = DIGITS * ((i ? other_most : most) + 64); /* the last four byte rows of a width may be half full */
+        s->of_row[i] = DIGITS * ((i ? other_most : most) + 64); /* the last four byte rows of a width may be partly used */
         s->queries[i] = malloc(s->of_row[i] * rows);
         s->query_steps[i] = malloc(sizeof(float) * rows);
         enough &= s->queries[i] && s->query_steps[i];
@@ -148,7 +149,7 @@ static Scratch *scratch_for(int64_t rows, int64_t most, int64_t other_most) {
     return 0;
 }
 
-/* Queries [rows][most] of one of two slots. */
+/* Convert the queries [rows][most] of one of two slots. */
 static void take_queries(Scratch *s, int slot, int D, const Bundle *b, const float *queries, int64_t rows, int64_t most) {
     for (int64_t row = 0; row < rows; row += together(D))
         ordered_queries(
@@ -157,10 +158,9 @@ static void take_queries(Scratch *s, int slot, int D, const Bundle *b, const flo
         );
 }
 
-/* The functions below work on `threads` threads and return 0, or 1 where there is no memory. Items are bundles of
-   sequences, one after the other. */
+/* The functions below run on `threads` threads and return 0, or 1 if out of memory. An item is a bundle of a sequence. */
 
-/* `queries` [items][rows][most], `out` [items][rows][tokens]. */
+/* Logits `out` [items][rows][tokens] of `queries` [items][rows][most]. */
 int packed_logits(
     const Codes *codes, int64_t items, int64_t bundles, int64_t rows, const float *queries, float *out, int64_t threads
 ) {
@@ -184,7 +184,7 @@ int packed_logits(
     return failed;
 }
 
-/* `weights` [items][rows][tokens], `out` [items][rows][most], zeros before. */
+/* Weighted sums `out` [items][rows][most], initially zeros, of `weights` [items][rows][tokens]. */
 int packed_sums(
     const Codes *codes, int64_t items, int64_t bundles, int64_t rows, const float *weights, float *out, int64_t threads
 ) {
@@ -212,17 +212,18 @@ int packed_sums(
     return failed;
 }
 
-typedef struct { /* softmax of logits and what it weighs, of several storages one after the other */
+typedef struct { /* softmax attention over several storages, in their order */
     const Codes *keys, *others; /* [storages] */
     int64_t storages, parts, items, bundles, rows, digits, threads;
-    const float *queries, *other_queries; /* [items][rows][most]; of `others`: then logits add up and keys are weighed, or 0 */
+    /* [items][rows][most]; with `other_queries`, both logits are added and keys are summed; 0: `others` are summed */
+    const float *queries, *other_queries;
     const float *constant, *extra; /* [items][rows], [items][rows][tokens], added to logits; either may be 0 */
-    const int32_t *first, *stop; /* [items][rows]: tokens that a row sees, or 0 */
-    float softcap; /* or 0 */
-    float *tops, *totals, *sums; /* −∞, 0 and 0 before: [parts][items][rows], sums [parts][items][rows][most] */
+    const int32_t *first, *stop; /* [items][rows]: range of visible tokens, or 0 */
+    float softcap; /* 0: no cap */
+    float *tops, *totals, *sums; /* initially −∞, 0, 0: [parts][items][rows], sums [parts][items][rows][most] */
 } Attention;
 
-/* Logits of a tile of one row as they are meant, in place, and the largest one. */
+/* Finish the logits of a tile of one row in place (constants, softcap, visibility); return the largest one. */
 static float finished(const Attention *a, int64_t row, int64_t token, int64_t tokens, float *x, const float *other, int64_t count) {
     const float *extra = a->extra ? a->extra + row * tokens + token : 0;
     const __m512 cap = _mm512_set1_ps(a->softcap), constant = _mm512_set1_ps(a->constant ? a->constant[row] : 0);
@@ -246,7 +247,7 @@ static float finished(const Attention *a, int64_t row, int64_t token, int64_t to
     return _mm512_reduce_max_ps(most);
 }
 
-/* Digits [D][TOKENS] of the weights of one row's logits, and their step; what was there before shrinks. */
+/* Store the digits [D][TOKENS] of the softmax weights of one row's logits; return their step. Earlier sums are rescaled. */
 static float tile_weights(
     int D, const float *x, int64_t count, float largest, float *top, float *total, float *sums, int64_t most, int8_t *digits
 ) {
@@ -256,7 +257,7 @@ static float tile_weights(
         *total *= shrink;
         *top = largest;
     }
-    float zero = *top == -INFINITY ? -FLT_MAX : *top; /* nothing is seen yet: weights of zero */
+    float zero = *top == -INFINITY ? -FLT_MAX : *top; /* no token is visible yet: weights of zero */
     float step = expf(largest - zero) / largest_number(D), scale = step > FLT_MIN ? 1 / step : 0;
     __m512 sum = _mm512_setzero_ps();
     for (int64_t t = 0; t < count; t += 16) {
@@ -275,7 +276,7 @@ static int sees(const Attention *a, int64_t row, int64_t rows, int64_t token, in
     return 0;
 }
 
-/* One part of all storages, for one item. */
+/* Attend to one part of all storages, for one item. */
 static void attend_part(const Attention *a, Scratch *s, int64_t item, int64_t part, int64_t tokens) {
     const int64_t bundle = item % a->bundles, batch = item / a->bundles, rows = a->rows, D = a->digits, group = together(D);
     const int64_t most = a->keys->most, other_most = a->others->most, summed = a->other_queries ? most : other_most;

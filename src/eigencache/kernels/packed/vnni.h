@@ -1,31 +1,32 @@
-/* Products of packed codes with queries and with weights, for vnni.c.
+/* Products of packed integers with queries and with weights, for vnni.c.
 
-   Codes stay bytes. Queries and weights become fixed-point numbers of D signed 8-bit digits: of three, 2^-23 of the largest
-   one of a row (a tile, for weights), as exact as 32-bit floats; of two, 2^-15, beside which a model in 16 bits errs more.
-   vpdpbusd multiplies 64 pairs at once: for logits four coefficients of 16 tokens, brought beside each other in registers;
-   for sums 64 tokens of a coefficient. R, D and bits are constants wherever they are used: a function for each. */
+   Packed integers stay bytes. Queries and weights become fixed-point numbers of D signed 8-bit digits. Their step, relative
+   to the largest number of a row (for weights: of a row in a tile), is 2^-23 for three digits, as exact as float32, and 2^-15
+   for two, which is more exact than a model in 16 bits. vpdpbusd multiplies 64 pairs at once: for logits, four coefficients
+   of 16 tokens, which are interleaved in registers; for sums, 64 tokens of one coefficient. R (rows), D and bits are
+   compile-time constants in every instance of these functions. */
 
 #include <float.h>
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 
-enum { BLOCK = 64, TILE = 16, TOKENS = TILE * BLOCK, DIGITS = 3, ROWS = 8, SUMS = 12 }; /* SUMS: of a pass that need not halve */
+enum { BLOCK = 64, TILE = 16, TOKENS = TILE * BLOCK, DIGITS = 3, ROWS = 8, SUMS = 12 }; /* SUMS: most R · D of one pass */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-typedef struct { /* a bundle: where its bytes begin in a block, and coefficients of 8, of 8 or 4, and of any bits */
+typedef struct { /* a bundle: first byte in a block, and numbers of coefficients of 8, of 8 or 4, and of any bits */
     int64_t at, eight, four, all;
 } Bundle;
 
-typedef struct { /* blocks of one storage: `data`[batch][blocks] at these distances in bytes */
+typedef struct { /* blocks of one storage: `data`[batch][blocks] with strides in bytes */
     const uint8_t *data;
     int64_t batch_stride, block_stride, blocks;
     const Bundle *bundles;
     int64_t most; /* coefficients of any bundle */
 } Codes;
 
-typedef struct { /* coefficients of one width in a bundle: byte rows from `bytes` on, coefficients from `first` on */
+typedef struct { /* coefficients of one width in a bundle: first byte, first coefficient, byte rows */
     int64_t bytes, first, rows;
     int bits;
 } Class;
@@ -44,12 +45,12 @@ INLINE __m512i part_of(__m512i bytes, int bits, int part) {
     return _mm512_and_si512(_mm512_srli_epi16(bytes, bits * part), _mm512_set1_epi8((1 << bits) - 1));
 }
 
-/* sum += 64 products, four neighbours each. Written out, as compilers copy sums back and forth around the intrinsic. */
+/* sum += 64 products, of four neighbors per lane. Assembly, as compilers copy sums needlessly around the intrinsic. */
 INLINE void add_products(__m512i *sum, __m512i codes, __m512i digits) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(codes), "v"(digits));
 }
 
-/* The same with four digits for all. */
+/* As add_products, with the same four digits for all lanes. */
 INLINE void add_products_of_four(__m512i *sum, __m512i codes, const int32_t *digits) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(*sum) : "v"(codes), "m"(*digits));
 }
@@ -60,7 +61,7 @@ INLINE __m512 joined(const int D, const __m512i *digits) {
     return sum;
 }
 
-/* Coefficients of a width times the digits of queries, of 16 tokens (`side` 0 or 1) or 32 (−1) of a half of the 64. */
+/* Add products of coefficients of a width and digits of queries, for 16 tokens (`side` 0 or 1) or 32 (−1) of one half. */
 INLINE void class_logits(
     const int R, const int D, const int bits, const int half, const int side, const uint8_t *bytes, int64_t rows,
     const int32_t **ordered, __m512i sums[][2][DIGITS]
@@ -96,7 +97,7 @@ INLINE void some_logits(
     class_logits(R, D, 4, half, side, block + classes[1].bytes, classes[1].rows, &queries, sums);
     class_logits(R, D, 2, half, side, block + classes[2].bytes, classes[2].rows, &queries, sums);
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int s = 0; s < 2; s++) { /* four neighbours in every 128 bits */
+        UNROLL for (int s = 0; s < 2; s++) { /* four neighbors in every 128 bits */
             if (side >= 0 && s != side) continue;
             __m512 x = _mm512_mul_ps(joined(D, sums[r][s]), _mm512_set1_ps(steps[r]));
             float *to = out + r * distance + 8 * half + 4 * s;
@@ -107,7 +108,7 @@ INLINE void some_logits(
         }
 }
 
-/* Logits of 64 tokens, rows at `distance` in `out`. */
+/* Store the logits of 64 tokens; rows are `distance` apart in `out`. */
 INLINE void block_logits(
     const int R, const int D, const Bundle *b, const uint8_t *block, const int32_t *queries, const float *steps, float *out,
     int64_t distance
@@ -124,7 +125,7 @@ INLINE void block_logits(
     }
 }
 
-/* The sums over a tile of N coefficients: of byte rows at x and y, parts of them, with the digits of weights. */
+/* Add the sums over a tile of N coefficients, which are parts of the byte rows at x, to `out`. */
 INLINE void some_sums(
     const int R, const int D, const int N, const int bits, const uint8_t *const *x, const int *part, int64_t stride,
     int64_t blocks, const int8_t *weights, const float *steps, float *const *out, int64_t distance
@@ -146,7 +147,7 @@ INLINE void some_sums(
         UNROLL for (int r = 0; r < R; r++) out[n][r * distance] += steps[r] * _mm512_reduce_add_ps(joined(D, sums[n][r]));
 }
 
-/* Of two, one after the other where registers have no room for both. */
+/* Add the sums of two coefficients, one after the other where registers have no room for both. */
 INLINE void pair_sums(
     const int R, const int D, const int bits, const uint8_t *const *x, const int *part, int64_t stride, int64_t blocks,
     const int8_t *weights, const float *steps, float *const *out, int64_t distance
@@ -183,7 +184,7 @@ INLINE void class_sums(
             }
 }
 
-/* Sums over the blocks of a tile, added to `out`, rows at `distance`. */
+/* Add the sums over the blocks of a tile to `out`; rows are `distance` apart. */
 INLINE void bundle_sums(
     const int R, const int D, const Bundle *b, const uint8_t *block, int64_t stride, int64_t blocks, const int8_t *weights,
     const float *steps, float *out, int64_t distance

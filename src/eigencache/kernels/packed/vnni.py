@@ -1,6 +1,6 @@
-"""`vnni.c`: built once by the machine's C compiler where the processor has AVX-512 VNNI, and called from here.
+"""The kernels of `vnni.c` for CPUs with AVX-512 VNNI, called by ctypes.
 
-`compiled.py` keeps the library in the user's cache folder.
+The C compiler of the machine builds the library once; `compiled.py` keeps it in the user's cache folder.
 """
 
 import ctypes
@@ -14,62 +14,66 @@ from llvmlite import binding
 from torch import Tensor
 
 from eigencache.kernels.compiled import CompilationError, load
-from eigencache.kernels.packed.format import BLOCK, Widths, bundles_of, most_coefficients
+from eigencache.kernels.packed.format import BLOCK, Widths, bundle_layout, most_coefficients
 from eigencache.kernels.packed.reference import AttentionQueries, PackedStorage
 
 _LOG = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_suffix(".c"), Path(__file__).with_suffix(".h")
 _FEATURES = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "fma")
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-fopenmp", *(f"-m{feature}" for feature in _FEATURES))
-_LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")  # threads are those of PyTorch's OpenMP, which is loaded already
+_LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")  # OpenMP is PyTorch's, which is loaded already
 
 
 def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
-    """As `reference.logits`."""
+    """Return the result of `reference.logits`."""
     q = queries.float().contiguous()
-    found = torch.empty(*q.shape[:3], packed.shape[1] * BLOCK)
-    _of_items("packed_logits", packed, widths, q, found)
-    return found
+    out = torch.empty(*q.shape[:3], packed.shape[1] * BLOCK)
+    _call_on_items("packed_logits", packed, widths, q, out)
+    return out
 
 
 def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
-    """As `reference.sums`."""
+    """Return the result of `reference.sums`."""
     w = weights.float().contiguous()
-    found = torch.zeros(*w.shape[:3], most_coefficients(widths))
-    _of_items("packed_sums", packed, widths, w, found)
-    return found
+    out = torch.zeros(*w.shape[:3], most_coefficients(widths))
+    _call_on_items("packed_sums", packed, widths, w, out)
+    return out
 
 
-def attention(held: PackedStorage, asked: AttentionQueries) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.attention`, tile by tile: nothing of the past's length is made, but where a mean turns."""
-    q, threads = asked.queries.float().contiguous(), torch.get_num_threads()
+def attention(storage: PackedStorage, queries: AttentionQueries) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result of `reference.attention`, computed tile by tile.
+
+    Memory does not grow with the number of tokens, except for the logits of a rotated mean.
+    """
+    q, threads = queries.projected.float().contiguous(), torch.get_num_threads()
     batch, bundles, rows = q.shape[:3]
-    items, most = batch * bundles, most_coefficients(held.widths[0 if asked.others is not None else 1])
-    parts = -(-threads // items)  # of every storage, where there are fewer bundles than threads
+    items, most = batch * bundles, most_coefficients(storage.widths[0 if queries.projected_rotary is not None else 1])
+    parts = -(-threads // items)  # every chunk is cut in parts where there are fewer items than threads
     tops = torch.full((parts, batch, bundles, rows), -torch.inf)
-    totals, found = torch.zeros(tops.shape), torch.zeros(*tops.shape, most)
-    described = [[_described(x, w) for x in xs] for xs, w in zip((held.keys, held.values), held.widths, strict=True)]
-    codes = [(_Codes * len(held.keys))(*one) for one in described]  # copies, which own nothing: `described` does
-    rest = [
+    totals, sums = torch.zeros(tops.shape), torch.zeros(*tops.shape, most)
+    slots = zip((storage.keys, storage.values), storage.widths, strict=True)
+    codes = [[_codes_of(chunk, widths) for chunk in chunks] for chunks, widths in slots]
+    arrays = [(_Codes * len(storage.keys))(*one) for one in codes]  # copies: `codes` keeps the tensors alive
+    mean = queries.rotated_mean
+    optional = [
         None if x is None else x.float().contiguous()
-        for x in (asked.others, asked.constant, asked.turned and asked.turned.logits())
+        for x in (queries.projected_rotary, queries.constant, mean and mean.logits())
     ]
-    seen = [None if x is None else x.int().expand(q.shape[:3]).contiguous() for x in asked.visible or (None, None)]
-    numbers = len(held.keys), parts, items, bundles, rows, 3 if asked.exact else 2, threads
-    addresses = [None if x is None else x.data_ptr() for x in (q, *rest, *seen)]
-    given = _Attention(
-        *codes, *numbers, *addresses, asked.softcap or 0, tops.data_ptr(), totals.data_ptr(), found.data_ptr()
-    )
-    _call("packed_attention", ctypes.byref(given))
+    limits = [None if x is None else x.int().expand(q.shape[:3]).contiguous() for x in queries.visible or (None, None)]
+    sizes = len(storage.keys), parts, items, bundles, rows, 3 if queries.exact else 2, threads
+    addresses = [None if x is None else x.data_ptr() for x in (q, *optional, *limits)]
+    outputs = tops.data_ptr(), totals.data_ptr(), sums.data_ptr()
+    arguments = _Attention(*arrays, *sizes, *addresses, queries.softcap or 0, *outputs)
+    _call("packed_attention", ctypes.byref(arguments))
     if parts == 1:
-        return tops[0], totals[0], found[0]
+        return tops[0], totals[0], sums[0]
     top = tops.amax(0)
     shares = (tops - top).nan_to_num_(0).exp_()
-    return top, (totals * shares).sum(0), (found * shares[..., None]).sum(0)
+    return top, (totals * shares).sum(0), (sums * shares[..., None]).sum(0)
 
 
 class _Codes(ctypes.Structure):
-    """As in C, and so the next."""
+    """`Codes` of vnni.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -82,6 +86,8 @@ class _Codes(ctypes.Structure):
 
 
 class _Attention(ctypes.Structure):
+    """`Attention` of vnni.c."""
+
     _fields_ = [
         *((name, ctypes.POINTER(_Codes)) for name in ("keys", "others")),
         *((name, ctypes.c_int64) for name in ("storages", "parts", "items", "bundles", "rows", "digits", "threads")),
@@ -91,43 +97,49 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def _described(packed: Tensor, widths: tuple[Widths, ...]) -> _Codes:
+def _codes_of(packed: Tensor, widths: tuple[Widths, ...]) -> _Codes:
+    """Describe a tensor of packed blocks to C."""
     if packed.stride(2) != 1:
-        raise ValueError("bytes of a block that do not lie side by side")
-    bundles = bundles_of(widths)
+        raise ValueError(f"`packed` must have the bytes of a block side by side, found a stride of {packed.stride(2)}")
+    bundles = bundle_layout(widths)
     codes = _Codes(packed.data_ptr(), *packed.stride()[:2], packed.shape[1], bundles.data_ptr(), most_coefficients(widths))
-    codes.owners = packed, bundles  # an address alone does not keep what it is the address of
+    codes.owners = packed, bundles  # an address alone keeps no tensor alive
     return codes
 
 
-def _of_items(name: str, packed: Tensor, widths: tuple[Widths, ...], given: Tensor, found: Tensor) -> None:
+def _call_on_items(name: str, packed: Tensor, widths: tuple[Widths, ...], given: Tensor, out: Tensor) -> None:
+    """Call a function of the library for all bundles of all sequences."""
     batch, bundles, rows = given.shape[:3]
     sizes = (ctypes.c_int64(x) for x in (batch * bundles, bundles, rows))
-    tensors = (ctypes.c_void_p(x.data_ptr()) for x in (given, found))
-    codes = _described(packed, widths)
+    tensors = (ctypes.c_void_p(x.data_ptr()) for x in (given, out))
+    codes = _codes_of(packed, widths)
     _call(name, ctypes.byref(codes), *sizes, *tensors, ctypes.c_int64(torch.get_num_threads()))
 
 
-def _call(name: str, *given: Any) -> None:
-    if _library()[name](*given):
-        raise MemoryError(f"{name}: no memory for a thread's working space")
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the library; it returns nonzero when it is out of memory."""
+    if _library()[name](*arguments):
+        raise MemoryError(f"{name}: not enough memory for the working space of a thread")
 
 
 @cache
 def unavailable() -> str | None:
-    """Why the kernels cannot be used here; None where they can. The first call builds the library, or warns."""
+    """Return why the kernels cannot be used on this machine, or None if they can.
+
+    The first call builds the library. If that fails, it logs one warning with the compiler's message.
+    """
     has = binding.get_host_cpu_features()
     if lacking := [feature for feature in _FEATURES if not has.get(feature, False)]:
-        return f"this CPU has no {', '.join(lacking)}"
+        return f"this CPU lacks {', '.join(lacking)}"
     try:
         _library()
     except CompilationError as error:
-        _LOG.warning("the compiled kernels of the live cache cannot be used, slower portable ones are: %s", error)
-        return str(error)
+        _LOG.warning("backend vnni cannot be built; slower backends read the packed blocks of the live cache: %s", error)
+        return f"the library cannot be built: {error}"
     return None
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Raises `CompilationError` where it can be neither found nor built."""
+    """Load the library, building it if needed. Raises `CompilationError`."""
     return load(_SOURCES, _FLAGS, _LIBRARIES)

@@ -1,12 +1,13 @@
-"""The words of `rans.py` decoded on a GPU: the same integers, the same refusals, all blocks of all rows in one launch.
+"""Decode the words of `cpu.py` on a GPU, all blocks in one launch, with the same integers and the same errors.
 
-One program of one warp decodes one block: thread = lane, so the prefix sums by which lanes share a stream of words stay
-within a warp. A block is serial in its coefficients; blocks are what a GPU does side by side. Which lanes ran dry is
-gathered as the bits of one number; a lane's word is as far ahead as there are such bits below its own. The compiler has
-an instruction for either (redux, popc), and Triton's interpreter needs none. All arithmetic is in 32 bits, unsigned: an
-entry of a table (index < 2^8, frequency and place < 2^12) fits exactly.
+One warp decodes one block, one lane per thread, so the prefix sums by which lanes share a stream of words stay within a
+warp. A block is serial in its coefficients; different blocks are decoded in parallel. The lanes that need a word set their
+bits in one number; the word of a lane is as far ahead as there are set bits below its own. On a GPU this takes one
+instruction each (redux, popc). All arithmetic is in unsigned 32 bits, and an entry of a table (index < 2^8, frequency and
+place < 2^12) fits.
 """
-# What a kernel is called with is not what its parameters are inside of it.
+
+# Triton specializes arguments, so the checker sees the wrong types here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.errors import CodecError
-from eigencache.kernels.rans.cpu import LOWER, MAX_LANES, PRECISION, SLOTS, pack_slots, require_block
+from eigencache.kernels.rans.cpu import LOWER, MAX_LANES, PRECISION, SLOTS, WRONG_END, pack_slots, require_block
 from eigencache.modes import constant
 
 _LOWER, _PRECISION, _SLOTS = tl.constexpr(LOWER), tl.constexpr(PRECISION), tl.constexpr(SLOTS)
@@ -28,9 +29,14 @@ _WARP = tl.constexpr(MAX_LANES)
 
 
 class StaticTables(Protocol):
-    """What is looked up: `table_of` [coefficients]; per table `shifts`, `halves` and `starts` as in `pack_slots`.
+    """Tables of a codec.
 
-    `least_bits`: fewest bits that a token can cost.
+    Attributes:
+        table_of: [coefficients] table of each coefficient.
+        shifts: [tables] bits outside of each table.
+        halves: [tables] largest integer of each table.
+        starts: [tables, entries + 1] first slot of each entry, as for `pack_slots`.
+        least_bits: fewest bits that a token can cost.
     """
 
     @property
@@ -53,9 +59,22 @@ def decode_blocks(
     device: torch.device,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Integers int32 [blocks, coefficients, most tokens] of blocks as `RansCoder` writes them.
+    """Decode blocks that `RansCoder` wrote.
 
-    Beyond a block's own tokens `out` is left as it is. Raises `CodecError` where `RansCoder.decode` does.
+    Args:
+        sections: bytes of every block.
+        tokens: number of tokens of every block.
+        tables: tables of the codec.
+        lanes: number of states of a block.
+        device: device of the result.
+        out: output int32 [blocks, coefficients, most tokens]; None allocates it. Elements beyond the tokens of a block are
+            not written.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CodecError: a block is corrupt, as in `RansCoder.decode`.
     """
     for data, count in zip(sections, tokens, strict=True):
         require_block(len(data), count, lanes, tables.least_bits)
@@ -63,14 +82,14 @@ def decode_blocks(
     if out is None:
         out = torch.empty(len(sections), len(tables.table_of), max(tokens), dtype=torch.int32, device=device)
     if bool(launch(words, spans, tables, lanes, out).any()):
-        raise CodecError("a block's bytes are not what these tables write: another codec's, or damaged")
+        raise CodecError(WRONG_END)
     return out
 
 
 def upload_blocks(
     sections: Sequence[bytes | memoryview], tokens: Sequence[int], lanes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """All sections as words uint16, one after the other; per block [blocks, 3] its first word, their end and its tokens."""
+    """Return the words of all sections uint16, and per block [blocks, 3] its first word, last word + 1 and tokens."""
     ends = np.cumsum([0, *(len(data) // 2 for data in sections)])
     words = torch.empty(int(ends[-1]), dtype=torch.uint16, pin_memory=device.type == "cuda")
     np.concatenate([np.frombuffer(data, np.uint16) for data in sections], out=words.numpy())
@@ -79,7 +98,18 @@ def upload_blocks(
 
 
 def launch(words: Tensor, spans: Tensor, tables: StaticTables, lanes: int, out: Tensor) -> Tensor:
-    """Decode into `out` [blocks, coefficients, tokens]; per block, 1 where words or states do not end as an encoder's."""
+    """Decode into `out` without checks on the host.
+
+    Args:
+        words: of `upload_blocks`.
+        spans: of `upload_blocks`.
+        tables: tables of the codec.
+        lanes: number of states of a block.
+        out: output int32 [blocks, coefficients, most tokens].
+
+    Returns:
+        Faults int32 [blocks]: 1 where words or states do not end as an encoder's begin.
+    """
     specs, slots = _uploaded(tables, out.device)
     faults = torch.empty(len(out), dtype=torch.int32, device=out.device)
     with torch.cuda.device_of(out):
@@ -90,7 +120,7 @@ def launch(words: Tensor, spans: Tensor, tables: StaticTables, lanes: int, out: 
 @lru_cache(maxsize=4)
 @constant
 def _uploaded(tables: StaticTables, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per coefficient table << 16 | half << 8 | shift, int64; per slot index | frequency << 8 | place << 20, in 32 bits."""
+    """Return table << 16 | half << 8 | shift per coefficient int64, index | frequency << 8 | place << 20 per slot uint32."""
     t = tables.table_of.astype(np.int64)
     specs = (t << 16) | (tables.halves[t].astype(np.int64) << 8) | tables.shifts[t]
     wide = pack_slots(tables.starts, tables.halves)
@@ -100,7 +130,7 @@ def _uploaded(tables: StaticTables, device: torch.device) -> tuple[Tensor, Tenso
 
 @triton.jit
 def _set_bits(x):
-    """How many bits of a uint32 are set; compiles to one instruction."""
+    """Return the number of set bits of a uint32; compiles to one instruction."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -108,29 +138,29 @@ def _set_bits(x):
 
 
 @triton.jit
-def _advanced(x, on, frequency, place, words, at, end):
-    """States of the lanes that are `on` after a symbol, each with a word more that needs one, and where the next word is."""
+def _advanced(x, on, frequency, place, words, position, end):
+    """Pop a symbol from the lanes that are `on`; return their states, with words loaded where needed, and the next word."""
     x = tl.where(on, frequency * (x >> _PRECISION) + place, x)
     dry = on & (x < _LOWER)
     bit = tl.full([_WARP], 1, tl.uint32) << tl.arange(0, _WARP).to(tl.uint32)
     all_dry = tl.sum(tl.where(dry, bit, 0), 0)
     from_here = _set_bits(all_dry & (bit - 1)).to(tl.int32)
-    word = tl.load(words + at + from_here, mask=dry & (at + from_here < end), other=0)
-    return tl.where(dry, (x << 16) | word.to(tl.uint32), x), at + _set_bits(all_dry).to(tl.int32)
+    word = tl.load(words + position + from_here, mask=dry & (position + from_here < end), other=0)
+    return tl.where(dry, (x << 16) | word.to(tl.uint32), x), position + _set_bits(all_dry).to(tl.int32)
 
 
 @triton.jit
-def _uniform(x, on, bits, words, at, end):
-    """A number of 12 − `bits` bits, all of them alike in frequency, from each lane that is `on`; states and next word."""
+def _uniform(x, on, bits, words, position, end):
+    """Pop a uniform number of 12 − `bits` bits from each lane that is `on`; return it, the states and the next word."""
     slot = x & (_SLOTS - 1)
     frequency = tl.full([_WARP], 1, tl.uint32) << bits
-    x, at = _advanced(x, on, frequency, slot & (frequency - 1), words, at, end)
-    return slot >> bits, x, at
+    x, position = _advanced(x, on, frequency, slot & (frequency - 1), words, position, end)
+    return slot >> bits, x, position
 
 
 @triton.jit
 def _decode(words, spans, specs, slots, out, faults, width, stride, LANES: tl.constexpr):
-    """One block. `spans` [blocks, 3] int64: its first word, the word after its last, and its tokens."""
+    """Decode one block; `spans` as of `upload_blocks`."""
     block = tl.program_id(0).to(tl.int64)
     first_word = tl.load(spans + 3 * block)
     end = (tl.load(spans + 3 * block + 1) - first_word).to(tl.int32)
@@ -141,7 +171,7 @@ def _decode(words, spans, specs, slots, out, faults, width, stride, LANES: tl.co
     low = tl.load(words + 2 * lane, mask=lane < LANES, other=0).to(tl.uint32)
     high = tl.load(words + 2 * lane + 1, mask=lane < LANES, other=_LOWER >> 16).to(tl.uint32)
     x = (high << 16) | low
-    at = 2 * LANES
+    position = 2 * LANES
     for c in range(width):
         spec = tl.load(specs + c)
         shift, half = (spec & 0xFF).to(tl.int32), ((spec >> 8) & 0xFF).to(tl.int32)
@@ -149,19 +179,19 @@ def _decode(words, spans, specs, slots, out, faults, width, stride, LANES: tl.co
         for first in range(0, tokens, LANES):
             on = (lane < LANES) & (first + lane < tokens)
             entry = tl.load(table + (x & (_SLOTS - 1)), mask=on, other=0)
-            x, at = _advanced(x, on, (entry >> 8) & 0xFFF, entry >> 20, words, at, end)
+            x, position = _advanced(x, on, (entry >> 8) & 0xFFF, entry >> 20, words, position, end)
             value = (entry & 0xFF).to(tl.int32) - half
             escaped = on & (value > half)
             if shift > 0:
-                part, x, at = _uniform(x, on & (value <= half), _PRECISION - shift, words, at, end)
+                part, x, position = _uniform(x, on & (value <= half), _PRECISION - shift, words, position, end)
                 value = (value << shift) + part.to(tl.int32)
             if tl.max(escaped.to(tl.int32), 0) > 0:
                 wide = tl.zeros([_WARP], tl.uint32)
                 for step in range(4):
-                    part, x, at = _uniform(x, escaped, _PRECISION - 8, words, at, end)
+                    part, x, position = _uniform(x, escaped, _PRECISION - 8, words, position, end)
                     wide |= part << (8 * step)
                 value = tl.where(escaped, wide.to(tl.int32, bitcast=True), value)
             tl.store(out + first + lane, value, mask=on)
         out += stride
     unsound = tl.max((x != _LOWER).to(tl.int32), 0)
-    tl.store(faults + block, unsound | (at != end).to(tl.int32))
+    tl.store(faults + block, unsound | (position != end).to(tl.int32))

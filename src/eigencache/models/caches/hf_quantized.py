@@ -1,16 +1,15 @@
-"""The quantized cache of transformers itself, filled with a prefix, and the bytes of the storages that it holds.
+"""The quantized cache of transformers, filled with a prefix, and the bytes that it occupies.
 
-Nothing of it is rebuilt here: `transformers.QuantizedCache` with the packages optimum-quanto and HQQ does the work, at its
-defaults (groups of 64, 128 tokens of residual) but for what a method names. A prefill is quantized whole, so right behind
-a prefix nothing is in the residual; everything is quantized anew each time 128 further tokens are there.
+`transformers.QuantizedCache` with the packages optimum-quanto and HQQ does all the work. It runs at its defaults (groups of
+64 numbers, 128 tokens of residual) except for the bit width and the axis. It quantizes a prefill as a whole, so the residual
+is empty right after a prefix, and it quantizes everything again whenever 128 further tokens have arrived.
 
-* It is fed in 16 bits, as models of 16 bits feed it: scales and zeros take 16 bits each, and so 0.5 bits per number.
-* The extension that optimum-quanto would compile for unpacking is replaced by the same shifts and masks in torch.
-* HQQ's axis 0, the default, makes groups of numbers that lie far apart, across the rows of a batch too, so that a row
-  depends a little on the others; its axis 1, which the documentation of transformers advises for HQQ, and quanto do not.
+* The prefix is given in 16 bits, as 16-bit models give it. Scales and zeros then take 16 bits each, 0.5 bits per number.
+* The extension that optimum-quanto would compile for unpacking is replaced by the same shifts and masks in PyTorch.
+* HQQ's default axis 0 groups numbers that are far apart, also across the rows of a batch, so that a row depends slightly on
+  the others. Axis 1, which the documentation of transformers advises for HQQ, does not, nor does quanto.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_
 
 from eigencache.codec.base import storage_bytes, to_sixteen_bit
 from eigencache.errors import CodecError
+from eigencache.models.caches.tensors import tensors_of
 
 Backend = Literal["quanto", "hqq"]
 _AVAILABLE = {"quanto": is_optimum_quanto_available, "hqq": is_hqq_available}
@@ -30,7 +30,14 @@ _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 
 @dataclass(frozen=True)
 class Quantized:
-    """Makes a `transformers.QuantizedCache` of a prefix: keys and values at `bits`, in groups along `axis`."""
+    """Maker of a `transformers.QuantizedCache` from a prefix.
+
+    Attributes:
+        backend: Package that quantizes.
+        bits: Bit width of keys and of values.
+        axis: Axis along which numbers are grouped, 0 or 1.
+        nbytes: Bytes of the side information; there is none.
+    """
 
     backend: Backend
     bits: int
@@ -39,11 +46,15 @@ class Quantized:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return f"{self.backend} {self.bits} bits, axis {self.axis}"
 
     def cache_of(self, prefix: Any) -> QuantizedCache:
-        """A new cache that was given the prefix as a prefill gives it. Raises `CodecError` where its back end refuses."""
+        """Return a new cache that received the prefix as a prefill.
+
+        Raises:
+            CodecError: The package refuses to quantize a layer.
+        """
         if self.backend == "quanto":
             unpack_without_compiler()
         cache = QuantizedCache(
@@ -58,7 +69,7 @@ class Quantized:
         return cache
 
     def held(self, cache: QuantizedCache) -> tuple[int, int]:
-        """Tokens of all rows, and bytes of codes, scales, zeros and residual."""
+        """Return the tokens of all rows, and the bytes of their codes, scales, zeros and residual."""
         layers: list[Any] = cache.layers
         if not cache.get_seq_length():
             return 0, 0
@@ -67,7 +78,7 @@ class Quantized:
 
 
 def refusal(backend: Backend, model: PreTrainedModel) -> str | None:
-    """Why a model cannot have the quantized cache of this back end here, if it cannot."""
+    """Return why the quantized cache cannot be used with `model` on this machine; None if it can."""
     if not _AVAILABLE[backend]():
         return f"the package {_PACKAGES[backend]} is not installed: install 'eigencache[peers]'"
     try:
@@ -77,19 +88,8 @@ def refusal(backend: Backend, model: PreTrainedModel) -> str | None:
     return None
 
 
-def tensors_of(thing: Any) -> Iterator[Tensor]:
-    """The plain tensors inside anything: dicts, lists, tuples, and tensors that are made of tensors."""
-    if hasattr(thing, "__tensor_flatten__"):
-        thing = [getattr(thing, name) for name in thing.__tensor_flatten__()[0]]
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict | list | tuple):
-        for part in thing.values() if isinstance(thing, dict) else thing:
-            yield from tensors_of(part)
-
-
 def unpack_without_compiler() -> None:
-    """Let optimum-quanto unpack codes by torch, unless its extension is loaded: compiling it takes minutes, or hangs."""
+    """Let optimum-quanto unpack with PyTorch unless its extension is loaded: compiling it takes minutes, or hangs."""
     from optimum.quanto.library.extensions import get_extension  # type: ignore[import-not-found]
 
     extension = get_extension("quanto_cpp")
@@ -97,5 +97,5 @@ def unpack_without_compiler() -> None:
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """Codes of 2 or 4 bits out of bytes, the lowest bits of all bytes first."""
+    """Unpack 2-bit or 4-bit codes from bytes; the lowest bits of all bytes come first."""
     return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])

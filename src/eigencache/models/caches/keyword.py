@@ -1,4 +1,4 @@
-"""How a version of transformers names a cache: `past_key_values` before 5.24, `cache` since; the old keyword still goes."""
+"""How a transformers version names its cache argument: `past_key_values` before 5.24, `cache` since; both are accepted."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,22 +9,22 @@ from transformers import PreTrainedModel
 
 from eigencache.errors import UnsupportedArchitectureError
 
-KEYWORDS = ("cache", "past_key_values")  # of both, the first wins, as it does in transformers
+KEYWORDS = ("cache", "past_key_values")  # the first wins if both are given, as in transformers
 
 
 def cache_keyword(forward: Callable[..., Any]) -> str:
-    """The name of the parameter that takes a cache."""
+    """Return the name of the parameter of `forward` that takes a cache."""
     parameters = inspect.signature(forward).parameters
     return next((keyword for keyword in KEYWORDS if keyword in parameters), KEYWORDS[-1])
 
 
 def cache_given(named: Mapping[str, Any]) -> Any | None:
-    """The cache among arguments by name; None where there is none."""
-    return next((found for keyword in KEYWORDS if (found := named.get(keyword)) is not None), None)
+    """Return the cache among named arguments; None if there is none."""
+    return next((cache for keyword in KEYWORDS if (cache := named.get(keyword)) is not None), None)
 
 
 def cache_returned(output: Any) -> Any | None:
-    """The cache in what a model returned; None where there is none."""
+    """Return the cache in the output of a model; None if there is none."""
     for keyword in KEYWORDS:
         if keyword in output if isinstance(output, Mapping) else hasattr(output, keyword):
             return output[keyword] if isinstance(output, Mapping) else getattr(output, keyword)
@@ -33,21 +33,26 @@ def cache_returned(output: Any) -> Any | None:
 
 
 def innermost(model: Any) -> PreTrainedModel:
-    """The transformers model inside of `torch.compile` and PEFT.
+    """Return the transformers model inside `torch.compile` and PEFT wrappers.
 
-    Raises `UnsupportedArchitectureError` for prefix and prompt tuning, which put a cache or tokens of their own before the
-    text, and for what is no transformers model.
+    Raises:
+        UnsupportedArchitectureError: The model uses prefix or prompt tuning, which puts a cache or tokens of its own before
+            the text, or there is no transformers model inside.
     """
     while not isinstance(model, PreTrainedModel):
         adapters = getattr(model, "peft_config", None) or {}
         if any(getattr(config, "is_prompt_learning", False) for config in adapters.values()):
             raise UnsupportedArchitectureError(
-                "prefix and prompt tuning put keys and values of their own before the text: use a plain cache"
+                "prefix and prompt tuning put keys and values of their own before the text, which is not supported: "
+                "use a plain cache"
             )
         inner = getattr(model, "_orig_mod", None)
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module):
-            raise UnsupportedArchitectureError(f"{type(model).__name__} is no transformers model, and none is inside of it")
+            raise UnsupportedArchitectureError(
+                f"`model` is a {type(model).__name__}, which neither is nor contains a transformers model: pass a "
+                "PreTrainedModel"
+            )
         model = inner
     return model

@@ -1,12 +1,12 @@
-"""Caches that forget tokens: a press of the package kvpress decides which keys and values of a prefix are left.
+"""Caches with evicted tokens: a press of the package kvpress decides which keys and values of a prefix stay.
 
-The package scores and evicts as it is, at its own settings but for the ratio: the prefix is read with its hooks, each layer
-evicting after it has attended to everything. What is left is held in 16 bits, and what follows stands where it stands in
-the text, behind the whole prefix, as in the package's own pipeline.
+The package scores and evicts unchanged, at its own settings except for the ratio. The prefix is read with the package's
+hooks, and each layer evicts after it has attended to everything. The rest is stored in 16 bits. Tokens that follow keep the
+positions that they have after the whole prefix, as in the package's own pipeline.
 
-* kvpress 0.5.2 wants `cache_position`, which transformers no longer hands on by itself: it is given with the prefix.
-* Importing kvpress changes every attention function of transformers, for presses that evict per head: undone here.
-* A prefix that is not longer than what a press keeps in any case, SnapKV's 64 last tokens, is kept whole.
+* kvpress 0.5.2 needs `cache_position`, which transformers no longer passes on, so it is given with the prefix.
+* Importing kvpress wraps every attention function of transformers, for presses that evict per head. This is undone here.
+* A prefix no longer than what a press always keeps, such as SnapKV's 64 last tokens, is stored whole.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,13 @@ _ALWAYS_KEPT = {"knorm": "", "snapkv": "window_size", "expected-attention": "n_s
 
 @dataclass(frozen=True)
 class Evicted:
-    """Makes a cache of a prefix that has lost the share `ratio` of its tokens, other ones in every layer and head."""
+    """Maker of a cache from a prefix with evicted tokens, which differ between layers and heads.
+
+    Attributes:
+        press: Eviction method.
+        ratio: Share of tokens that is evicted, from 0 to 1.
+        nbytes: Bytes of the side information; there is none.
+    """
 
     press: Press
     ratio: float
@@ -40,12 +46,12 @@ class Evicted:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Name in tables."""
         return f"{self.press} {self.ratio:g}"
 
     @torch.no_grad()
     def cache_of(self, prefix: Any) -> Cache:
-        """A new cache of what is left, in 16 bits; the prefix is read again to find what that is."""
+        """Return a new cache of the tokens that stay, in 16 bits; reads the prefix again to select them."""
         model, length = prefix.loaded.model, prefix.ids.shape[1]
         press = getattr(_kvpress(), _CLASSES[self.press])(compression_ratio=self.ratio)
         read = DynamicCache(config=model.config)
@@ -54,10 +60,10 @@ class Evicted:
         positions = torch.arange(length, device=prefix.ids.device)
         with _pressed(press, model) if length > getattr(press, _ALWAYS_KEPT[self.press], 0) else nullcontext():
             model.base_model(input_ids=prefix.ids, past_key_values=read, use_cache=True, cache_position=positions)
-        return Cache(layers=[_EvictedLayer(*_halved(layer, i), length) for i, layer in enumerate(read.layers)])
+        return Cache(layers=[_EvictedLayer(*_sixteen_bit(layer, i), length) for i, layer in enumerate(read.layers)])
 
     def held(self, cache: Cache) -> tuple[int, int]:
-        """Tokens of all rows that were read, and bytes of what is left of them."""
+        """Return the tokens of all rows that were read, and the bytes of those that stay."""
         layers: list[Any] = cache.layers
         if not cache.get_seq_length():
             return 0, 0
@@ -66,7 +72,7 @@ class Evicted:
 
 
 class _EvictedLayer(DynamicLayer):
-    """Some of the tokens that were read; what follows has the positions and the mask that it has behind all of them."""
+    """Layer without some of the tokens that were read; positions and masks count the evicted ones."""
 
     is_croppable = False
 
@@ -76,36 +82,36 @@ class _EvictedLayer(DynamicLayer):
         self.keys, self.values, self.evicted = keys, values, read - keys.shape[-2]
 
     def get_seq_length(self) -> int:
-        """Tokens read so far, evicted ones included."""
+        """Return the number of tokens read, evicted ones included."""
         return self.evicted + self.keys.shape[-2]  # type: ignore[union-attr]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of what `update` returns, and its offset: as if the first tokens were the evicted ones."""
+        """Return length and offset of what `update` returns, as if the first tokens were the evicted ones."""
         return self.keys.shape[-2] + query_length, self.evicted  # type: ignore[union-attr]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises `CodecError`: what was evicted cannot be had back."""
-        raise CodecError("a cache with evicted tokens cannot be cropped: use a decoding strategy that never goes back")
+        """Raise `CodecError`: evicted tokens are lost."""
+        raise CodecError("a cache with evicted tokens cannot be cropped: use a decoding strategy that never removes tokens")
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why a model cannot have presses here, if it cannot."""
+    """Return why presses cannot be used with `model` on this machine; None if they can."""
     if find_spec("kvpress") is None:
         return "the package kvpress is not installed: install 'eigencache[peers]'"
     try:
-        supported = [one for one in _kvpress().SUPPORTED_MODELS if "ForCausalLM" in one.__name__]
+        supported = [kind for kind in _kvpress().SUPPORTED_MODELS if "ForCausalLM" in kind.__name__]
     except CodecError as error:
         return str(error)
     if not isinstance(model, tuple(supported)):
-        return f"kvpress works on {', '.join(one.__name__.removesuffix('ForCausalLM') for one in supported)}"
+        return f"kvpress works on {', '.join(kind.__name__.removesuffix('ForCausalLM') for kind in supported)}"
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-        return "some of its layers forget tokens by themselves"
+        return "some of its layers drop tokens by themselves"
     return None
 
 
 @once
 def _kvpress() -> Any:
-    """The package, without what its import does to attention functions. Raises `CodecError` where it cannot be had."""
+    """Import the package and undo its change of attention functions. Raises `CodecError` if the import fails."""
     before = dict(ALL_ATTENTION_FUNCTIONS.items())
     try:
         import kvpress  # type: ignore[import-not-found]
@@ -114,13 +120,13 @@ def _kvpress() -> Any:
     finally:
         for name, function in before.items():
             if ALL_ATTENTION_FUNCTIONS[name] is not function:
-                del ALL_ATTENTION_FUNCTIONS[name]  # what was laid over it, and over all that is registered later
+                del ALL_ATTENTION_FUNCTIONS[name]  # removes the wrapper, which would also hide later registrations
     return kvpress
 
 
 @contextmanager
 def _pressed(press: Any, model: Any) -> Iterator[None]:
-    """The press on the model, which it leaves as it was: kvpress hangs the model's rotation into every attention module."""
+    """Apply the press inside, and remove the rotation that kvpress adds to every attention module afterwards."""
     attentions = [layer.self_attn for layer in model.model.layers]
     before = [dict(attention._modules) for attention in attentions]
     try:
@@ -131,6 +137,6 @@ def _pressed(press: Any, model: Any) -> Iterator[None]:
             attention._modules = modules
 
 
-def _halved(layer: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
+def _sixteen_bit(layer: Any, layer_idx: int) -> tuple[Tensor, Tensor]:
     keys, values = (to_sixteen_bit(x, f"layer {layer_idx}") for x in (layer.keys, layer.values))
     return keys, values

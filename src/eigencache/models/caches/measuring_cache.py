@@ -1,8 +1,8 @@
-"""A transformers cache that holds everything older than a window in encoded form only, for measuring what that costs.
+"""A transformers cache that stores everything older than a window in encoded form only, to measure the loss of a codec.
 
-`MeasuringCache` goes where a `DynamicCache` goes. Before a forward pass, tokens that have left the window are encoded,
-all layers at once, and forgotten; attention reads what is decoded from them. Nothing else of the past exists.
-Rows of a batch must have equal positions: padding is not known to a cache.
+`MeasuringCache` is a drop-in replacement for `DynamicCache`. In the first layer of a forward pass, it encodes the tokens
+that have left the window, for all layers at once, and drops the originals. Attention reads the decoded tokens. All rows of a
+batch must have equal positions, because a cache does not know about padding.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from eigencache.errors import CodecError, UnsupportedArchitectureError
 
 
 class _MeasuringLayer(DynamicLayer):
-    """One layer's window; what is older comes from the cache it belongs to."""
+    """Window of one layer; its cache supplies the older tokens, decoded."""
 
     is_croppable = False
 
@@ -28,7 +28,7 @@ class _MeasuringLayer(DynamicLayer):
         self.encoded_length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add to the window; the whole past, decoded, and the window come back."""
+        """Add tokens to the window, and return the decoded past with the window."""
         past = self.owner.past(self.layer_idx)
         keys, values = super().update(key_states, value_states)
         if past is not None:
@@ -37,18 +37,18 @@ class _MeasuringLayer(DynamicLayer):
         return keys[..., -visible:, :], values[..., -visible:, :]
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far, encoded ones included."""
+        """Return the number of tokens read, encoded ones included."""
         return self.encoded_length + super().get_seq_length()
 
     def get_mask_sizes(self, query_length: int, new: int | None = None) -> tuple[int, int]:
-        """Length and offset of what `update` returns; `new`: tokens that are not in yet, by default the query's."""
+        """Return length and offset of what `update` returns; `new`: tokens not added yet, by default `query_length`."""
         length = self.get_seq_length() + (query_length if new is None else new)
         visible = length if self.sliding_window is None else min(length, self.sliding_window - 1 + query_length)
         return visible, length - visible
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises `CodecError`: what was encoded cannot be taken back."""
-        raise CodecError("an encoded cache cannot be cropped: use a decoding strategy that never goes back")
+        """Raise `CodecError`: encoded tokens cannot be removed."""
+        raise CodecError("an encoded cache cannot be cropped: use a decoding strategy that never removes tokens")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -64,10 +64,18 @@ class _MeasuringLayer(DynamicLayer):
 
 
 class MeasuringCache(DynamicCache):
-    """Everything older than `window` tokens is held encoded by `codec`, in stretches of at least `block` tokens.
+    """Cache that stores tokens older than a window encoded by a codec.
 
-    `model.generate(**inputs, past_key_values=CodecCache(model, codec))` works for batches without padding.
-    Raises `UnsupportedArchitectureError` for models whose cache holds more than keys and values per token.
+    `model.generate(**inputs, past_key_values=MeasuringCache(model, codec))` works for batches without padding.
+
+    Args:
+        model: Model whose cache it replaces.
+        codec: Codec that encodes old tokens.
+        window: Number of last tokens that are not encoded.
+        block: Minimum number of tokens that are encoded together.
+
+    Raises:
+        UnsupportedArchitectureError: The model caches more than keys and values per token.
     """
 
     def __init__(self, model: PreTrainedModel, codec: Codec, *, window: int = 0, block: int = 1) -> None:
@@ -79,7 +87,8 @@ class MeasuringCache(DynamicCache):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 if hasattr(layer, "update"):
                     raise UnsupportedArchitectureError(
-                        f"{model.config.model_type}: layer {layer_idx} keeps a {type(layer).__name__}, not keys and values"
+                        f"{model.config.model_type}: layer {layer_idx} has a {type(layer).__name__}, not keys and values, "
+                        "and cannot be encoded"
                     )
                 continue
             self.layers[layer_idx] = self._coded[layer_idx] = _MeasuringLayer(
@@ -88,7 +97,7 @@ class MeasuringCache(DynamicCache):
         self._decoded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def past(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
-        """What is decoded of a layer's encoded past; the first layer of a pass encodes and decodes for all."""
+        """Return the decoded past of a layer; the call for the first layer encodes and decodes for all layers."""
         filled = [layer for layer in self._coded.values() if layer.get_seq_length()]
         if not filled:
             return None
@@ -112,7 +121,7 @@ class MeasuringCache(DynamicCache):
             layer.encoded_length += old
 
     def select(self, rows: Tensor, layer_idx: int) -> None:
-        """Take rows of the batch in one layer's window, and in the encoded past when it is the first layer's turn."""
+        """Select rows of the batch in the window of a layer, and in the encoded past if it is the first layer."""
         layer = self._coded[layer_idx]
         if layer.get_seq_length() - layer.encoded_length:
             layer.keys, layer.values = (x[rows.to(x.device)] for x in (layer.keys, layer.values))  # type: ignore[union-attr]
@@ -121,13 +130,13 @@ class MeasuringCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: encoded stretches and windows, the latter as they are."""
+        """Bytes of the encoded tokens and of the windows."""
         windows = [x for layer in self._coded.values() for x in (layer.keys, layer.values) if x is not None]
         return sum(block.nbytes for block in self.blocks) + sum(x.untyped_storage().nbytes() for x in windows)
 
 
 def plain_cache(model: PreTrainedModel, cached: dict[int, tuple[Tensor, Tensor]]) -> DynamicCache:
-    """An ordinary dynamic cache that holds these tensors."""
+    """Return a `DynamicCache` with the given keys and values of every layer."""
     cache = DynamicCache(config=model.config)
     for layer_idx, (keys, values) in cached.items():
         cache.update(keys, values, layer_idx)

@@ -1,7 +1,7 @@
-"""`with compressed(model, codec):` inside it the model makes compressed caches of its own accord.
+"""`with compressed(model, codec):`, a context in which the model makes compressed caches instead of plain ones.
 
-The innermost model's `forward` and `generate` are replaced, because PEFT and `torch.compile` call those and not the model
-itself. Contexts of one model may overlap; the last to end leaves the model as it was before the first began.
+The context replaces `forward` and `generate` of the innermost model, because PEFT and `torch.compile` call those. Contexts
+of one model may overlap; when the last one ends, the model is as it was before the first one began.
 """
 
 import functools
@@ -19,6 +19,7 @@ from eigencache.errors import CodecError
 from eigencache.kernels.packed.backend import BackendName
 from eigencache.models.caches.keyword import cache_given, cache_keyword, cache_returned, innermost
 from eigencache.models.live_cache.cache import CompressedCache
+from eigencache.models.live_cache.hooks import enable
 from eigencache.modes import uncompiled
 
 Maker = Callable[[], CompressedCache]
@@ -26,12 +27,22 @@ Maker = Callable[[], CompressedCache]
 
 @contextmanager
 def compressed(model: Any, codec: Any, *, backend: BackendName | None = None) -> Iterator[Any]:
-    """Inside, `model.generate(...)` and `model(..., use_cache=True)` without a cache of one's own make compressed ones.
+    """Make `model.generate(...)` and `model(..., use_cache=True)` use a new `CompressedCache` unless a cache is passed.
 
-    `model`: a transformers model, or one inside of PEFT or `torch.compile`. `codec`, `backend`: as for `CompressedCache`.
-    Afterwards the model is as it was, whatever happened. Raises what `CompressedCache` raises, before anything else, and
-    `CodecError` where a pass did not use the cache that was made for it. `generate` raises `CodecError` where
-    `cache_implementation` asks for another cache: static, offloaded, quantized, paged.
+    When the context ends, also by an exception, the model is as it was before.
+
+    Args:
+        model: A transformers model, or one inside PEFT or `torch.compile` wrappers.
+        codec: As for `CompressedCache`.
+        backend: As for `CompressedCache`; compiled or refused when the context begins.
+
+    Yields:
+        `model`.
+
+    Raises:
+        UnsupportedArchitectureError: As for `CompressedCache`, when the context begins.
+        CodecError: As for `CompressedCache`; also inside, from a pass that did not use the cache that was made for it, and
+            from `generate` with a `cache_implementation` (static, offloaded, quantized, paged).
     """
     inner = innermost(model)
 
@@ -39,22 +50,22 @@ def compressed(model: Any, codec: Any, *, backend: BackendName | None = None) ->
     def make() -> CompressedCache:
         return CompressedCache(inner, codec, backend=backend)
 
-    first = make()  # refuses what cannot be served, and keeps hooks until the context ends
-    if inner not in _CONTEXTS:
-        _CONTEXTS[inner] = _Replaced(inner)
-    makers = _CONTEXTS[inner].makers
-    makers.append(make)
-    try:
-        yield model
-    finally:
-        makers.remove(make)
-        if not makers:
-            _CONTEXTS.pop(inner).restore(inner)
-        del first
+    make().backend  # noqa: B018 - raises errors now rather than in a pass, and compiles the backend
+    with enable(inner):
+        if inner not in _CONTEXTS:
+            _CONTEXTS[inner] = _Replaced(inner)
+        makers = _CONTEXTS[inner].makers
+        makers.append(make)
+        try:
+            yield model
+        finally:
+            makers.remove(make)
+            if not makers:
+                _CONTEXTS.pop(inner).restore(inner)
 
 
 class _Replaced:
-    """A model's own `forward` and `generate` while caches are made for it; `makers`: of the contexts that are entered."""
+    """Replacement of a model's `forward` and `generate`; `makers` has one function per context, the innermost last."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.makers: list[Maker] = []
@@ -72,8 +83,8 @@ class _Replaced:
             output = forward(*bound.args, **bound.kwargs)
             if cache_returned(output) is not made:
                 raise CodecError(
-                    f"{type(model).__name__} did not use the compressed cache that was made for it: hand a CompressedCache "
-                    f"over as {keyword}"
+                    f"{type(model).__name__} did not use the compressed cache that was made for it: pass a CompressedCache "
+                    f"as {keyword}"
                 )
             return output
 
@@ -85,28 +96,27 @@ class _Replaced:
                 _require_no_other(model, named)
             if makes:
                 given[keyword] = self.makers[-1]()
-                given |= (
-                    {"use_cache": True} if "use_cache" in given else {}
-                )  # with None transformers reads all anew each step
+                if "use_cache" in given:
+                    given["use_cache"] = True  # with None transformers reads the whole text again in each step
             return generate(*args, **given)  # type: ignore[operator]
 
         model.forward = torch.compiler.disable(forward_with_cache, recursive=False)  # type: ignore[method-assign]
         model.generate = generate_with_cache  # type: ignore[method-assign]
 
     def restore(self, model: PreTrainedModel) -> None:
-        """The model is as it was."""
-        for name, own in self.before.items():
-            if own is None:
+        """Restore the `forward` and `generate` that the model had."""
+        for name, function in self.before.items():
+            if function is None:
                 delattr(model, name)
             else:
-                setattr(model, name, own)
+                setattr(model, name, function)
 
 
 _CONTEXTS: WeakKeyDictionary[nn.Module, _Replaced] = WeakKeyDictionary()
 
 
 def _wants(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
-    """Whether a cache is to be made: none is given, and one is used."""
+    """Return whether to make a cache: none is passed, and the pass uses one."""
     used, config = given.get("use_cache"), given.get("generation_config")
     if used is None:
         used = getattr(config, "use_cache", None) if config is not None else model.config.use_cache
@@ -114,18 +124,20 @@ def _wants(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
 
 
 def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Arguments by name, those of `**kwargs` among them."""
+    """Return all arguments by name, with those of `**kwargs`."""
     return bound.arguments | bound.arguments.get("kwargs", {})
 
 
 def _require_no_other(model: PreTrainedModel, named: Mapping[str, Any]) -> None:
-    """Raises `CodecError` where arguments of `generate` or a generation configuration ask for another cache."""
-    found = named.get("cache_implementation")
+    """Raise `CodecError` if the arguments of `generate` or a generation configuration ask for another cache."""
+    kind = named.get("cache_implementation")
     if "cache_implementation" not in named:
         configs = named.get("generation_config"), model.generation_config
-        found = next((own for one in configs if (own := getattr(one, "cache_implementation", None)) is not None), None)
-    if found not in (None, "hybrid"):  # which transformers itself takes for none
+        kind = next(
+            (kind for config in configs if (kind := getattr(config, "cache_implementation", None)) is not None), None
+        )
+    if kind not in (None, "hybrid"):  # transformers itself ignores "hybrid"
         raise CodecError(
-            f"cache_implementation={found!r} is another cache than the compressed one, which grows by packed blocks: "
-            "leave it out, or generate outside of `with eigencache.compressed(...)`"
+            f"cache_implementation={kind!r} is not supported inside compressed() or with a CompressedCache: leave it out, "
+            "or generate with a plain cache outside of compressed()"
         )

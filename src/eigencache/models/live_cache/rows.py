@@ -1,4 +1,4 @@
-"""Where the rows of a live cache begin: with padding, and at any position."""
+"""Where the rows of a compressed cache begin: after padding, and at any position."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +11,11 @@ from eigencache.errors import CodecError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Of every row the slot of its `first` token that is no padding, and the position of slot 0, its `origin` [batch] int64.
+    """Beginning of every row of the batch.
 
-    An origin is below 0 where padding stands before the token at position 0.
+    Attributes:
+        first: Slot of the first token that is no padding [batch] int64.
+        origin: Position of slot 0 [batch] int64; below 0 if padding precedes the token at position 0.
     """
 
     first: Tensor
@@ -21,17 +23,20 @@ class Rows:
 
     @cached_property
     def last(self) -> int:
-        """The slot in which the last of them begins: above 0 where a row has padding."""
+        """Largest of the first slots; above 0 if a row has padding."""
         return max(self.first.tolist(), default=0)
 
     def begin_after(self, past: int) -> bool:
-        """Whether a row holds nothing but padding in its first `past` slots."""
+        """Return whether a row has only padding in its first `past` slots."""
         return self.last >= past
 
     def begun(self, seen: Tensor, positions: Tensor | None, past: int) -> "Rows":
-        """The same with what new tokens behind `past` slots say of rows that held nothing but padding.
+        """Return the rows after new tokens, where rows that had only padding may have begun.
 
-        `seen` [batch, new]: which of them are no padding. `positions` [batch, new]; without them a first token stands at 0.
+        Args:
+            seen: Whether each new token is no padding [batch, new].
+            positions: Positions of the new tokens [batch, new]; None if the first token of a row has position 0.
+            past: Number of slots before the new tokens.
         """
         new = seen.shape[1]
         leading = torch.where(seen.any(1), seen.int().argmax(1), new)
@@ -41,22 +46,31 @@ class Rows:
         return Rows(torch.where(empty, first, self.first), torch.where(empty, origin, self.origin))
 
     def require_neighbors(self, seen: Tensor, positions: Tensor, past: int) -> None:
-        """Raises `CodecError` where positions [batch, new] of tokens that are `seen` do not follow on from the first's."""
+        """Check that the positions of new tokens are consecutive in every row.
+
+        Args:
+            seen: Whether each new token is no padding [batch, new].
+            positions: Positions of the new tokens [batch, new].
+            past: Number of slots before the new tokens.
+
+        Raises:
+            CodecError: The position of a token differs from that of its slot.
+        """
         expected = past + torch.arange(seen.shape[1]) + self.origin[:, None]
         wrong = (seen & (positions != expected)).nonzero()
         if len(wrong):
             row, token = wrong[0].tolist()
             raise CodecError(
-                f"sequence {row}: position {int(expected[row, token])} comes next in the live cache, not "
-                f"{int(positions[row, token])}: give position_ids that follow on, or make a new cache"
+                f"sequence {row}: the compressed cache expects position {int(expected[row, token])} next, not "
+                f"{int(positions[row, token])}: pass consecutive position_ids, or make a new cache"
             )
 
     def select(self, rows: Tensor) -> "Rows":
-        """The given rows, each as often as it is named."""
+        """Return the rows with the given indices; an index may repeat."""
         return Rows(self.first[rows.cpu()], self.origin[rows.cpu()])
 
 
 def unpadded(batch: int) -> Rows:
-    """Rows that begin at slot 0 and position 0."""
+    """Return rows that begin at slot 0 and position 0."""
     zeros = torch.zeros(batch, dtype=torch.int64)
     return Rows(zeros, zeros)

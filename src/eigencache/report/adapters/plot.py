@@ -1,16 +1,18 @@
-"""Residual adapters in one figure: gains of M, energy against variance, and perplexity over the rank of the cache."""
+"""The figure of residual adapters: gains of M, its energy and the variance it keeps, and perplexity by rank."""
+
+from __future__ import annotations
 
 import math
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from typing import TYPE_CHECKING
 
 from eigencache.records.adapter import AdapterRecord, Method, Operator
 from eigencache.report.adapters.tables import METHODS, TENSORS
+from eigencache.report.core.drawing import dress, legend, new_figure
 from eigencache.report.core.palette import LIGHT
-from eigencache.report.probe.plots import dress, legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLES: dict[Method, tuple[str, str, str]] = {  # color, marker, line
     "operator-svd": (LIGHT["keys_post_rope"], "s", "-"),
@@ -22,7 +24,7 @@ _STYLES: dict[Method, tuple[str, str, str]] = {  # color, marker, line
 
 
 def plot_adapter(record: AdapterRecord) -> Figure:
-    """Gains, energies and perplexities of one record; the title names model, tensor, loss and distance from identity."""
+    """Plot the gains of M, its energy and the variance it keeps, and perplexity by rank, in three panels."""
     distances = [o.distance for o in record.operators]
     title = (
         f"{record.model.name}: residual adapters on {TENSORS[record.target]}, loss {record.training.loss}, "
@@ -37,7 +39,9 @@ def plot_adapter(record: AdapterRecord) -> Figure:
 
 
 def _draw_gains(axes: Axes, operators: list[Operator]) -> None:
-    """Singular values of M of every layer, dark to light; an identity is the line at 1."""
+    """Draw the singular values of M, one line per layer, and those of the identity."""
+    import matplotlib
+
     shades = matplotlib.colormaps["viridis"]
     for position, o in enumerate(operators):
         named = len(operators) <= 4 or position in (0, len(operators) - 1)
@@ -51,7 +55,7 @@ def _draw_gains(axes: Axes, operators: list[Operator]) -> None:
 
 
 def _draw_energy(axes: Axes, operators: list[Operator]) -> None:
-    """Energy of M, which follows r/p near the identity, beside the variance that r directions keep; means of layers."""
+    """Draw the energy of M and the variance that r directions keep, means over layers; r/p is that of the identity."""
     width = min(o.width for o in operators)
     axes.plot([0, width], [0, 1], color=LIGHT["reference"], linestyle=":", label=f"r/p, p = {width}")
     ranks = sorted(set.intersection(*(set(o.energy) for o in operators)))
@@ -64,25 +68,27 @@ def _draw_energy(axes: Axes, operators: list[Operator]) -> None:
         means = [sum(of_layer[r] for of_layer in shares) / len(shares) for r in ranks]
         axes.plot(ranks, means, color=color, marker=marker, markersize=3.5, label=label)
     axes.set_ylim(0, 1.02)
-    dress(axes, "shares, mean of layers", "rank r", "share")
+    dress(axes, "shares, mean over layers", "rank r", "share")
     legend(axes)
 
 
 def _draw_perplexity(axes: Axes, record: AdapterRecord) -> None:
-    """exp(NLL) through the cache over the rank, each method; lines without marks are the uncompressed caches."""
-    for method, words in METHODS.items():
+    """Draw the perplexity of every method by rank, and that of the uncompressed caches as horizontal lines."""
+    from matplotlib.ticker import ScalarFormatter
+
+    for method, label in METHODS.items():
         results = record.of(method)
         color, marker, line = _STYLES[method]
         x, y = [r.rank for r in results], [math.exp(r.quality.nll) for r in results]
-        axes.plot(x, y, color=color, marker=marker, markersize=4.5, linestyle=line, linewidth=1.4, label=words)
-    for nll, line, words in (
-        (record.frozen_nll, "-", "Uncompressed, frozen"),
-        (record.adapted_nll, "--", "Uncompressed, adapted"),
+        axes.plot(x, y, color=color, marker=marker, markersize=4.5, linestyle=line, linewidth=1.4, label=label)
+    for nll, line, label in (
+        (record.frozen_nll, "-", "Uncompressed, frozen model"),
+        (record.adapted_nll, "--", "Uncompressed, adapted model"),
     ):
-        axes.axhline(math.exp(nll), color=LIGHT["reference"], linestyle=line, linewidth=0.9, label=words)
+        axes.axhline(math.exp(nll), color=LIGHT["reference"], linestyle=line, linewidth=0.9, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
-    dress(axes, "perplexity through the cache", "rank of the cache per layer", "perplexity")
+    dress(axes, "perplexity", "cached coefficients per layer", "perplexity")
     axes.tick_params(which="minor", labelsize=8)
     legend(axes)

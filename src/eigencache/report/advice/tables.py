@@ -1,4 +1,4 @@
-"""Advice as sentences and tables: what to do, at which loss and bytes, why, and what is not known."""
+"""Sentences and tables of a recommendation: the setting, its bytes and loss, the evidence, and the limitations."""
 
 from eigencache.records.advice import Advice, Candidate
 from eigencache.records.quality import Quality
@@ -8,10 +8,10 @@ from eigencache.report.quality.sweep_table import interval_cell
 
 
 def advice_lines(advice: Advice) -> list[str]:
-    """The advice in a few sentences: the configuration, its bytes, its loss, and whether it held; or that there is none."""
+    """Return the recommendation in a few sentences: setting, bytes, loss; or that no setting meets the budget."""
     budget = f"{advice.budget.given}, {advice.budget.nats:.5f} nats per token"
     if advice.chosen is None:
-        lines = [f"{advice.model.name}: nothing that was measured qualifies within the budget ({budget})."]
+        lines = [f"{advice.model.name}: no measured setting meets the budget ({budget})."]
         if advice.nearest:
             lines.append(f"Nearest: {advice.nearest.describe()}, ΔNLL {interval_cell(advice.nearest.choosing)}.")
         return lines
@@ -20,71 +20,69 @@ def advice_lines(advice: Advice) -> list[str]:
         f"{advice.model.name}: compress {chosen.describe()} (budget {budget}).",
         f"Bytes: {chosen.sixteen_bit_nbytes_per_token:,.0f} → {chosen.nbytes_per_token:,.1f} per token, ratio "
         f"{chosen.choosing.compression_ratio:.2f}; basis {chosen.choosing.basis_nbytes:,} bytes, "
-        f"paid back at {chosen.paid_back_tokens:,} tokens.",
+        f"break-even context {chosen.break_even_context:,} tokens.",
     ]
     if advice.stating is None or chosen.stating is None:
-        return [*lines, f"Loss, on the same tokens it was chosen on: ΔNLL {interval_cell(chosen.choosing)} nats per token."]
+        return [*lines, f"Loss, on the tokens that the choice used: ΔNLL {interval_cell(chosen.choosing)} nats per token."]
     verdict = {
         True: "the interval is within the budget",
-        False: "the interval reaches above the budget",
+        False: "the interval exceeds the budget",
         None: "too few sequences for an interval",
     }[advice.holds]
     loss = (
         f"ΔNLL {interval_cell(chosen.stating)} nats per token, {100 * chosen.stating.perplexity_increase:+.2f} % perplexity"
     )
-    return [*lines, f"Loss, on the half of the sequences that had no part in the choice: {loss}: {verdict}."]
+    return [*lines, f"Loss, on held-out sequences that the choice did not use: {loss}: {verdict}."]
 
 
 def advice_tables(advice: Advice) -> list[Table]:
-    """The best of every target, and the keys where they have a bias."""
-    return [_ways(advice), *([_biases(advice), _roundings(advice)] if advice.keys else [])]
+    """Return the best setting of every target and, for models with key biases, the tables of biases and 8-bit keys."""
+    return [_settings(advice), *([_biases(advice), _roundings(advice)] if advice.keys else [])]
 
 
 def evidence_lines(advice: Advice) -> list[str]:
-    """The evidence line by line, and what is not known, for a terminal."""
+    """Return the evidence and the limitations, one line each, for a terminal."""
     because = [f"• {line.claim}: {line.figure} ({line.source})" for line in advice.evidence]
-    return ["Evidence", *because, "Not known", *(f"• {line}" for line in advice.unknown)]
+    return ["Evidence", *because, "Limitations", *(f"• {line}" for line in advice.unknown)]
 
 
 def evidence_tables(advice: Advice) -> list[Table]:
-    """The same as tables, for a page."""
-    columns = ("Claim", "Figure", "Where it comes from")
+    """Return the evidence and the limitations as tables, for a page."""
+    columns = ("Claim", "Figure", "Source")
     rows = tuple((line.claim, line.figure, line.source) for line in advice.evidence)
     limits = tuple((line,) for line in advice.unknown)
     return [
-        Table(f"{advice.model.name}: the evidence", columns, rows, words=frozenset(columns[1:])),
-        Table(f"{advice.model.name}: what this does not know", ("Not known",), limits),
+        Table(f"{advice.model.name}: evidence", columns, rows, words=frozenset(columns[1:])),
+        Table(f"{advice.model.name}: limitations", ("Limitation",), limits),
     ]
 
 
-def _ways(advice: Advice) -> Table:
+def _settings(advice: Advice) -> Table:
     columns = (
-        "Way",
+        "Setting",
         "Rank",
         "Bits",
         "Ratio",
-        "Of target",
+        "Ratio of target",
         "Bytes per token",
         "Basis bytes",
-        "Paid back at",
-        "ΔNLL choosing",
-        "ΔNLL stating",
+        "Break-even context",
+        "ΔNLL, choice",
+        "ΔNLL, held-out",
     )
-    found = [c for c in (advice.chosen, *advice.others, advice.nearest) if c is not None]
-    title = (
-        "Within the budget, the best of every target" if advice.chosen else "Nothing within the budget; the nearest to it"
-    )
+    candidates = [c for c in (advice.chosen, *advice.others, advice.nearest) if c is not None]
+    title = "best setting of every target within the budget" if advice.chosen else "nothing within the budget; the nearest"
     return Table(
         f"{advice.model.name}: {title}",
         columns,
-        tuple(map(_way, found)),
+        tuple(map(_setting, candidates)),
         notes=_notes(advice),
         warnings=tuple(advice.warnings),
     )
 
 
-def _way(candidate: Candidate) -> tuple[str, ...]:
-    quality, back = candidate.choosing, candidate.paid_back_tokens
+def _setting(candidate: Candidate) -> tuple[str, ...]:
+    quality, back = candidate.choosing, candidate.break_even_context
     frame = "" if candidate.frame == "none" else f"{candidate.frame}-RoPE"
     centering = "centered" if candidate.centered else "uncentered"
     named = (candidate.target, candidate.scope, frame, candidate.metric, centering)
@@ -103,21 +101,22 @@ def _way(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _notes(advice: Advice) -> tuple[str, ...]:
-    cached = "latent and rotary key" if advice.model.geometry.mla else "K and V"
+    cached = "latent and rotary key" if advice.model.geometry.mla else "keys and values"
     if advice.stating:
-        parts = f"Chosen on {advice.choosing.name}; loss stated on {advice.stating.name}, which had no part in the choice."
+        parts = f"Chosen on {advice.choosing.name}; held-out loss on {advice.stating.name}, which the choice did not use."
     else:
-        parts = f"Chosen and stated on the same tokens: {advice.choosing.name}, as a sweep measured it."
+        parts = f"The loss is on the tokens that the choice used: {advice.choosing.name}, as measured by a sweep."
     return (
         f"{parts} {advice.protocol.describe()}. {advice.uncompressed_nll:.4f} nats per token uncompressed.",
-        f"A way qualifies when the upper end of its interval on the choosing part is within the budget. Basis from "
-        f"{advice.calibration.name}, {advice.calibration.tokens:,} tokens. Ratio: 16-bit bytes of {cached} over the bytes "
-        "held, the basis apart. Intervals: 95 %, bootstrap over sequences, paired.",
+        f"A setting meets the budget if the upper end of its interval (ΔNLL, choice) does. Basis from "
+        f"{advice.calibration.name}, {advice.calibration.tokens:,} tokens. Ratio = bytes of the 16-bit cache ({cached}) / "
+        "bytes of the compressed cache. The basis is stored once and not included. Intervals: 95 %, paired bootstrap over "
+        "sequences.",
     )
 
 
 def _biases(advice: Advice) -> Table:
-    columns = ("Layer", "Norm of the K bias", "Mean norm of K", "Bias / K", "Largest / median channel")
+    columns = ("Layer", "Norm of the key bias", "Mean norm of keys", "Bias / keys", "Largest / median channel")
     rows = tuple(
         (
             str(bias.layer_idx),
@@ -128,8 +127,8 @@ def _biases(advice: Advice) -> Table:
         )
         for bias in advice.keys.biases  # type: ignore[union-attr]
     )
-    note = f"Before rotation, heads of a layer joined; mean over tokens of {advice.calibration.name}."
-    return Table(f"{advice.model.name}: how large the biases of the keys are", columns, rows, notes=(note,))
+    note = f"Before rotation, heads of a layer concatenated; mean over tokens of {advice.calibration.name}."
+    return Table(f"{advice.model.name}: key biases", columns, rows, notes=(note,))
 
 
 def _roundings(advice: Advice) -> Table:
@@ -139,7 +138,7 @@ def _roundings(advice: Advice) -> Table:
     def row(kind: str, mean_out: bool, quality: Quality) -> tuple[str, ...]:
         return (
             words[kind],
-            "taken out" if mean_out else "left in",
+            "subtracted" if mean_out else "kept",
             f"{quality.compression_ratio:.2f}",
             interval_cell(quality),
             f"{quality.kl:.5f}",
@@ -148,7 +147,7 @@ def _roundings(advice: Advice) -> Table:
 
     rows = tuple(row(r.kind, r.mean_out, r.quality) for r in advice.keys.roundings)  # type: ignore[union-attr]
     text = (advice.stating or advice.choosing).name
-    note = (
-        f"Keys really stored so, values in 16 bits, scored through the cache on {text}; the mean is of keys before rotation."
+    note = f"Keys are stored in 8 bits, values in 16; scored through the cache on {text}. Mean: of keys before rotation."
+    return Table(
+        f"{advice.model.name}: loss of 8-bit keys", columns, rows, notes=(note,), words=frozenset({"Mean"}), identity=2
     )
-    return Table(f"{advice.model.name}: what 8-bit keys cost", columns, rows, notes=(note,), words=frozenset({"Mean"}))

@@ -1,4 +1,4 @@
-"""The verdict in a report: one row a model of what is low-rank, compressible and to be done, and what stands behind it."""
+"""The verdicts of a report: a summary of one row per model, and the lines, tables and figure of each."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from eigencache.report.advice.tables import advice_lines, advice_tables, evidenc
 from eigencache.report.core.lookup import layers_of, pair
 from eigencache.report.core.measured import ABSENT, count, of_spectrum, over_layers
 from eigencache.report.core.table import Table
-from eigencache.report.probe.figures import Interactive
+from eigencache.report.probe.interactive import Interactive
 from eigencache.report.quality.sweep_table import furthest, interval_cell, safety_table, sweep_table
 
-SHOWN = 10  # per cent of perplexity: what lies above is not drawn
-LOW_RANK = "Rank of 90 % of the energy"
+SHOWN = 10  # per cent of perplexity increase; the upper limit of the figure
+LOW_RANK = "Rank at 90 % energy"
 _TONES = {"v": "values", "k": "keys_pre_rope", "kv": "kv", "latent": "latent", "key_rope": "key_rope_pre_rope"}
 _DASHES = {16: "solid", 8: "dash", 4: "dot"}
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A verdict as a page shows it: lines, tables and a figure; without advice, why there is none."""
+    """One verdict as a page shows it; without a recommendation, `lines` gives the reason."""
 
     lines: list[str]
     compressible: list[Table]
@@ -31,27 +31,32 @@ class Shown:
 
 
 def shown(verdict: Verdict) -> Shown:
-    """The parts of a page about one verdict."""
+    """Return the parts of a page about one verdict."""
     if verdict.advice is None:
-        return Shown([f"What compression costs was not measured: {verdict.reason}"], [], [], None)
+        return Shown([f"Compression was not measured: {verdict.reason}"], [], [], None)
     sweep = verdict.advice.sweeps["given"]
     tables = [*advice_tables(verdict.advice), *evidence_tables(verdict.advice)]
     return Shown(advice_lines(verdict.advice), [safety_table(sweep), sweep_table(sweep)], tables, loss_figure(sweep))
 
 
 def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
-    """One row per model; None where no model was judged."""
-    found = [verdict.advice for verdict in report.verdicts if verdict.advice]
-    if not found:
+    """Return one row per model: ranks, ratios and recommendation; None if no model has one.
+
+    Args:
+        report: The probes and verdicts.
+        names: One name per probe.
+    """
+    advised = [verdict.advice for verdict in report.verdicts if verdict.advice]
+    if not advised:
         return None
-    targets = list(dict.fromkeys(s.target for advice in found for s in advice.sweeps["given"].series))
-    limit = found[0].budget
+    targets = list(dict.fromkeys(s.target for advice in advised for s in advice.sweeps["given"].series))
+    budget = advised[0].budget
     columns = (
         "Model",
         LOW_RANK,
-        *(f"{_capital(target)}: largest ratio within the loss" for target in targets),
-        "What to do",
-        "16-bit bytes ÷ held",
+        *(f"{_capital(target)}: largest ratio within the budget" for target in targets),
+        "Recommendation",
+        "Ratio",
         "ΔNLL (nats)",
     )
     rows = tuple(
@@ -59,16 +64,18 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
         for name, record, verdict in zip(names, report.probes, report.verdicts, strict=True)
     )
     notes = (
-        f"Within the loss: the upper end of the interval of ΔNLL is at most {limit.nats:.5f} nats ({limit.given}). Ratios "
-        "are of all that the model caches: what is not compressed stays in 16 bits and counts. Bases apart, see each model.",
-        "Chosen and stated on the same few tokens. `eigencache recommend MODEL` searches wider and states the loss on text "
-        "that had no part in the choice.",
+        f"Within the budget: the upper end of the interval of ΔNLL is at most {budget.nats:.5f} nats ({budget.given}). "
+        "Ratio = bytes of the 16-bit cache / bytes of the cache with the target compressed. The basis is stored once and "
+        "not included.",
+        "The loss is on the tokens that the choice used. `eigencache recommend MODEL` searches more settings and states the "
+        "loss on held-out text.",
     )
-    return Table("In short", columns, rows, notes=notes, words=frozenset({LOW_RANK, "What to do"}))
+    words = frozenset({LOW_RANK, "Recommendation"})
+    return Table("Summary", columns, rows, notes=notes, words=words, hidden_first=columns[1 : 2 + len(targets)])
 
 
 def low_rank(record: ProbeRecord) -> str:
-    """`K 23.3 of 64 per layer, 57 of 448 over all; V …`: dimensions that hold 90 % of the energy, centered, in-sample."""
+    """Return the rank at 90 % energy, centered, in-sample: `K 23.3 of 64 per layer, 57 of 448 over all layers` and V."""
     chosen = pair(record)
     words = {chosen.key_before: "K", chosen.value: "V"}
     if "latent" in record.names:
@@ -81,7 +88,7 @@ def low_rank(record: ProbeRecord) -> str:
         mean = over_layers(of_spectrum(s, s.rank_90) for s in spectra)
         part = f"{word} {mean.text(count)} of {spectra[0].width} per layer"
         for joined in record.select(name, "all"):
-            part += f", {of_spectrum(joined, joined.rank_90).text(count)} of {joined.width} over all"
+            part += f", {of_spectrum(joined, joined.rank_90).text(count)} of {joined.width} over all layers"
         parts.append(part)
     return "\n".join(parts) or ABSENT
 
@@ -97,33 +104,33 @@ def _cells(advice: Advice | None, targets: Iterable[str]) -> tuple[str, ...]:
     best = [_furthest_of(advice.sweeps["given"], target, advice.budget.nats) for target in targets]
     ratios = (f"{quality.compression_ratio:.2f}" if quality else ABSENT for quality in best)
     if advice.chosen is None:
-        return (*ratios, "nothing within the loss: keep 16 bits", ABSENT, ABSENT)
+        return (*ratios, "nothing within the budget: keep 16 bits", ABSENT, ABSENT)
     quality = advice.chosen.choosing
     return (*ratios, f"compress {advice.chosen.describe()}", f"{quality.compression_ratio:.2f}", interval_cell(quality))
 
 
 def _furthest_of(sweep: SweepRecord, target: str, nats: float) -> Quality | None:
-    """The largest ratio of a target, in any of the ways that were measured, for certain within a loss."""
+    """Return the point of a target with the largest ratio whose interval is within a loss; None if none is."""
     points = [point for series in sweep.series if series.target == target for point in series.points]
-    found = furthest(points, expm1(nats), certain=True)
-    return found.quality if found else None
+    point = furthest(points, expm1(nats), certain=True)
+    return point.quality if point else None
 
 
 def loss_figure(record: SweepRecord) -> Interactive:
-    """Perplexity increase against the ratio of all bytes, one line per way of compressing."""
+    """Return the figure of the perplexity increase by ratio, one line per series."""
     return Interactive(
         name="loss",
-        title="What compression costs",
-        says=f"perplexity through the cache against all bytes held, intervals drawn; above {SHOWN} % is not shown",
+        title="Loss by ratio",
+        caption=f"perplexity increase by ratio of the whole cache, with 95 % intervals, up to {SHOWN} %",
         traces=[_trace(series) for series in record.series],
-        x="16-bit bytes of the whole cache ÷ bytes held",
+        x="bytes of the 16-bit cache / bytes of the compressed cache",
         y="perplexity increase (%)",
         axes={"xaxis": {"type": "log"}, "yaxis": {"range": [-1, SHOWN]}},
     )
 
 
 def _trace(series: SweepSeries) -> dict:
-    worst = series.frame == "post" and series.target == "k"
+    rotated_keys = series.frame == "post" and series.target == "k"
     points = sorted((point.quality for point in series.points), key=lambda q: q.compression_ratio)
     trace = {
         "type": "scatter",
@@ -131,7 +138,7 @@ def _trace(series: SweepSeries) -> dict:
         "name": series.name,
         "x": [quality.compression_ratio for quality in points],
         "y": [100 * quality.perplexity_increase for quality in points],
-        "tone": "keys_post_rope" if worst else _TONES.get(series.target, "reference"),
+        "tone": "keys_post_rope" if rotated_keys else _TONES.get(series.target, "reference"),
         "dash": _DASHES.get(series.bits, "solid"),
     }
     ends = [quality.delta_nll_interval for quality in points]

@@ -1,4 +1,4 @@
-"""The leaderboard: one folder with a Markdown page, an offline HTML page, a plot per model and the records behind them."""
+"""The leaderboard: a folder with a Markdown page, an HTML page, and a plot and a record per model."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,23 +8,31 @@ from urllib.parse import quote
 
 from eigencache.records.base import write_whole
 from eigencache.records.bench import BenchRecord
+from eigencache.report.bench.equal_divergence import against_by_divergence_table, divergences_table
+from eigencache.report.bench.equal_loss import against_table, frontier_table
 from eigencache.report.bench.plot import plot_bench
-from eigencache.report.bench.tables import (
-    against_by_divergence_table,
-    against_table,
-    divergences_table,
-    frontier_table,
-    generation_tables,
-    points_table,
-)
+from eigencache.report.bench.points import points_table
+from eigencache.report.core.drawing import svg_of
 from eigencache.report.core.table import Table
-from eigencache.report.probe.plots import svg_of
+from eigencache.report.quality.evaluation import divergence_table, retrieval_table
 
-OURS = "eigen"
+REFERENCE = "eigen"  # the method that others are compared with
 
 
 def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> list[Path]:
-    """`README.md`, `bench.html`, and `MODEL.svg` with `MODEL.json` of every model. Raises `OutputError`."""
+    """Write `README.md`, `bench.html`, and `MODEL.svg` and `MODEL.json` for every model.
+
+    Args:
+        records: One bench per model.
+        folder: Folder to write to; made if it does not exist.
+        command: Command that printed them; the page names it.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
     plots = {record.model.name: svg_of(plot_bench(record), record.model.name) for record in records}
     files = {folder / f"{file_name(r.model.name)}.json": r.model_dump_json(indent=1).encode() for r in records}
     files |= {folder / f"{file_name(name)}.svg": svg.encode() for name, svg in plots.items()}
@@ -38,42 +46,58 @@ def write_bench(records: Sequence[BenchRecord], folder: Path, command: str) -> l
 
 
 def file_name(model: str) -> str:
-    """What files of a model are called: `meta-llama/Llama-3.2-1B` → `meta-llama--Llama-3.2-1B`, none outside its folder."""
+    """Return the file name of a model without path separators: `meta-llama/Llama-3.2-1B` → `meta-llama--Llama-3.2-1B`."""
     return "--".join(part for part in PurePath(model).parts if part.strip("/.")) or "model"
 
 
 def markdown(records: Sequence[BenchRecord], command: str) -> str:
-    """The page for a repository: what each method holds at equal loss, the command first."""
+    """Return the Markdown page: tables relative to the reference method, then those of every model.
+
+    Args:
+        records: One bench per model.
+        command: Command that printed them.
+    """
     parts = ["# Leaderboard: bytes at equal loss", f"Printed by `{command}`."]
     parts += [table.markdown() for table in against_tables(records)]
     for record in records:
-        parts += [f"## {record.model.name}", f"![loss against bytes]({quote(file_name(record.model.name))}.svg)"]
+        parts += [f"## {record.model.name}", f"![loss by bytes]({quote(file_name(record.model.name))}.svg)"]
         parts += [table.markdown() for table in tables_of(record)]
     return "\n\n".join(parts) + "\n"
 
 
 def tables_of(record: BenchRecord) -> list[Table]:
-    """What is read first of a model: frontiers, then generation and retrieval."""
+    """Return the tables of one model: rates at equal KL and equal ΔNLL, then generation and retrieval."""
     contexts = sorted(record.corpora)
     frontiers = [table(record, context) for context in contexts for table in (divergences_table, frontier_table)]
     return [*frontiers, *generation_tables(record)]
 
 
+def generation_tables(record: BenchRecord) -> list[Table]:
+    """Return greedy generation and retrieval of each method's cheapest point with a KL of at most 0.03 nats, if measured."""
+    tables = [divergence_table(record)] if record.divergence else []
+    return [*tables, retrieval_table(record)] if record.retrieval else tables
+
+
 def against_tables(records: Sequence[BenchRecord]) -> list[Table]:
-    """All methods in units of ours, where it was measured."""
-    if not any(one.method == OURS for record in records for one in record.equal_loss):
+    """Return the tables of all methods relative to the reference method; none if that was not measured."""
+    if not any(rate.method == REFERENCE for record in records for rate in record.equal_loss):
         return []
-    return [against_by_divergence_table(records, OURS), against_table(records, OURS)]
+    return [against_by_divergence_table(records, REFERENCE), against_table(records, REFERENCE)]
 
 
 def page(records: Sequence[BenchRecord], plots: dict[str, str]) -> str:
-    """The same as one page that loads nothing from anywhere, with every operating point."""
+    """Return the HTML page, which loads nothing from the network and has all operating points.
+
+    Args:
+        records: One bench per model.
+        plots: Model name → `<svg>` element.
+    """
     body = []
     for record in records:
         body += [f"<h2>{escape(record.model.name)}</h2>", _warnings(record), plots[record.model.name]]
         body += [table.html() for table in tables_of(record)]
         points = "".join(points_table(record, context).html() for context in sorted(record.corpora))
-        body.append(f"<details><summary>Every operating point</summary>{points}</details>")
+        body.append(f"<details><summary>All operating points</summary>{points}</details>")
     against = [table.html() for table in against_tables(records)]
     css = (resources.files("eigencache.report.assets") / "page.css").read_text(encoding="utf8")
     return (

@@ -1,4 +1,4 @@
-"""A tensor has the same color in every figure, readable on white and on the dark page (at least 3:1 against it)."""
+"""Colors and markers of tensors, the same in every figure, with a contrast of at least 3:1 on the page of either theme."""
 
 LIGHT = {
     "keys_pre_rope": "#1f5fbf",
@@ -24,8 +24,7 @@ DARK = {
     "kv": "#ff8fa3",
     "reference": "#9aa4af",
 }
-PAGE = {"light": "#ffffff", "dark": "#181c22"}  # what the figures lie on
-SCALE = "cividis"  # of heat maps: even in luminance, safe for color-blind readers
+SCALE = "cividis"  # of heat maps: uniform in luminance, readable with color blindness
 MARKS = {  # matplotlib, plotly
     "keys_pre_rope": ("o", "circle"),
     "keys": ("o", "circle"),
@@ -39,10 +38,10 @@ MARKS = {  # matplotlib, plotly
 
 
 def tone(name: str) -> str:
-    """The palette entry of a tensor; tensors this version has no color for share the reference tone."""
+    """Return the palette entry of a tensor, `reference` if it has none."""
     return name if name in LIGHT else "reference"
 
 
 def mark(name: str, interactive: bool = False) -> str:
-    """The marker of a tensor, in the spelling of matplotlib or of plotly."""
+    """Return the marker of a tensor for matplotlib or, if `interactive`, for plotly."""
     return MARKS.get(name, ("o", "circle"))[int(interactive)]

@@ -1,4 +1,4 @@
-"""The points behind every figure, drawn once here for matplotlib and for plotly alike, so that both show the same."""
+"""The points of every figure, computed once for the static and the interactive version."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from eigencache.report.core.lookup import (
     classic_trivial,
     energy_at,
     held_out_at,
-    honest_energy,
+    held_out_energy_32,
     layers_of,
     pair,
     ratio_mean,
@@ -26,7 +26,7 @@ Points = tuple[list[float], list[Any]]  # x, and y: a number, or None for a gap
 
 
 def thin(length: int, limit: int = LIMIT) -> list[int]:
-    """At most `limit` of the indices 0 … length−1, evenly on a log axis, the first and the last among them."""
+    """Return at most `limit` of the indices 0 … length − 1, evenly on a log axis, with the first and the last."""
     if length <= limit:
         return list(range(length))
     grid = np.unique(np.geomspace(1, length, limit).round().astype(int)) - 1
@@ -34,7 +34,7 @@ def thin(length: int, limit: int = LIMIT) -> list[int]:
 
 
 def relative_eigenvalues(spectrum: Spectrum) -> Points:
-    """Component i from 1, and λ_i / mean λ; zeros (below rounding, p ε λ₁) are None: a log axis has no place for them."""
+    """Return component i from 1 and λ_i / mean λ; None below the rounding error p ε λ₁, for the log axis."""
     eigenvalues = spectrum.eigenvalues
     mean = math.fsum(eigenvalues) / len(eigenvalues)
     floor = max(eigenvalues[0], 0.0) * len(eigenvalues) * np.finfo(np.float64).eps
@@ -43,7 +43,7 @@ def relative_eigenvalues(spectrum: Spectrum) -> Points:
 
 
 def relative_null(spectrum: Spectrum) -> Points:
-    """The Marchenko–Pastur null on the same axes; its m expected eigenvalues stand for all p of them."""
+    """Return the Marchenko–Pastur null on the same axes; its m recorded eigenvalues are spread over all p components."""
     null = spectrum.null_eigenvalues
     if not null:
         return [], []
@@ -54,7 +54,7 @@ def relative_null(spectrum: Spectrum) -> Points:
 
 
 def held_out_eigenvalues(spectrum: Spectrum) -> Points:
-    """λ / mean λ on text that the basis has not seen, one mean per octave of components, at the octave's center."""
+    """Return held-out λ / mean λ, one mean per octave of components, at the center of the octave."""
     energy = spectrum.held_out_energy or {}
     ends = sorted(energy)
     centers: list[float] = []
@@ -67,7 +67,7 @@ def held_out_eigenvalues(spectrum: Spectrum) -> Points:
 
 
 def energies(spectra: list[Spectrum], held_out: bool) -> Points:
-    """k and energy@k, averaged over the given layers, at the k that all of them record."""
+    """Return k and the mean energy@k over the given layers, at the k that all of them record."""
     if not spectra:
         return [], []
     shared = set.intersection(*(set(s.energy) for s in spectra))
@@ -78,7 +78,7 @@ def energies(spectra: list[Spectrum], held_out: bool) -> Points:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Effective rank ÷ width, layer by head, None where refused; `marks` say `!` or `—` per cell."""
+    """Effective rank / width by layer and head; None if withheld. `marks`: `!` or `—` per cell, for the same indices."""
 
     name: str
     layers: list[int]
@@ -94,7 +94,7 @@ def _mark(spectrum: Spectrum | None) -> str:
 
 
 def head_maps(record: ProbeRecord) -> list[HeadMap]:
-    """One map per tensor that has heads of its own."""
+    """Return one map per tensor that has several heads."""
     maps = []
     for name in record.names:
         found = {(s.layer_idx, s.head): s for s in record.select(name, "head")}
@@ -113,7 +113,7 @@ def head_maps(record: ProbeRecord) -> list[HeadMap]:
 
 
 def head_range(maps: list[HeadMap]) -> tuple[float, float]:
-    """One color range for all maps of a model: their extremes, rounded outward to 0.05."""
+    """Return one color range for all maps of a model: their extremes, rounded outward to 0.05."""
     found = [v for m in maps for row in m.values for v in row if v is not None]
     if not found:
         return 0.0, 1.0
@@ -122,19 +122,19 @@ def head_range(maps: list[HeadMap]) -> tuple[float, float]:
 
 
 def spreads(record: ProbeRecord, name: str, robust: bool = False) -> Points:
-    """Layer and spread of one tensor; infinite spreads are None (`infinite_layers` names them)."""
+    """Return layer and spread of one tensor; infinite spreads are None (see `infinite_layers`)."""
     spectra = layers_of(record, name)
     values = [s.spread_p95_p5 if robust else s.spread for s in spectra]
     return [float(s.layer_idx or 0) for s in spectra], [v if math.isfinite(v) else None for v in values]
 
 
 def infinite_layers(record: ProbeRecord, name: str) -> list[int]:
-    """Layers in which a raw dimension of the tensor never varies, so that its spread is infinite."""
+    """Return the layers whose spread is infinite, because a raw dimension of the tensor is constant."""
     return [s.layer_idx for s in layers_of(record, name) if s.layer_idx is not None and not math.isfinite(s.spread)]
 
 
 def spectrum_range(record: ProbeRecord) -> tuple[float, float]:
-    """One range for λ / mean λ over all layers and tensors, as powers of ten that enclose them, at most twelve decades."""
+    """Return one range for λ / mean λ over all layers and tensors, as exponents of ten; at most twelve decades."""
     found = [v for n in record.names for s in layers_of(record, n) for v in relative_eigenvalues(s)[1] if v]
     if not found:
         return -1.0, 1.0
@@ -144,27 +144,27 @@ def spectrum_range(record: ProbeRecord) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EnergyTriple:
-    """K or V of one model: what each way of measuring says of energy@32; None where it says nothing."""
+    """Energy@32 of K or V of one model, measured in three ways; None if withheld."""
 
     label: str
     tensor: str
-    repeated: float | None
-    own: float | None
-    honest: Measured
+    repeated: float | None  # in-sample, on the repeated sentences of the original probe
+    this_text: float | None  # in-sample, on the text of the record
+    held_out: Measured  # before rotation
 
 
 def energy_triples(records: list[ProbeRecord]) -> list[EnergyTriple]:
-    """One line per model and historic kind wider than 32, for at most 32 numbers energy@32 is 1 by definition."""
+    """Return one line per model and kind of the original probe that is wider than 32 (else energy@32 is 1)."""
     lines = []
     for record, name in zip(records, short_names(records), strict=True):
         for kind in classic_kinds(record):
-            own, repeated = classic_row(record, (kind,)), classic_row(record, (kind,), repeated=True)
-            either = own or repeated
+            this_text, repeated = classic_row(record, (kind,)), classic_row(record, (kind,), repeated=True)
+            either = this_text or repeated
             if either is None or classic_trivial(record, either):
                 continue
             tensor = (pair(record).key_before if kind == "keys" else classic_tensor(record, kind)) or kind
-            values = [row.energy_32 if row else None for row in (repeated, own)]
-            lines.append(EnergyTriple(f"{name} · {kind}", tensor, values[0], values[1], honest_energy(record, kind)))
+            values = [row.energy_32 if row else None for row in (repeated, this_text)]
+            lines.append(EnergyTriple(f"{name} · {kind}", tensor, values[0], values[1], held_out_energy_32(record, kind)))
     return lines
 
 
@@ -178,7 +178,7 @@ class ModelPoint:
 
 
 def rank_points(records: list[ProbeRecord]) -> list[ModelPoint]:
-    """Effective rank ÷ width, mean over layers, of the tensors before rotation and of the latent."""
+    """Return the mean effective rank / width over layers for keys before rotation, values and the latent."""
     points = []
     for record, name in zip(records, short_names(records), strict=True):
         chosen = pair(record)
@@ -192,7 +192,7 @@ def rank_points(records: list[ProbeRecord]) -> list[ModelPoint]:
 
 
 def ratio_points(records: list[ProbeRecord]) -> list[ModelPoint]:
-    """K spread over V spread, geometric mean over layers, before rotation and as cached."""
+    """Return the geometric mean over layers of K spread / V spread, before rotation and as cached."""
     points = []
     for record, name in zip(records, short_names(records), strict=True):
         chosen = pair(record)

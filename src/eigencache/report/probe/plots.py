@@ -1,22 +1,15 @@
-"""Static figures whose titles name model, frame, centering and scope; drawing them leaves the user's matplotlib untouched.
+"""Static figures of probe records, drawn with matplotlib; their titles name model, frame, centering and scope.
 
-Only the object-oriented API is used: no `pyplot`, no backend, no change of `rcParams`. A number that the data cannot
-support is not drawn; panels that rest on little data say so.
+A number that the sample cannot support is not drawn; panels with too few independent vectors are marked.
 """
 
-import io
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from typing import TYPE_CHECKING, Any
 
-from eigencache.errors import OutputError
-from eigencache.records.base import write_whole
 from eigencache.records.probe import ProbeRecord
-from eigencache.report.core.lookup import layers_of, loud_warnings, pair
+from eigencache.report.core.drawing import FAINT, INK, dress, legend, new_figure
+from eigencache.report.core.lookup import all_warnings, layers_of, pair
 from eigencache.report.core.measured import ROOMY, short_names
 from eigencache.report.core.palette import LIGHT, SCALE, mark, tone
 from eigencache.report.core.series import (
@@ -35,64 +28,34 @@ from eigencache.report.core.series import (
     spreads,
 )
 
-FORMATS = (".png", ".svg", ".pdf")
-_INK, _FAINT = "#1b1f24", "#d8dbe0"
-_NOTHING = "the data cannot support this"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WITHHELD = "the sample cannot support this"
 
 
-def _heading(record: ProbeRecord, scope: str = "centered, heads of a layer joined") -> str:
-    warnings = len(loud_warnings(record))
+def _heading(record: ProbeRecord, scope: str = "centered, heads of a layer concatenated") -> str:
+    warnings = len(all_warnings(record))
     loud = f"\n{warnings} warning{'s' if warnings > 1 else ''}: see the table" if warnings else ""
     return f"{short_names([record])[0]} on {record.corpus.name}, {record.corpus.tokens:,} tokens; {scope}{loud}"
 
 
-def svg_of(figure: Figure, salt: str) -> str:
-    """A figure as an element that stands in a page; the same figure and salt give the same text."""
-    data = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(data, format="svg", metadata={"Date": None})
-    text = data.getvalue().decode()
-    return text[text.index("<svg") :]
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of so many inches, with a heading."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11, color=_INK)
-    return figure
-
-
-def dress(axes: Axes, title: str, x: str, y: str) -> None:
-    """Title, labels, light grid and readable sizes."""
-    axes.set_title(title, fontsize=10, color=_INK)
-    axes.set_xlabel(x, fontsize=9, color=_INK)
-    axes.set_ylabel(y, fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
-    axes.grid(True, color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _say(axes: Axes, words: str) -> None:
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=_INK)
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=INK)
 
 
 def _doubt(record: ProbeRecord, name: str) -> str:
-    """` !  0.4 vectors per dimension` for a title, where a layer rests on too little data."""
+    """Return a mark and the lowest support for a title, if a layer has too few independent vectors."""
     lowest = min((s.support for s in layers_of(record, name)), default=0.0)
     return f" !\n{lowest:.2g} independent vectors per dimension" if lowest < ROOMY else ""
 
 
-def legend(axes: Axes) -> None:
-    """A legend where something has a label."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
-
-
 def _draw_spectra(axes: Axes, record: ProbeRecord, name: str) -> None:
-    """λ / mean λ of every layer, dark to light, and the null of the layer that the least data stands behind."""
+    """Draw λ / mean λ, one line per layer, and the white-noise null of the layer with the lowest support."""
     spectra = layers_of(record, name)
+    import matplotlib
+
     shades = matplotlib.colormaps["viridis"]
     for position, s in enumerate(spectra):
         x, y = relative_eigenvalues(s)
@@ -101,17 +64,17 @@ def _draw_spectra(axes: Axes, record: ProbeRecord, name: str) -> None:
         axes.plot(x, y, color=shade, linewidth=1.2, label=f"layer {s.layer_idx}" if named else None)
         axes.plot(*held_out_eigenvalues(s), ".", color=shade, markersize=4)
     if spectra:
-        axes.plot([], [], ".", color=_INK, markersize=4, label="held out, mean per octave")
+        axes.plot([], [], ".", color=INK, markersize=4, label="held-out, mean per octave")
         x, y = relative_null(min(spectra, key=lambda s: s.support))
         if x:
-            axes.plot(x, y, ":", color=_INK, linewidth=1.2, label="white noise (Marchenko–Pastur)")
+            axes.plot(x, y, ":", color=INK, linewidth=1.2, label="white noise (Marchenko–Pastur)")
     axes.set(xscale="log", yscale="log", ylim=tuple(10.0**v for v in spectrum_range(record)))
-    dress(axes, f"{name}{_doubt(record, name)}", "component", "eigenvalue ÷ mean eigenvalue")
+    dress(axes, f"{name}{_doubt(record, name)}", "component", "eigenvalue / mean eigenvalue")
     legend(axes)
 
 
 def _draw_energy(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
-    """Energy@k averaged over layers: in-sample solid, held out dashed."""
+    """Draw energy@k averaged over layers: in-sample solid, held-out dashed."""
     drawn = False
     for name in names:
         for held_out in (False, True):
@@ -119,16 +82,18 @@ def _draw_energy(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
             if all(v is None for v in y):
                 continue
             drawn = True
-            label = f"{name}, held out" if held_out else f"{name}, in-sample"
+            label = f"{name}, held-out" if held_out else f"{name}, in-sample"
             style = {"linestyle": "--" if held_out else "-", "marker": mark(name), "markersize": 3.5}
             axes.plot(x, y, color=LIGHT[tone(name)], linewidth=1.4, label=label, **style)
     axes.set(xscale="log", ylim=(0, 1.02))
-    dress(axes, "energy, mean of layers", "k (components)", "share of energy in the leading k")
-    legend(axes) if drawn else _say(axes, _NOTHING)
+    dress(axes, "energy, mean over layers", "k (components)", "share of energy in the leading k")
+    legend(axes) if drawn else _say(axes, _WITHHELD)
 
 
 def _draw_spread(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
-    """Spread per layer on a log axis: max/min solid, 95th/5th percentile dashed."""
+    """Draw the spread by layer on a log axis: max/min solid, 95th/5th percentile dashed."""
+    from matplotlib.ticker import MaxNLocator
+
     for name in names:
         infinite = infinite_layers(record, name)
         label = f"{name}, max/min" + (f" (∞ in {len(infinite)} layers)" if infinite else "")
@@ -137,24 +102,24 @@ def _draw_spread(axes: Axes, record: ProbeRecord, names: list[str]) -> None:
         axes.plot(*spreads(record, name, robust=True), linestyle="--", label=f"{name}, p95/p5", alpha=0.8, **shape)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    dress(axes, "spread of standard deviations over raw dimensions", "layer", "largest ÷ smallest std")
+    dress(axes, "spread of standard deviations over raw dimensions", "layer", "largest / smallest std")
     legend(axes)
 
 
 def _draw_heads(figure: Figure, axes: Axes, chart: HeadMap, limits: tuple[float, float], bar: bool) -> None:
-    """Effective rank ÷ width, layer by head; `!` and `—` are written into the cells."""
+    """Draw effective rank / width by layer and head; cells show `!` (doubtful) and `—` (withheld)."""
     grid = [[float("nan") if v is None else v for v in row] for row in chart.values]
     image = axes.imshow(grid, cmap=SCALE, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
     for y, row in enumerate(chart.marks):
         for x, word in enumerate(row):
-            axes.text(x, y, word, ha="center", va="center", fontsize=8, color="#c2541b" if chart.values[y][x] else _INK)
+            axes.text(x, y, word, ha="center", va="center", fontsize=8, color="#c2541b" if chart.values[y][x] else INK)
     dress(axes, chart.name, "KV head", "layer")
     axes.grid(False)
     for axis, labels in ((axes.xaxis, chart.heads), (axes.yaxis, chart.layers)):
         step = max(1, len(labels) // 12)
         axis.set_ticks(range(0, len(labels), step), [str(v) for v in labels[::step]])
     if bar:
-        figure.colorbar(image, ax=axes, shrink=0.9).set_label("effective rank ÷ width", fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.9).set_label("effective rank / width", fontsize=9)
 
 
 def _spread_names(record: ProbeRecord) -> list[str]:
@@ -165,7 +130,7 @@ def _spread_names(record: ProbeRecord) -> list[str]:
 
 
 def plot_spectra(record: ProbeRecord) -> Figure:
-    """One panel per tensor: eigenvalues of every layer against the white-noise null."""
+    """Plot the eigenvalues of every layer and the white-noise null, one panel per tensor."""
     names = record.names
     figure = new_figure(max(6.0, 4.2 * len(names)), 4.2, f"Spectra: {_heading(record)}")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -174,20 +139,20 @@ def plot_spectra(record: ProbeRecord) -> Figure:
 
 
 def plot_energy(record: ProbeRecord) -> Figure:
-    """How much energy the leading k components hold, in-sample (solid) and on unseen sequences (dashed)."""
+    """Plot the energy of the leading k components, in-sample (solid) and held-out (dashed)."""
     figure = new_figure(7.5, 5, f"Energy: {_heading(record)}")
     _draw_energy(figure.subplots(), record, record.names)
     return figure
 
 
 def plot_heads(record: ProbeRecord) -> Figure:
-    """One heat map per tensor, all on one color scale."""
+    """Plot effective rank / width by layer and head, one heat map per tensor, all with one color scale."""
     maps = head_maps(record)
     figure = new_figure(
-        max(5.5, 3.6 * len(maps) + 0.8), 4.2, f"Effective rank ÷ width: {_heading(record, 'centered, per head')}"
+        max(5.5, 3.6 * len(maps) + 0.8), 4.2, f"Effective rank / width: {_heading(record, 'centered, per head')}"
     )
     if not maps:
-        _say(figure.subplots(), "no tensor of this record has heads of its own")
+        _say(figure.subplots(), "no tensor of this record has several heads")
         return figure
     for i, (axes, chart) in enumerate(zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True)):
         _draw_heads(figure, axes, chart, head_range(maps), bar=i == len(maps) - 1)
@@ -195,14 +160,14 @@ def plot_heads(record: ProbeRecord) -> Figure:
 
 
 def plot_spread(record: ProbeRecord) -> Figure:
-    """K against V per layer, before and after rotation."""
+    """Plot the spread of keys, before and after rotation, and of values by layer."""
     figure = new_figure(8, 5, f"Spread: {_heading(record)}")
     _draw_spread(figure.subplots(), record, _spread_names(record))
     return figure
 
 
 def plot_probe(record: ProbeRecord) -> Figure:
-    """The whole record on one sheet: spectra, energy, spread and heads."""
+    """Plot the whole record on one sheet: spectra, energy, spread and heads."""
     names, maps = record.names, head_maps(record)
     columns = max(2, len(names))
     figure = new_figure(4.2 * columns, 12.5 if maps else 8.6, _heading(record))
@@ -213,14 +178,14 @@ def plot_probe(record: ProbeRecord) -> Figure:
     _draw_energy(left, record, names)
     _draw_spread(right, record, _spread_names(record))
     if maps:
-        rows[2].suptitle("effective rank ÷ width, centered, per head", fontsize=10, color=_INK)
+        rows[2].suptitle("effective rank / width, centered, per head", fontsize=10, color=INK)
         for i, (axes, chart) in enumerate(zip(rows[2].subplots(1, len(maps), squeeze=False)[0], maps, strict=True)):
             _draw_heads(rows[2], axes, chart, head_range(maps), bar=i == len(maps) - 1)
     return figure
 
 
 def _draw_triples(axes: Axes, records: list[ProbeRecord]) -> None:
-    """A line per model and kind: repeated text ×, this text ○, held out before rotation ●."""
+    """Draw energy@32 per model and kind: repeated text ×, this text ○, held-out before rotation ●."""
     lines = energy_triples(records)
     styles = (
         ("x", "none", "four repeated sentences, in-sample, post-RoPE"),
@@ -228,18 +193,18 @@ def _draw_triples(axes: Axes, records: list[ProbeRecord]) -> None:
     )
     for y, line in enumerate(lines):
         color = LIGHT[tone(line.tensor)]
-        found = [v for v in (line.repeated, line.own, line.honest.value) if v is not None]
-        axes.plot([min(found, default=0), max(found, default=0)], [y, y], color=_FAINT, linewidth=3, zorder=1)
-        for value, (shape, face, label) in zip((line.repeated, line.own), styles, strict=True):
+        found = [v for v in (line.repeated, line.this_text, line.held_out.value) if v is not None]
+        axes.plot([min(found, default=0), max(found, default=0)], [y, y], color=FAINT, linewidth=3, zorder=1)
+        for value, (shape, face, label) in zip((line.repeated, line.this_text), styles, strict=True):
             if value is not None:
-                colors: dict[str, Any] = {"color": _INK} if shape == "x" else {"facecolors": face, "edgecolors": color}
+                colors: dict[str, Any] = {"color": INK} if shape == "x" else {"facecolors": face, "edgecolors": color}
                 axes.scatter([value], [y], marker=shape, s=40, zorder=2, label=label if y == 0 else None, **colors)
-        if line.honest.value is not None:
-            label = "held out, pre-RoPE" if y == 0 else None
-            axes.scatter([line.honest.value], [y], marker="o", s=40, color=color, zorder=3, label=label)
-    axes.set_yticks(range(len(lines)), [line.label + (" !" if line.honest.doubtful else "") for line in lines])
+        if line.held_out.value is not None:
+            label = "held-out, pre-RoPE" if y == 0 else None
+            axes.scatter([line.held_out.value], [y], marker="o", s=40, color=color, zorder=3, label=label)
+    axes.set_yticks(range(len(lines)), [line.label + (" !" if line.held_out.doubtful else "") for line in lines])
     axes.set(xlim=(0, 1.03), ylim=(len(lines) - 0.4, -1.2 - 0.25 * len(lines)))
-    dress(axes, "energy@32, mean of layers", "share of energy in the leading 32 components", "")
+    dress(axes, "energy@32, mean over layers", "share of energy in the leading 32 components", "")
     legend(axes) if lines else _say(axes, "no tensor is wider than 32")
 
 
@@ -261,35 +226,19 @@ def _draw_points(axes: Axes, records: list[ProbeRecord], points: list, title: st
 
 
 def plot_compare(records: list[ProbeRecord]) -> Figure:
-    """All models beside each other: energy@32 three ways, effective rank, and the spread of K against V."""
+    """Plot all models: energy@32 measured in three ways, effective rank, and the spread of K relative to V."""
     height = 2.6 + 0.42 * max(len(energy_triples(records)), len(records))
-    figure = new_figure(15, height, "Models compared: centered, heads of a layer joined")
+    figure = new_figure(15, height, "Models compared: centered, heads of a layer concatenated")
     first, second, third = figure.subplots(1, 3)
     _draw_triples(first, records)
-    _draw_points(second, records, rank_points(records), "effective rank, mean of layers", "effective rank ÷ width")
+    _draw_points(second, records, rank_points(records), "effective rank, mean over layers", "effective rank / width")
     second.set_xlim(0, 1.03)
     _draw_points(
-        third, records, ratio_points(records), "spread, geometric mean of layers", "K spread ÷ V spread (max/min of std)"
+        third, records, ratio_points(records), "spread, geometric mean over layers", "K spread / V spread (max/min of std)"
     )
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     third.set_xscale("log")
     third.xaxis.set_major_formatter(ScalarFormatter())
     third.xaxis.set_minor_formatter(NullFormatter())
     return figure
-
-
-def check_format(path: str | Path) -> str:
-    """The suffix of a file for a figure. Raises `OutputError` for one that figures are not written as."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise OutputError(
-            f"{path}: figures are written as {', '.join(FORMATS)}, not as {suffix or 'a file without a suffix'}"
-        )
-    return suffix
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure completely or not at all, in the format of its suffix. Raises `OutputError`."""
-    suffix = check_format(path)
-    rendered = io.BytesIO()
-    figure.savefig(rendered, format=suffix[1:])
-    write_whole(path, rendered.getvalue())

@@ -1,4 +1,4 @@
-"""What codecs do to what a model says, as tables: likelihood, generation, retrieval, bytes."""
+"""Tables of an evaluation: likelihood, generation, retrieval, and bytes."""
 
 from eigencache.records.bench import BenchRecord
 from eigencache.records.quality import EvaluationRecord
@@ -8,7 +8,7 @@ from eigencache.report.quality.sweep_table import interval_cell
 
 
 def evaluation_tables(record: EvaluationRecord) -> list[Table]:
-    """Every part that was measured, likelihood first."""
+    """Return the tables of all parts that were measured."""
     tables = [likelihood_table(record)]
     if record.divergence:
         tables.append(divergence_table(record))
@@ -18,8 +18,8 @@ def evaluation_tables(record: EvaluationRecord) -> list[Table]:
 
 
 def likelihood_table(record: EvaluationRecord) -> Table:
-    """One row per protocol and codec."""
-    columns = ("Codec", "Read", "Ratio", "ΔNLL (nats)", "Δ perplexity", "KL (nats)", "Top-1")
+    """Return one row per protocol and codec: ratio, ΔNLL, perplexity, KL, top-1 agreement."""
+    columns = ("Codec", "Protocol", "Ratio", "ΔNLL (nats)", "Δ perplexity", "KL (nats)", "Top-1")
     rows = tuple(
         (
             quality.codec,
@@ -35,16 +35,16 @@ def likelihood_table(record: EvaluationRecord) -> Table:
     )
     notes = (
         f"{record.corpus.name}; basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
-        "Ratio: 16-bit bytes of what was held encoded over the bytes held for it, the basis apart. "
-        "Intervals: 95 %, bootstrap over sequences, paired.",
+        "Ratio = bytes of the compressed tokens in 16 bits / bytes of them compressed. The basis is stored once and not "
+        "included. Intervals: 95 %, paired bootstrap over sequences.",
     )
     warnings = tuple(record.warnings)
-    return Table(f"{record.model.name}: likelihood through the cache", columns, rows, notes, warnings, frozenset({"Read"}))
+    return Table(f"{record.model.name}: likelihood", columns, rows, notes, warnings, frozenset({"Protocol"}), 2)
 
 
 def divergence_table(record: EvaluationRecord | BenchRecord) -> Table:
-    """How long greedy generation stays what it was."""
-    columns = ("Codec", "Prompts", "New tokens", "Tokens until parting", "median", "Agreement", "Never parted")
+    """Return how long greedy generation equals that of the uncompressed cache."""
+    columns = ("Codec", "Prompts", "New tokens", "Equal tokens, mean", "Equal tokens, median", "Agreement", "All equal")
     rows = tuple(
         (
             one.codec,
@@ -57,11 +57,15 @@ def divergence_table(record: EvaluationRecord | BenchRecord) -> Table:
         )
         for one in record.divergence
     )
-    return Table(f"{record.model.name}: greedy generation", columns, rows)
+    notes = (
+        "Equal tokens: before the first that differs from the uncompressed generation. Agreement: share of equal tokens. "
+        "All equal: prompts whose generations do not differ.",
+    )
+    return Table(f"{record.model.name}: greedy generation", columns, rows, notes)
 
 
 def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
-    """Exact answers; a task that the model cannot do uncompressed is not applicable."""
+    """Return the share of exact answers; a task that the model fails with the uncompressed cache is not applicable."""
     compared = record.ledgers if isinstance(record, EvaluationRecord) else [one.codec for one in record.divergence]
     codecs = list(dict.fromkeys([*compared, *(result.codec for one in record.retrieval for result in one.results)]))
     columns = ("Task", "Context", "Depth", "Uncompressed", *codecs)
@@ -72,13 +76,13 @@ def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
         cells = [found.get(codec, "not applicable") for codec in codecs]
         rows.append((one.task, f"{one.length}", depth, f"{one.uncompressed.accuracy:.2f}", *cells))
     examples = record.retrieval[0].uncompressed.examples
-    notes = (f"Share of {examples} examples with every token of the answer ranked first.",)
-    return Table(f"{record.model.name}: retrieval", columns, tuple(rows), notes)
+    notes = (f"Share of {examples} examples whose answer tokens are all predicted as the most likely token.",)
+    return Table(f"{record.model.name}: retrieval", columns, tuple(rows), notes, identity=3)
 
 
 def ledger_table(record: EvaluationRecord) -> Table:
-    """Bytes of one sequence as the context grows."""
-    columns = ("Codec", "Context", "16 bit", "Held", "Basis, once", "Ratio", "Ratio with basis")
+    """Return the bytes of one sequence by codec and context length."""
+    columns = ("Codec", "Context", "16-bit bytes", "Bytes", "Basis bytes", "Ratio", "Ratio with basis")
     rows = tuple(
         (
             name if index == 0 else "",
@@ -92,4 +96,4 @@ def ledger_table(record: EvaluationRecord) -> Table:
         for name, ledger in record.ledgers.items()
         for index, row in enumerate(ledger)
     )
-    return Table(f"{record.model.name}: bytes of one sequence", columns, rows)
+    return Table(f"{record.model.name}: bytes of one sequence", columns, rows, identity=2)

@@ -1,11 +1,11 @@
-"""How well models predict, as a table."""
+"""The table of model quality: held-out loss and copy accuracy."""
 
 from eigencache.records.probe import ScoreRecord
 from eigencache.report.core.table import Table
 
 
 def score_table(records: list[ScoreRecord]) -> Table:
-    """One row per model: held-out loss in nats per token, by position, and copy accuracy; the text is named below."""
+    """Return one row per model: held-out loss in nats per token, also by position, and copy accuracy."""
     positions = sorted({end for record in records for end in record.loss_by_position})
     starts = dict(zip(positions, [0, *positions], strict=False))
     columns = ("Model", "Loss (nats/token)", *(f"Loss at {starts[end]}–{end}" for end in positions), "Copy accuracy")
@@ -19,4 +19,4 @@ def score_table(records: list[ScoreRecord]) -> Table:
         for record in records
     )
     texts = {f"{r.corpus.name}, {r.corpus.tokens:,} tokens in {r.corpus.sequences} sequences" for r in records}
-    return Table("Does the model predict?", columns, rows, notes=tuple(sorted(texts)))
+    return Table("Prediction quality of the models", columns, rows, notes=tuple(sorted(texts)))

@@ -1,48 +1,53 @@
-"""Quality against rank and against bytes, one line per way of compressing, intervals drawn."""
+"""The figure of a sweep: perplexity increase by rank and by ratio, one line per series."""
+
+from __future__ import annotations
 
 from math import expm1
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from eigencache.records.quality import SweepPoint, SweepRecord, SweepSeries
-from eigencache.report.probe.plots import dress, new_figure
+from eigencache.report.core.drawing import dress, new_figure
 from eigencache.report.quality.sweep_table import LIMITS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _COLORS = ("#1f5fbf", "#1a7f5a", "#c2541b", "#7a4fb5", "#a8336e", "#0b7a8f", "#7d6a1c", "#6a737d")
-_MARKS = "o^sDvPX*"
+_MARKERS = "o^sDvPX*"
 
 
 def plot_sweep(record: SweepRecord) -> Figure:
-    """Perplexity increase against the share of the full rank, and against the ratio of all bytes."""
+    """Plot the perplexity increase with 95 % intervals by share of the full rank, and by ratio of the whole cache."""
     title = f"{record.model.name} on {record.corpus.name}: {record.protocol.describe()}"
     figure = new_figure(11, 5.2, title)
-    ranks, ratios = figure.subplots(1, 2, sharey=True)
+    by_rank, by_ratio = figure.subplots(1, 2, sharey=True)
     for index, series in enumerate(record.series):
-        _line(ranks, series, index, [point.rank / series.width for point in series.points])
-        _line(ratios, series, index, [point.quality.compression_ratio for point in series.points])
-    dress(ranks, "against rank", "rank, share of the full width", "perplexity increase (%)")
-    dress(ratios, "against bytes", "16-bit bytes of the whole cache / bytes held", "")
-    for axes in (ranks, ratios):
+        _draw(by_rank, series, index, [point.rank / series.width for point in series.points])
+        _draw(by_ratio, series, index, [point.quality.compression_ratio for point in series.points])
+    dress(by_rank, "by rank", "rank / full rank", "perplexity increase (%)")
+    dress(by_ratio, "by ratio", "bytes of the 16-bit cache / bytes of the compressed cache", "")
+    for axes in (by_rank, by_ratio):
         axes.set_yscale("symlog", linthresh=1)
         for limit in LIMITS:
             axes.axhline(100 * limit, color="#6a737d", linewidth=0.8, linestyle=":")
-    figure.legend(*ranks.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    handles = by_rank.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def _line(axes: Axes, series: SweepSeries, index: int, x: list[float]) -> None:
-    color, mark = _COLORS[index % len(_COLORS)], _MARKS[index % len(_MARKS)]
+def _draw(axes: Axes, series: SweepSeries, index: int, x: list[float]) -> None:
+    color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
     y = [100 * point.quality.perplexity_increase for point in series.points]
     bars = [_bar(point) for point in series.points]
     below, above = ([bar[i] for bar in bars] for i in (0, 1))
     axes.errorbar(
-        x, y, yerr=(below, above), color=color, marker=mark, markersize=4, linewidth=1.2, capsize=2, label=series.name
+        x, y, yerr=(below, above), color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2, label=series.name
     )
 
 
 def _bar(point: SweepPoint) -> tuple[float, float]:
-    """How far the interval reaches below and above the point, in per cent of perplexity."""
+    """Return the length of the interval below and above the point, in per cent of perplexity."""
     quality = point.quality
     if quality.delta_nll_interval is None:
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""What ranks cost, as tables: every point, and how far each way of compressing may go before perplexity moves."""
+"""Tables of a sweep: every point, and the largest ratio of every series within a perplexity increase."""
 
 from collections.abc import Sequence
 from math import inf, log1p
@@ -7,11 +7,11 @@ from eigencache.records.quality import Quality, SweepPoint, SweepRecord, SweepSe
 from eigencache.report.core.measured import ABSENT
 from eigencache.report.core.table import Table
 
-LIMITS = (0.01, 0.05)  # of perplexity
+LIMITS = (0.01, 0.05)  # perplexity increase, a share
 
 
 def interval_cell(quality: Quality) -> str:
-    """`0.012 [0.008, 0.016]`; without an interval the number alone."""
+    """Return ΔNLL with its interval: `0.0120 [0.0080, 0.0160]`; without an interval the number alone."""
     if quality.delta_nll_interval is None:
         return f"{quality.delta_nll:.4f}"
     low, high = quality.delta_nll_interval
@@ -19,7 +19,7 @@ def interval_cell(quality: Quality) -> str:
 
 
 def sweep_table(record: SweepRecord) -> Table:
-    """One row per series and rank: bytes, loss with interval, KL, agreement."""
+    """Return one row per series and rank: ratios, loss with interval, KL, top-1 agreement."""
     columns = ("Compressed", "Rank", "Ratio K+V", "Ratio of target", "ΔNLL (nats)", "Δ perplexity", "KL (nats)", "Top-1")
     rows = [
         (
@@ -35,25 +35,31 @@ def sweep_table(record: SweepRecord) -> Table:
         for series in record.series
         for index, point in enumerate(series.points)
     ]
-    title = f"{record.model.name}: quality through the cache against rank"
-    return Table(title, columns, tuple(rows), notes=sweep_notes(record), warnings=tuple(record.warnings))
+    title = f"{record.model.name}: loss by rank"
+    return Table(title, columns, tuple(rows), notes=sweep_notes(record), warnings=tuple(record.warnings), identity=2)
 
 
 def sweep_notes(record: SweepRecord) -> tuple[str, ...]:
-    """How the figures came about, for the foot of a table."""
+    """Return the notes of a sweep: text, protocol, calibration, and definitions."""
     scored = record.series[0].points[0].quality
-    cached = "latent and rotary key" if record.model.geometry.mla else "K and V"
+    cached = "latent and rotary key" if record.model.geometry.mla else "keys and values"
     return (
         f"{record.corpus.name}: {scored.tokens:,} tokens scored in {scored.sequences} sequences, "
         f"{record.uncompressed_nll:.4f} nats per token uncompressed; {record.protocol.describe()}.",
         f"Basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
-        f"Ratio: 16-bit bytes of {cached} over the bytes held, what is not compressed included, the basis apart. "
-        "Intervals: 95 %, bootstrap over sequences, paired.",
+        f"Ratio = bytes of the 16-bit cache ({cached}) / bytes of the cache with the target compressed. The basis is stored "
+        "once and not included. Intervals: 95 %, paired bootstrap over sequences.",
     )
 
 
 def furthest(points: Sequence[SweepPoint], limit: float, certain: bool) -> SweepPoint | None:
-    """The smallest of the points within a perplexity increase; `certain`: by the upper end of the interval."""
+    """Return the point with the largest ratio within a perplexity increase; None if no point is.
+
+    Args:
+        points: Points of one series or several.
+        limit: Perplexity increase, a share.
+        certain: Compare the upper end of the 95 % interval instead of the estimate.
+    """
 
     def loss(quality: Quality) -> float:
         if not certain:
@@ -65,10 +71,10 @@ def furthest(points: Sequence[SweepPoint], limit: float, certain: bool) -> Sweep
 
 
 def safety_table(record: SweepRecord) -> Table:
-    """How far each series may go: the largest measured ratio within +1 % and +5 % perplexity, by value and for certain."""
+    """Return the largest measured ratio of every series within +1 % and +5 % perplexity, by estimate and by interval."""
     columns = ["Compressed"]
     for limit in LIMITS:
-        columns += [f"Ratio within +{100 * limit:.0f} %", f"for certain +{100 * limit:.0f} %"]
+        columns += [f"Estimate within +{100 * limit:.0f} %", f"Upper end within +{100 * limit:.0f} %"]
     rows = []
     for series in record.series:
         cells = [series.name]
@@ -76,10 +82,10 @@ def safety_table(record: SweepRecord) -> Table:
             cells += [_cell(series, limit, certain) for certain in (False, True)]
         rows.append(tuple(cells))
     notes = (
-        "Ratio of K+V together (of the target alone) at the rank; only ranks that were measured. "
-        "For certain: the upper end of the 95 % interval is within the limit.",
+        "Cells: largest ratio of the whole cache (of the target alone), and its rank, among the measured ranks, with a "
+        "perplexity increase within the limit. Upper end: of the 95 % interval.",
     )
-    title = f"{record.model.name}: how far compression is safe"
+    title = f"{record.model.name}: largest ratio within a perplexity increase"
     return Table(title, tuple(columns), tuple(rows), notes=notes)
 
 

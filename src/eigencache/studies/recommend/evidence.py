@@ -80,7 +80,7 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
         ),
         Evidence(
             claim="the basis, stored once and not included in the ratio",
-            figure=f"{quality.basis_nbytes:,} bytes, break-even context {chosen.paid_back_tokens:,} tokens",
+            figure=f"{quality.basis_nbytes:,} bytes, break-even context {chosen.break_even_context:,} tokens",
             source="nbytes of means, encoders and decoders",
         ),
     ]

@@ -1,10 +1,11 @@
-"""Keys or values to packed bytes on a GPU in one pass: projected, quantized and packed, with nothing between in memory.
+"""Encode keys or values to packed bytes on a GPU in one pass: project, quantize and pack without intermediate results.
 
-One program packs the blocks of a bundle one at a time: integers that share bytes are made beside each other from rows of the
-encoder, in float32 by three products of tf32 (Ampere and later). What turns with positions is taken out from the angles of
-a block's first token and a table of its 64.
+One program packs one block of one bundle. It computes integers that share bytes together, in the precision of float32 by
+three products in tf32 (Ampere and later). A rotated mean is subtracted, computed from the angles of the block's first token
+and a table of its 64 tokens.
 """
-# What a kernel is called with is not what its parameters are inside of it.
+
+# Triton specializes arguments, so the checker sees the wrong types here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
@@ -21,7 +22,7 @@ from eigencache.kernels.packed.triton.tiles import padded
 from eigencache.modes import constant
 
 _BLOCK = tl.constexpr(BLOCK)
-_ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken away again: the next integer, of two the even one
+_ROUND = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds to the nearest integer, ties to even
 
 
 def encode(
@@ -30,9 +31,9 @@ def encode(
     encoder: Tensor,
     widths: tuple[Widths, ...],
     six: tuple[int, ...] = (),
-    turned: RotatedMean | None = None,
+    rotated_mean: RotatedMean | None = None,
 ) -> Tensor:
-    """As `reference.encode`: the same integers but where a sum in float32 is next to a half."""
+    """Return the result of `reference.encode`; integers may differ by one where a sum in float32 is near a half."""
     batch, _, tokens, dim = x.shape
     blocks, bundles = tokens // BLOCK, len(widths)
     out = torch.empty(batch, blocks, sum(w.nbytes for w in widths), dtype=torch.uint8, device=x.device)
@@ -40,15 +41,17 @@ def encode(
         return out
     inner = encoder.shape[2]
     tensors = [t.float().contiguous() for t in (mean, encoder)]
-    parts = (None,) * 4 if turned is None else (turned.still, turned.quarter, turned.starts, turned.table)
-    turns = [None if t is None else t.contiguous() for t in parts]
+    mean_parts: tuple[Tensor | None, ...] = (None,) * 4
+    if rotated_mean is not None:
+        mean_parts = rotated_mean.still, rotated_mean.quarter, rotated_mean.starts, rotated_mean.table
+    factors = [None if t is None else t.contiguous() for t in mean_parts]
     sizes = blocks, bundles, inner, dim, batch * blocks * dim, encoder.shape[1]
-    wide = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)  # instructions of four warps
+    wide = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)  # products of four warps (wgmma)
     constants = {"K": min(64, padded(inner)), "R": 64 if wide else 32, "num_warps": 4, "num_stages": 1}
     counts = _counts(widths, six, x.device)
     with torch.cuda.device_of(x):
         _encode[(batch * bundles * blocks,)](
-            x, *tensors, counts, *turns, out, *x.stride(), *out.stride()[:2], *sizes, **constants
+            x, *tensors, counts, *factors, out, *x.stride(), *out.stride()[:2], *sizes, **constants
         )
     return out
 
@@ -56,17 +59,17 @@ def encode(
 @lru_cache(maxsize=1024)
 @constant
 def _counts(widths: tuple[Widths, ...], six: tuple[int, ...], device: torch.device) -> Tensor:
-    """Per bundle [bundles, 5] int32: its first byte in a block, coefficients of 8, of 4, of 2 and of 6 bits."""
-    found, at = [], 0
-    for w, both in zip(widths, six or (0,) * len(widths), strict=True):
-        found.append((at, w.eight, w.four, w.two, both))
-        at += w.nbytes
-    return torch.tensor(found, dtype=torch.int32, device=device)
+    """Return, per bundle, its first byte in a block and its coefficients of 8, 4, 2 and 6 bits, int32 [bundles, 5]."""
+    counts, first_byte = [], 0
+    for w, six_bits in zip(widths, six or (0,) * len(widths), strict=True):
+        counts.append((first_byte, w.eight, w.four, w.two, six_bits))
+        first_byte += w.nbytes
+    return torch.tensor(counts, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _high(x):
-    """What of x a tensor core takes for tf32: sign, exponent and 10 bits."""
+    """Return x truncated to tf32: sign, exponent and 10 bits of the mantissa."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
@@ -76,7 +79,7 @@ def _integers(
     token_stride, head_stride, dim_stride, inner, dim, starts_size,
     K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Integers [R, 64] of rows of the encoder, of one block; rows from `six` to `six_stop` are digits of 6 bits."""
+    """Compute the integers [R, 64] of rows of the encoder for one block; rows `six` … `six_stop` are digits of 6 bits."""
     t = tl.arange(0, _BLOCK)
     y = tl.zeros((R, _BLOCK), tl.float32)
     for first in range(0, inner, K):
@@ -93,9 +96,9 @@ def _integers(
             b = tl.load(quarter + k, mask=k < inner, other=0.0)
             cos = tl.load(starts + number, mask=k < inner, other=0.0)
             sin = tl.load(starts + starts_size + number, mask=k < inner, other=0.0)
-            at = (number * _BLOCK)[:, None] + t[None, :]
-            z -= (a * cos + b * sin)[:, None] * tl.load(table + at, mask=(k < inner)[:, None], other=0.0)
-            z -= (b * cos - a * sin)[:, None] * tl.load(table + dim * _BLOCK + at, mask=(k < inner)[:, None], other=0.0)
+            offset = (number * _BLOCK)[:, None] + t[None, :]
+            z -= (a * cos + b * sin)[:, None] * tl.load(table + offset, mask=(k < inner)[:, None], other=0.0)
+            z -= (b * cos - a * sin)[:, None] * tl.load(table + dim * _BLOCK + offset, mask=(k < inner)[:, None], other=0.0)
         e = tl.load(
             encoder + row[:, None] * inner + k[None, :], mask=(row < rows)[:, None] & (k < inner)[None, :], other=0.0
         )
@@ -118,7 +121,7 @@ def _encode(
     blocks, bundles, inner, dim, starts_size, most,
     K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """One block of one bundle: bytes of 8, of 4 and of 2 bits, each in turn."""
+    """Encode one block of one bundle: byte rows of 8 bits, then of 4 bits, then of 2 bits."""
     block = tl.program_id(0) % blocks
     bundle = tl.program_id(0) // blocks % bundles
     batch = (tl.program_id(0) // blocks // bundles).to(tl.int64)
@@ -131,8 +134,8 @@ def _encode(
         quarter += bundle * inner
         starts += (batch * blocks + block) * dim
     out += batch * out_batch_stride + block * out_block_stride.to(tl.int64) + tl.load(counts + 5 * bundle)
-    both = tl.load(counts + 5 * bundle + 4)
-    six = tl.load(counts + 5 * bundle + 1) + tl.load(counts + 5 * bundle + 2) - both
+    six_bits = tl.load(counts + 5 * bundle + 4)
+    six = tl.load(counts + 5 * bundle + 1) + tl.load(counts + 5 * bundle + 2) - six_bits
     coefficient = 0
     t = tl.arange(0, _BLOCK)
     for width in tl.static_range(3):
@@ -145,8 +148,8 @@ def _encode(
             for part in tl.static_range(1 << width):
                 begin = coefficient + part * rows
                 u = _integers(
-                    x, mean, encoder, still, quarter, starts, table, begin + row, begin + rows, bits, six, six + 2 * both,
-                    token_stride, head_stride, dim_stride, inner, dim, starts_size, K, R,
+                    x, mean, encoder, still, quarter, starts, table, begin + row, begin + rows, bits, six,
+                    six + 2 * six_bits, token_stride, head_stride, dim_stride, inner, dim, starts_size, K, R,
                 )  # fmt: skip
                 packed |= u << (part * bits)
             tl.store(out + row[:, None] * _BLOCK + t[None, :], packed.to(tl.uint8), mask=(row < rows)[:, None])

@@ -1,8 +1,10 @@
-"""Logits and sums of packed blocks by themselves, as in `kernels/packed/reference.py`: where a mask comes between.
+"""Logits and weighted sums as separate launches, for attention whose mask is not a range of tokens.
 
-Queries and weights of float32 are the sum of two halves, as exact as float32; those of 16 bits are one half.
+Queries and weights in float32 become sums of two float16 numbers, which keeps the precision of float32; those in 16 bits
+become one float16 number.
 """
-# What a kernel is called with is not what its parameters are inside of it.
+
+# Triton specializes arguments, so the checker sees the wrong types here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -12,58 +14,58 @@ import triton.language as tl
 from torch import Tensor
 
 from eigencache.kernels.packed.format import BLOCK, Widths, most_coefficients
-from eigencache.kernels.packed.triton.queries import prepared
+from eigencache.kernels.packed.triton.queries import prepare_queries
 from eigencache.kernels.packed.triton.tiles import (
     UNIT,
+    accumulate,
+    add_products,
     halves,
     integers,
     load_halves,
     load_words,
     places,
     power_below,
-    products,
-    weighed,
     words_of,
 )
 
 _BLOCK = tl.constexpr(BLOCK)
-_EACH = 16  # blocks of a program
+_BLOCKS = 16  # blocks of a program
 
 
 def logits(packed: Tensor, widths: tuple[Widths, ...], queries: Tensor) -> Tensor:
-    """As `reference.logits`."""
+    """Return the result of `reference.logits`."""
     batch, bundles, rows, _ = queries.shape
     blocks, tile = packed.shape[1], _row_tile(rows)
-    found = torch.empty(batch, bundles, rows, blocks * BLOCK, device=packed.device)
-    if not found.numel():
-        return found
+    out = torch.empty(batch, bundles, rows, blocks * BLOCK, device=packed.device)
+    if not out.numel():
+        return out
     words, place = words_of(packed), places(widths, 1, packed.device)
-    grid = (batch * bundles * triton.cdiv(rows, tile), triton.cdiv(blocks, _EACH))
-    ready = prepared(queries, place, _exact(queries))
-    tensors = words, place, ready.halves, ready.slope, ready.added, found
-    sizes = bundles, rows, words.stride(0), words.shape[2], blocks, _EACH
+    grid = (batch * bundles * triton.cdiv(rows, tile), triton.cdiv(blocks, _BLOCKS))
+    ready = prepare_queries(queries, place, _exact(queries))
+    tensors = words, place, ready.halves, ready.slope, ready.added, out
+    sizes = bundles, rows, words.stride(0), words.shape[2], blocks, _BLOCKS
     constants = {"M": tile, "C": place.shape[1], "TERMS": 1 + _exact(queries), "num_warps": _warps(tile)}
     with torch.cuda.device_of(packed):
         _logits[grid](*tensors, *sizes, **constants)
-    return found
+    return out
 
 
 def sums(packed: Tensor, widths: tuple[Widths, ...], weights: Tensor) -> Tensor:
-    """As `reference.sums`."""
+    """Return the result of `reference.sums`."""
     batch, bundles, rows, _ = weights.shape
     blocks, tile, most = packed.shape[1], _row_tile(rows), most_coefficients(widths)
-    splits = triton.cdiv(blocks, _EACH)
-    found = torch.empty(splits, batch, bundles, rows, most, device=packed.device)
-    if not found.numel():
-        return found.new_zeros(batch, bundles, rows, most)
+    splits = triton.cdiv(blocks, _BLOCKS)
+    out = torch.empty(splits, batch, bundles, rows, most, device=packed.device)
+    if not out.numel():
+        return out.new_zeros(batch, bundles, rows, most)
     words, place = words_of(packed), places(widths, 1, packed.device)
     largest = weights.abs().amax(-1).float()
     grid = (batch * bundles * triton.cdiv(rows, tile), splits)
-    sizes = bundles, rows, most, words.stride(0), words.shape[2], blocks, _EACH
+    sizes = bundles, rows, most, words.stride(0), words.shape[2], blocks, _BLOCKS
     constants = {"M": tile, "C": place.shape[1], "TERMS": 1 + _exact(weights), "num_warps": _warps(tile)}
     with torch.cuda.device_of(packed):
-        _sums[grid](words, place, weights.contiguous(), largest, found, *sizes, **constants)
-    return found[0] if splits == 1 else found.sum(0)
+        _sums[grid](words, place, weights.contiguous(), largest, out, *sizes, **constants)
+    return out[0] if splits == 1 else out.sum(0)
 
 
 def _row_tile(rows: int) -> int:
@@ -83,12 +85,12 @@ def _logits(
     words, place, queries, slopes, added, out, bundles, rows, batch_stride, stride, blocks, each,
     M: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """`out` [items, rows, tokens] of `queries` [terms, items, rows, C]: one item, M rows and `each` blocks."""
+    """Store logits `out` [items, rows, tokens] of `queries` [terms, items, rows, C]: one item, M rows, `each` blocks."""
     tiles = tl.cdiv(rows, M)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * M + tl.arange(0, M)
     begin = tl.program_id(1) * each
-    own = tl.load(place + item % bundles * C + tl.arange(0, C))
+    bundle = tl.load(place + item % bundles * C + tl.arange(0, C))
     q = load_halves(queries + item * rows * C, row, rows, C, 0)
     q_low = q
     if TERMS == 2:
@@ -98,8 +100,8 @@ def _logits(
     base = words + item // bundles * batch_stride + begin.to(tl.int64) * stride
     out += (item * rows + row)[None, :] * blocks * _BLOCK + begin * _BLOCK + tl.arange(0, _BLOCK)[:, None]
     for _ in range(begin, tl.minimum(begin + each, blocks)):
-        u = integers(load_words(base, own, 1, stride, 1), own, True)
-        x = products(u, q, q_low, tl.zeros((_BLOCK, M), tl.float32), TERMS, 0)
+        u = integers(load_words(base, bundle, 1, stride, 1), bundle, True)
+        x = add_products(u, q, q_low, tl.zeros((_BLOCK, M), tl.float32), TERMS, 0)
         tl.store(out, x * slope[None, :] + raised[None, :], mask=(row < rows)[None, :])
         base += stride
         out += _BLOCK
@@ -110,13 +112,13 @@ def _sums(
     words, place, weights, largest, out, bundles, rows, most, batch_stride, stride, blocks, each,
     M: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """`out` [splits, items, rows, most] of `weights` [items, rows, tokens]: one item, M rows and `each` blocks."""
+    """Store sums `out` [splits, items, rows, most] of `weights` [items, rows, tokens]: one item, M rows, `each` blocks."""
     tiles = tl.cdiv(rows, M)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0) % tiles * M + tl.arange(0, M)
     begin = tl.program_id(1) * each
     c = tl.arange(0, C)
-    own = tl.load(place + item % bundles * C + c)
+    bundle = tl.load(place + item % bundles * C + c)
     power, inverse = power_below(tl.load(largest + item * rows + row, mask=row < rows, other=0.0))
     base = words + item // bundles * batch_stride + begin.to(tl.int64) * stride
     weights += (item * rows + row)[None, :] * blocks * _BLOCK + begin * _BLOCK + tl.arange(0, _BLOCK)[:, None]
@@ -124,13 +126,13 @@ def _sums(
     for _ in range(begin, tl.minimum(begin + each, blocks)):
         a = tl.load(weights, mask=(row < rows)[None, :], other=0.0).to(tl.float32)
         high, low, _ = halves(a * inverse[None, :])
-        u = integers(load_words(base, own, 1, stride, 1), own, True)
-        acc = weighed(u, high, low, acc, TERMS, 0)
+        u = integers(load_words(base, bundle, 1, stride, 1), bundle, True)
+        acc = accumulate(u, high, low, acc, TERMS, 0)
         base += stride
         weights += _BLOCK
-    at = (tl.program_id(1) * (tl.num_programs(0) // tiles) + item) * rows + row
+    position = (tl.program_id(1) * (tl.num_programs(0) // tiles) + item) * rows + row
     tl.store(
-        out + at[None, :] * most + c[:, None],
+        out + position[None, :] * most + c[:, None],
         acc * (power * UNIT)[None, :],
         mask=(c < most)[:, None] & (row < rows)[None, :],
     )

@@ -1,5 +1,10 @@
-"""Queries brought to halves once for all that read them: between powers of two, with what rounding takes from all tokens."""
-# What a kernel is called with is not what its parameters are inside of it.
+"""Convert queries to float16 once for all programs that read them.
+
+Every row is scaled to a power of two. The rounding error, multiplied by the middle of every integer's range, is the same for
+all tokens and is added back to the logits.
+"""
+
+# Triton specializes arguments, so the checker sees the wrong types here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -14,11 +19,16 @@ from eigencache.kernels.packed.triton.tiles import UNIT, halves, power_below
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """A logit is `slope` · Σ_i (halves_i · integers read as halves) + `added`.
+class PreparedQueries:
+    """Queries as float16: a logit is `slope` · Σ_i (halves_i · u_i read as float16) + `added`.
 
-    `halves` [terms, items, rows, padded coefficients], `others` alike of a second store or None; `slope`, `added`
-    [items, rows] float32. An item is a bundle of a sequence.
+    An item is a bundle of a sequence.
+
+    Attributes:
+        halves: float16 [terms, items, rows, padded coefficients]; the terms of a query add up to it.
+        others: the same for the queries of rotary keys, or None.
+        slope: float32 [items, rows].
+        added: float32 [items, rows].
     """
 
     halves: Tensor
@@ -27,37 +37,43 @@ class Prepared:
     added: Tensor
 
 
-def prepared(
+def prepare_queries(
     queries: Tensor,
     places: Tensor,
     exact: bool,
     others: Tensor | None = None,
     other_places: Tensor | None = None,
     constant: Tensor | None = None,
-) -> Prepared:
-    """Queries [batch, bundles, rows, most] as one half each, or as two, if `exact`, without a shift of all logits.
+) -> PreparedQueries:
+    """Convert queries to float16.
 
-    An integer lies around the middle of its range; what a rounded query misses there is added to the constant.
+    Args:
+        queries: [batch, bundles, rows, most] queries.
+        places: of `tiles.places`, of the coefficients of `queries`.
+        exact: True represents a query by the sum of two float16 numbers, False by one.
+        others: [batch, bundles, rows, most] queries of rotary keys, or None.
+        other_places: places of the coefficients of `others`.
+        constant: [batch, bundles, rows] added to all logits of a row, or None.
     """
     batch, bundles, rows, most = queries.shape
     terms, items, size = 1 + exact, batch * bundles, places.shape[1]
-    found = torch.empty(terms, items, rows, size, dtype=torch.float16, device=queries.device)
+    first = torch.empty(terms, items, rows, size, dtype=torch.float16, device=queries.device)
     slope, added = torch.empty(2, items, rows, device=queries.device).unbind()
     second, other_size, other_most = None, 16, 0
     if others is not None and other_places is not None:
         other_size, other_most = other_places.shape[1], others.shape[3]
-        second = found.new_empty(terms, items, rows, other_size)
-    given = [None if x is None else x.contiguous() for x in (queries, others, constant)]
+        second = first.new_empty(terms, items, rows, other_size)
+    inputs = [None if x is None else x.contiguous() for x in (queries, others, constant)]
     sizes = rows, bundles, most, other_most
     constants = {"C": size, "V": other_size, "TERMS": terms, "num_warps": 1}
     with torch.cuda.device_of(queries):
-        _prepare[(items * rows,)](*given, places, other_places, found, second, slope, added, *sizes, **constants)
-    return Prepared(found, second, slope, added)
+        _prepare[(items * rows,)](*inputs, places, other_places, first, second, slope, added, *sizes, **constants)
+    return PreparedQueries(first, second, slope, added)
 
 
 @triton.jit
 def _load(queries, places, row, unit, most, C: tl.constexpr):
-    """A row of queries and the bits of its coefficients: nothing beyond the last one."""
+    """Load a row of queries and the bits of its coefficients; zeros beyond the last coefficient."""
     c = tl.arange(0, C)
     bits = (tl.load(places + unit * C + c) >> 4) & 15
     return tl.load(queries + row * most + c, mask=(c < most) & (bits > 0), other=0.0).to(tl.float32), bits
@@ -65,7 +81,7 @@ def _load(queries, places, row, unit, most, C: tl.constexpr):
 
 @triton.jit
 def _store(x, inverse, bits, out, row, count, C: tl.constexpr, TERMS: tl.constexpr):
-    """A row as halves; what the middles of the integers lose."""
+    """Store a row as float16; return the rounding error of the logits at the middle of every integer's range."""
     high, low, rest = halves(x * inverse)
     tl.store(out + row * C + tl.arange(0, C), high)
     if TERMS == 2:
@@ -80,7 +96,7 @@ def _prepare(
     queries, others, constant, places, other_places, out, other_out, slope, added, rows, bundles, most, other_most,
     C: tl.constexpr, V: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """One row of one item."""
+    """Convert one row of one item."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
     unit = row // rows % bundles

@@ -1,11 +1,12 @@
-"""How Triton reads packed blocks: a tile of coefficients by tokens in half precision, without any arithmetic on integers.
+"""How Triton reads packed blocks: a tile [coefficients, tokens] in float16, without arithmetic on integers.
 
-A row of 64 bytes is 16 words of four tokens. A coefficient knows its row, and where its bits begin in a byte. Two tokens of
-a word are shifted and masked at once, t and t + 2, each into its half of the word; there u ≤ 255 is, bit for bit, the
-subnormal half-precision number u · 2^−24, which tensor cores take exactly. What is multiplied with it is brought between
-powers of two, as one half or as the sum of two, and the powers are put back into sums of float32.
+A byte row of 64 tokens is 16 words of four tokens. A *place* says in which row and from which bit on a coefficient lies.
+Two tokens of a word, t and t + 2, are shifted and masked at once, each into its half of the word. Read as float16, an
+integer u ≤ 255 is the subnormal number u · 2^−24, which tensor cores multiply exactly. The other factors are scaled by
+powers of two and rounded to float16, or to the sum of two float16 numbers; the sums in float32 are scaled back.
 """
-# What a kernel is called with is not what its parameters are inside of it.
+
+# Triton specializes arguments, so the checker sees the wrong types here.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -19,39 +20,39 @@ from torch import Tensor
 from eigencache.kernels.packed.format import BLOCK, Widths
 from eigencache.modes import constant
 
-_WORD = tl.constexpr(4)  # tokens
-_WORDS = tl.constexpr(BLOCK // 4)
-UNIT = tl.constexpr(2.0**24)  # a half-precision 1 over what the integer 1 is read as
+_WORD = tl.constexpr(4)  # tokens of a word
+_WORDS = tl.constexpr(BLOCK // 4)  # words of a byte row
+UNIT = tl.constexpr(2.0**24)  # 1 over the float16 number as which the integer 1 is read
 
 
 def padded(count: int, least: int = 16) -> int:
-    """The next power of two, at least 16: what a side of a tile is."""
+    """Return the next power of two, at least `least`: the side of a tile."""
     return max(least, triton.next_power_of_2(count))
 
 
 @lru_cache(maxsize=1024)
 @constant
 def places(widths: tuple[Widths, ...], repeats: int, device: torch.device) -> Tensor:
-    """Row << 8 | bits << 4 | first bit of every coefficient [bundles · repeats, padded] int32, of no bits beyond the last.
+    """Return where every coefficient lies: row << 8 | bits << 4 | first bit, int32 [bundles · repeats, padded coefficients].
 
-    Each bundle `repeats` times, one after the other.
+    Every bundle is repeated `repeats` times. Places beyond the last coefficient have no bits.
     """
-    size, found, begin = padded(max((w.coefficients for w in widths), default=0)), [], 0
+    size, table, begin = padded(max((w.coefficients for w in widths), default=0)), [], 0
     for w in widths:
-        own, row = [0] * size, begin
-        at = 0
+        bundle, row = [0] * size, begin
+        first = 0
         for count, bits in ((w.eight, 8), (w.four, 4), (w.two, 2)):
             rows = count * bits // 8
             for i in range(count):
-                own[at + i] = (row + i % rows) << 8 | bits << 4 | i // rows * bits
-            at, row = at + count, row + rows
-        found += [own] * repeats
+                bundle[first + i] = (row + i % rows) << 8 | bits << 4 | i // rows * bits
+            first, row = first + count, row + rows
+        table += [bundle] * repeats
         begin = row
-    return torch.tensor(found, dtype=torch.int32, device=device)
+    return torch.tensor(table, dtype=torch.int32, device=device)
 
 
 def words_of(packed: Tensor) -> Tensor:
-    """Blocks [batch, blocks, bytes] as words int32 that begin at 16 bytes and follow each other; a row of zeros for none."""
+    """Return blocks [batch, blocks, bytes] as contiguous words int32 aligned to 16 bytes; empty blocks become zeros."""
     if not packed.shape[2]:
         return packed.new_zeros(packed.shape[0], packed.shape[1], BLOCK // 4, dtype=torch.int32)
     aligned = packed.stride(2) == 1 and packed.stride(1) == packed.shape[2] and packed.stride(0) % 16 == 0
@@ -62,17 +63,17 @@ def words_of(packed: Tensor) -> Tensor:
 
 @triton.jit
 def load_words(base, place, left, stride, BLOCKS: tl.constexpr):
-    """Words [coefficients, 16 · BLOCKS] of blocks of `stride` words, of which `left` remain: beyond, the last one again."""
-    at = tl.arange(0, _WORDS * BLOCKS)
-    inner = at
+    """Load words [coefficients, 16 · BLOCKS] of blocks of `stride` words; beyond `left` blocks, the last one again."""
+    position = tl.arange(0, _WORDS * BLOCKS)
+    inner = position
     if BLOCKS > 1:
-        inner = tl.minimum(at // _WORDS, left - 1) * stride + at % _WORDS
+        inner = tl.minimum(position // _WORDS, left - 1) * stride + position % _WORDS
     return tl.load(base + (((place >> 8) * _WORDS).to(tl.uint32)[:, None] + inner.to(tl.uint32)[None, :]))
 
 
 @triton.jit
 def integers(words, place, NATURAL: tl.constexpr):
-    """u · 2^−24 in half precision [coefficients, tokens]; unless NATURAL, tokens of a word lie as 0, 2, 1, 3."""
+    """Return u · 2^−24 in float16 [coefficients, tokens]; unless NATURAL, tokens of a word are in the order 0, 2, 1, 3."""
     first = (place & 7)[:, None]
     mask = (((1 << ((place >> 4) & 15)) - 1) * 0x10001)[:, None]
     bits = words.to(tl.uint32, bitcast=True)
@@ -82,29 +83,29 @@ def integers(words, place, NATURAL: tl.constexpr):
     two, three = (even >> 16).to(tl.uint16), (odd >> 16).to(tl.uint16)
     if not NATURAL:
         one, two = two, one
-    both = tl.join(tl.join(zero, two), tl.join(one, three))
-    return tl.reshape(both, (words.shape[0], _WORD * words.shape[1])).to(tl.float16, bitcast=True)
+    joined = tl.join(tl.join(zero, two), tl.join(one, three))
+    return tl.reshape(joined, (words.shape[0], _WORD * words.shape[1])).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def tokens_of(T: tl.constexpr, NATURAL: tl.constexpr):
-    """Which tokens the columns of `integers` are."""
-    at = tl.arange(0, T)
+def tile_tokens(T: tl.constexpr, NATURAL: tl.constexpr):
+    """Return the tokens of the columns of `integers`."""
+    position = tl.arange(0, T)
     if NATURAL:
-        return at
-    return (at & -4) | ((at & 1) << 1) | ((at >> 1) & 1)
+        return position
+    return (position & -4) | ((position & 1) << 1) | ((position >> 1) & 1)
 
 
 @triton.jit
 def power_below(x):
-    """The largest power of two up to x ≥ 0, from 2^−126 to 2^126, and one over it, both exact."""
+    """Return the largest power of two up to x ≥ 0, limited to 2^−126 … 2^126, and its inverse, both exact."""
     exponent = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
     return exponent.to(tl.float32, bitcast=True), ((254 << 23) - exponent).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def halves(x):
-    """The half-precision number next to x, the one next to what is left, and what is left then."""
+    """Return the float16 number nearest to x, the one nearest to the rest, and the remaining rest in float32."""
     high = x.to(tl.float16)
     rest = x - high.to(tl.float32)
     low = rest.to(tl.float16)
@@ -113,21 +114,21 @@ def halves(x):
 
 @triton.jit
 def spread(x, AXIS: tl.constexpr):
-    """A number per row, over the tokens of a tile [tokens, rows], or [rows, tokens] where AXIS is 1."""
+    """Return numbers per row as a tile that broadcasts over tokens: [1, rows], or [rows, 1] where AXIS is 1."""
     return tl.expand_dims(x, AXIS)
 
 
 @triton.jit
 def load_halves(queries, row, rows, C: tl.constexpr, AXIS: tl.constexpr):
-    """Prepared queries [C, rows], or [rows, C] where AXIS is 1."""
+    """Load prepared queries [C, rows], or [rows, C] where AXIS is 1."""
     c = tl.arange(0, C)
-    at = tl.expand_dims(row * C, AXIS) + tl.expand_dims(c, 1 - AXIS)
-    return tl.load(queries + at, mask=tl.expand_dims(row < rows, AXIS), other=0.0)
+    offset = tl.expand_dims(row * C, AXIS) + tl.expand_dims(c, 1 - AXIS)
+    return tl.load(queries + offset, mask=tl.expand_dims(row < rows, AXIS), other=0.0)
 
 
 @triton.jit
-def products(u, high, low, x, TERMS: tl.constexpr, AXIS: tl.constexpr):
-    """x [tokens, rows], or [rows, tokens] where AXIS is 1, and integers times queries, in float32."""
+def add_products(u, high, low, x, TERMS: tl.constexpr, AXIS: tl.constexpr):
+    """Return x + integers u times queries, float32 [tokens, rows], or [rows, tokens] where AXIS is 1."""
     if AXIS == 0:
         x = tl.dot(tl.trans(u), high, x)
         if TERMS == 2:
@@ -140,8 +141,8 @@ def products(u, high, low, x, TERMS: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def weighed(u, high, low, acc, TERMS: tl.constexpr, AXIS: tl.constexpr):
-    """acc [coefficients, rows], or [rows, coefficients] where AXIS is 1, and integers times weights, in float32."""
+def accumulate(u, high, low, acc, TERMS: tl.constexpr, AXIS: tl.constexpr):
+    """Return acc + integers u times weights, float32 [coefficients, rows], or [rows, coefficients] where AXIS is 1."""
     if AXIS == 0:
         acc = tl.dot(u, high, acc)
         if TERMS == 2:

@@ -1,7 +1,7 @@
-"""Interactive figures as plain data: traces and axes that the page hands to plotly.js, in either theme.
+"""Interactive figures as plain data: traces and axes that the page draws with plotly.js.
 
-A color is a tone, not a value: the name of a tensor (see `palette`), or `layer:0.5` for a place on the scale of
-layers. The page knows both themes and resolves it. The numbers of a figure are those of its traces.
+A trace has a tone instead of a color: the name of a tensor (see `palette`), or `layer:0.5` for a position on the color
+scale of layers. The page replaces it by the color of its theme.
 """
 
 from dataclasses import dataclass, field
@@ -27,19 +27,19 @@ from eigencache.report.core.series import (
 
 @dataclass(frozen=True)
 class Interactive:
-    """One figure: what it is called on disk, what it shows in words, its traces and axes."""
+    """One interactive figure."""
 
-    name: str
+    name: str  # of its CSV file
     title: str
-    says: str
+    caption: str  # one sentence on what it shows
     traces: list[dict[str, Any]]
-    x: str
-    y: str
+    x: str  # label of the horizontal axis
+    y: str  # label of the vertical axis
     axes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the page needs to draw it and to write its CSV."""
+        """What the page needs to draw the figure and to write its CSV."""
         return {"traces": self.traces, "x": self.x, "y": self.y, "axes": self.axes}
 
 
@@ -49,7 +49,7 @@ def _line(name: str, points: tuple[list, list], shade: str, **style: Any) -> dic
 
 
 def spectra_figures(record: ProbeRecord) -> list[Interactive]:
-    """Eigenvalues of every layer, one figure per tensor, with held-out means and the null of the weakest layer."""
+    """Return one figure of eigenvalues per tensor, with held-out means and the null of the layer with the lowest support."""
     low, high = spectrum_range(record)
     figures = []
     for name in record.names:
@@ -57,7 +57,7 @@ def spectra_figures(record: ProbeRecord) -> list[Interactive]:
         for position, s in enumerate(spectra):
             shade, group = f"layer:{position / max(1, len(spectra) - 1):.3f}", f"layer {s.layer_idx}"
             traces.append(_line(group, relative_eigenvalues(s), shade, legendgroup=group))
-            held = _line(f"{group}, held out", held_out_eigenvalues(s), shade, legendgroup=group, showlegend=False)
+            held = _line(f"{group}, held-out", held_out_eigenvalues(s), shade, legendgroup=group, showlegend=False)
             traces.append(held | {"mode": "markers", "marker": {"size": 5}})
         if not spectra:
             continue
@@ -68,11 +68,11 @@ def spectra_figures(record: ProbeRecord) -> list[Interactive]:
             Interactive(
                 name=f"spectrum-{name}",
                 title=f"Spectrum of {name}",
-                says="lines: eigenvalue of each component, centered, heads of a layer joined; points: the mean per octave "
-                "on text the basis has not seen; dotted: white noise of the same total",
+                caption="lines: eigenvalue of each component, centered, heads of a layer concatenated; points: held-out "
+                "mean per octave; dotted: white noise of the same total variance",
                 traces=traces,
                 x="component",
-                y="eigenvalue ÷ mean eigenvalue",
+                y="eigenvalue / mean eigenvalue",
                 axes={"xaxis": {"type": "log"}, "yaxis": {"type": "log", "range": [low, high]}},
             )
         )
@@ -80,19 +80,19 @@ def spectra_figures(record: ProbeRecord) -> list[Interactive]:
 
 
 def energy_figure(record: ProbeRecord) -> Interactive:
-    """Energy in the leading k, in-sample and held out, mean over layers."""
+    """Return the figure of energy@k, in-sample and held-out, mean over layers."""
     traces = []
     for name in record.names:
         spectra = layers_of(record, name)
-        for held_out, label in ((False, "in-sample"), (True, "held out")):
+        for held_out, label in ((False, "in-sample"), (True, "held-out")):
             points = energies(spectra, held_out)
             if any(value is not None for value in points[1]):
                 style = {"dash": "dash" if held_out else "solid", "symbol": mark(name, interactive=True)}
                 traces.append(_line(f"{name}, {label}", points, tone(name), mode="lines+markers", **style))
     return Interactive(
         name="energy",
-        title="Energy in the leading k",
-        says="mean over layers, centered, heads of a layer joined; in-sample energy flatters, held-out energy does not",
+        title="Energy of the leading k components",
+        caption="mean over layers, centered, heads of a layer concatenated; in-sample energy is biased upward",
         traces=traces,
         x="k (components)",
         y="share of energy",
@@ -101,14 +101,14 @@ def energy_figure(record: ProbeRecord) -> Interactive:
 
 
 def head_figures(record: ProbeRecord) -> list[Interactive]:
-    """Effective rank over width, layer by head, one map per tensor on one color range."""
+    """Return one heat map per tensor of effective rank / width by layer and head, all with one color range."""
     maps = head_maps(record)
     low, high = head_range(maps)
     return [
         Interactive(
             name=f"heads-{one.name}",
-            title=f"Effective rank ÷ width of {one.name}",
-            says="per head, centered; ! doubtful, — refused",
+            title=f"Effective rank / width of {one.name}",
+            caption="per head, centered; !: doubtful, —: withheld",
             traces=[
                 {
                     "type": "heatmap",
@@ -133,7 +133,7 @@ def head_figures(record: ProbeRecord) -> list[Interactive]:
 
 
 def spread_figure(record: ProbeRecord) -> Interactive:
-    """Spread of standard deviations per layer, with its robust twin."""
+    """Return the figure of the spread by layer: max/min and 95th/5th percentile."""
     traces = []
     for name in record.names:
         for robust, label in ((False, "max/min"), (True, "p95/p5")):
@@ -142,16 +142,16 @@ def spread_figure(record: ProbeRecord) -> Interactive:
     return Interactive(
         name="spread",
         title="Spread of standard deviations over raw dimensions",
-        says="largest over smallest is an extreme-value statistic; the 95th over the 5th percentile is not",
+        caption="max/min is an extreme-value statistic and grows with the width; the 95th over the 5th percentile does not",
         traces=traces,
         x="layer",
-        y="largest ÷ smallest std",
+        y="largest / smallest std",
         axes={"yaxis": {"type": "log"}},
     )
 
 
 def rotation_figure(record: ProbeRecord) -> Interactive | None:
-    """The share of the rotated keys' variance that is their mean, turned; None for models without rotation."""
+    """Return the figure of the variance that rotating the mean of the keys causes; None for models without rotation."""
     if not record.frames:
         return None
     layers = [float(frame.layer_idx) for frame in record.frames]
@@ -160,8 +160,8 @@ def rotation_figure(record: ProbeRecord) -> Interactive | None:
     bar = {"type": "bar", "name": "rotated mean", "x": layers, "y": shares, "tone": tone(f"{kind}_post_rope")}
     return Interactive(
         name="rotation",
-        title="Variance after rotation that is the mean, turned",
-        says="(variance after − variance before rotation) ÷ variance after, per layer",
+        title="Share of the variance after rotation that rotating the mean causes",
+        caption="(variance after − variance before rotation) / variance after, by layer",
         traces=[bar],
         x="layer",
         y="share of variance",
@@ -170,7 +170,7 @@ def rotation_figure(record: ProbeRecord) -> Interactive | None:
 
 
 def model_figures(record: ProbeRecord) -> list[Interactive]:
-    """Every figure of one model that has something to show, in the order of the page."""
+    """Return the figures of one model that have data, in the order of the page."""
     rotation = rotation_figure(record)
     rest = [spread_figure(record), *([rotation] if rotation else [])]
     figures = [*spectra_figures(record), energy_figure(record), *head_figures(record), *rest]
@@ -178,13 +178,13 @@ def model_figures(record: ProbeRecord) -> list[Interactive]:
 
 
 def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
-    """What repetition does to the historic figure, and ranks and spreads of all models side by side."""
+    """Return the figures that compare models: energy@32 measured in three ways, effective ranks, and spreads."""
     triples = energy_triples(records)
     labels = [triple.label for triple in triples]
     ways = (
         ("four repeated sentences, in-sample", [triple.repeated for triple in triples], "keys_post_rope", "x"),
-        ("this text, in-sample", [triple.own for triple in triples], "reference", "circle"),
-        ("this text, held out, before rotation", [triple.honest.value for triple in triples], "values", "diamond"),
+        ("this text, in-sample", [triple.this_text for triple in triples], "reference", "circle"),
+        ("this text, held-out, before rotation", [triple.held_out.value for triple in triples], "values", "diamond"),
     )
     dots = [_dots(name, x, labels, shade, symbol) for name, x, shade, symbol in ways]
     figures = []
@@ -192,23 +192,23 @@ def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
         figures.append(
             Interactive(
                 name="repetition",
-                title="What a repeated text does to energy@32",
-                says="the same models; the historic probe of four repeated sentences measures its own text",
+                title="Energy@32 of a repeated text",
+                caption="same models; on four repeated sentences, the original probe measures the repetition of its text",
                 traces=dots,
                 x="energy@32, mean over layers",
                 y="model and kind",
                 axes={"xaxis": {"range": [0, 1.02]}, "yaxis": {"type": "category", "autorange": "reversed"}},
             )
         )
-    for name, title, says, unit, points in (
+    for name, title, caption, unit, points in (
         (
             "ranks",
-            "Effective rank ÷ width",
+            "Effective rank / width",
             "mean over layers, before rotation",
-            "effective rank ÷ width",
+            "effective rank / width",
             rank_points(records),
         ),
-        ("ratios", "K spread ÷ V spread", "geometric mean over layers", "ratio of spreads", ratio_points(records)),
+        ("ratios", "K spread / V spread", "geometric mean over layers", "ratio of spreads", ratio_points(records)),
     ):
         tensors = dict.fromkeys(point.tensor for point in points)
         traces = []
@@ -217,7 +217,7 @@ def cross_figures(records: list[ProbeRecord]) -> list[Interactive]:
             values = [point.measured.value for point in mine]
             traces.append(_dots(tensor, values, [point.label for point in mine], tone(tensor), mark(tensor, True)))
         axes = {"yaxis": {"type": "category", "autorange": "reversed"}}
-        figures.append(Interactive(name, title, says, traces, unit, "model", axes))
+        figures.append(Interactive(name, title, caption, traces, unit, "model", axes))
     return figures
 
 
