@@ -33,8 +33,10 @@ def text():
 def evaluated(calibration: PCACalibration, text, **options) -> EvaluationRecord:
     full = calibration.fit(PCASettings("kv", sinks=0))
     codecs = {"full": full, "rank 4": full.truncated(4)}
-    few = {"prompts": 2, "tasks": ("copy",), "lengths": (64,), "examples": 8, "batch_size": 4}
-    return evaluate_codecs(Session(calibration.session.loaded), text, calibration, codecs, PROTOCOLS, **(few | options))
+    few = {"prompts": 2, "tasks": ("copy",), "lengths": (64,), "examples": 8}
+    progress = {name: options.pop(name) for name in ("on_progress",) if name in options}
+    session = Session(calibration.session.loaded, batch_size=4, **progress)
+    return evaluate_codecs(session, text, calibration, codecs, PROTOCOLS, **(few | options))
 
 
 def test_full_rank_keeps_what_the_model_says_and_rank_4_does_not(calibration, text) -> None:

@@ -33,7 +33,9 @@ def text(sequences) -> Sequences:
 
 def swept(calibration: PCACalibration, text: Sequences, plans=None, **options) -> SweepRecord:
     plans = plans or [Plan(NO_SINKS, ranks=(2, 8, None)), Plan(NO_SINKS.of("kv"), bits=8, ranks=(8, None))]
-    return sweep_model(Session(calibration.session.loaded, batch_size=4), text, calibration, plans, PROTOCOL, **options)
+    progress = {name: options.pop(name) for name in ("on_progress",) if name in options}
+    session = Session(calibration.session.loaded, batch_size=4, **progress)
+    return sweep_model(session, text, calibration, plans, PROTOCOL, **options)
 
 
 def test_ratios_are_those_of_the_ranks_and_bits(calibration, text) -> None:

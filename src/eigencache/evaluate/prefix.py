@@ -102,7 +102,7 @@ def read_prefix(loaded: LoadedModel, ids: Tensor) -> Prefix:
     for layer_idx, layer in enumerate(cache.layers):
         if type(layer).__name__ not in _KEYS_AND_VALUES:
             raise UnsupportedArchitectureError(
-                f"{loaded.name}: layer {layer_idx} keeps a {type(layer).__name__} instead of keys and values. "
+                f"{loaded.name}: layer {layer_idx} keeps a {type(layer).__name__}, not keys and values. "
                 "The loss of a compressed cache cannot be measured for this model."
             )
     if ids.shape[1]:

@@ -58,13 +58,13 @@ def test_full_rank_costs_nothing_and_low_rank_does_for_every_method(name, target
 
 
 def test_direct_pca_is_the_point_of_a_sweep_at_the_same_rank(study, loaded, sequences) -> None:
-    from eigencache.studies.calibrate import Calibration, PCASettings
-
+    from eigencache.fitting.pca import PCACalibration, PCASettings
     from eigencache.studies.sweep import Plan, sweep_model
 
     held_out, text = sequences(*(48,) * 8, seed=1), sequences(*(48,) * 24)
-    calibration = Calibration(loaded("llama"), text, scopes=("layer",))
-    swept = sweep_model(Session(loaded("llama")), held_out, calibration, [Plan(PCASettings("v", "layer"), ranks=(8,))], HALF)
+    session = Session(loaded("llama"))
+    calibration = PCACalibration(session, text, scopes=("layer",))
+    swept = sweep_model(session, held_out, calibration, [Plan(PCASettings("v", "layer"), ranks=(8,))], HALF)
     (found,) = study(held_out=held_out, calibration=text, ranks=(8,)).of("direct-pca")
     expected = swept.series[0].points[0].quality
     assert found.quality.delta_nll == pytest.approx(expected.delta_nll, abs=1e-5)

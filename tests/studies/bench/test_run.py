@@ -94,10 +94,12 @@ def held_out(contexts: tuple[int, ...] = CONTEXTS, sequences: int = 12) -> dict[
 
 def bench(methods: tuple[str, ...] = ("identity", "zeros", "ladder"), **options) -> BenchRecord:
     chosen_settings = options.pop("settings", {})
-    settings = BenchSettings(methods=methods, scored=SCORED, **({"seeds": (0, 1), "batch_size": 4} | chosen_settings))
+    settings = BenchSettings(methods=methods, scored=SCORED, **({"seeds": (0, 1)} | chosen_settings))
     options = {"calibration": CALIBRATION, "tokens": 16 * 32, "held_out": held_out()} | options
     loaded = tiny_loaded(options.pop("model", "llama"))
-    return bench_model(Session(loaded), options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
+    progress = {name: options.pop(name) for name in ("on_progress",) if name in options}
+    session = Session(loaded, batch_size=4, **progress)
+    return bench_model(session, options.pop("calibration"), options.pop("tokens"), settings=settings, **options)
 
 
 def test_bytes_and_losses_are_those_that_were_planted(made: Made) -> None:
