@@ -19,8 +19,8 @@ NAMES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek
 MEMORY = 2**30
 
 
-def sampled(loaded, sequences, memory: int = MEMORY, **options) -> SampledVectors:
-    return sample_vectors(Session(loaded, memory=memory), sequences, rotations_of(loaded), **options)
+def sampled(loaded, sequences, what: str = "vectors", **options) -> SampledVectors:
+    return sample_vectors(Session(loaded, **options), sequences, rotations_of(loaded), what=what)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +68,7 @@ def test_what_does_not_fit_into_memory_is_thinned_out_over_the_whole_text(loaded
     samples = sampled(one, text, memory=per_token * 16 * 4)
     assert samples.lengths == (16,) * 4
     assert torch.equal(samples.ids, torch.cat([torch.from_numpy(text.ids[i]) for i in (0, 3, 6, 9)]))
-    with pytest.raises(StatisticsError, match="hold 15 tokens; raise the memory or shorten the sequences"):
+    with pytest.raises(StatisticsError, match=r"holds only 15 tokens\. Raise `memory` or lower `max_length`"):
         sampled(one, text, memory=per_token * 15)
 
 

@@ -26,7 +26,7 @@ def test_activations_that_are_not_finite_are_located(name: str, projection: str,
     with torch.no_grad():
         model.get_parameter(projection)[-1] = value
     with pytest.raises(NonFiniteError, match=f"{says} holds NaN or infinite values. Try `dtype` float32"):
-        PCACalibration(Session(loaded(model)), sequences(*(64,) * 4))
+        assert PCACalibration(Session(loaded(model)), sequences(*(64,) * 4)).captured
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_fewer_vectors_than_dimensions_are_refused_with_n_eff(
     says = str(error.value)
     assert f"values, {where}" in says
     assert f"n_eff of {independent} independent vectors cannot carry a basis of {width} dimensions" in says
-    assert "raise `tokens`" in says
+    assert "Raise `tokens`" in says
