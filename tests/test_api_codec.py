@@ -328,7 +328,7 @@ def test_goals_are_bits_or_a_loss() -> None:
 
 
 def test_what_cannot_be_fitted_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BudgetError, match="bits and ratio"):
+    with pytest.raises(BudgetError, match="`bits` and `ratio`"):
         eigencache.fit("ref-deepseek", bits=1, ratio=2, tokens=1024)
     with pytest.raises(StatisticsError, match=r"8 sequences are too few: 16 are needed"):
         eigencache.fit("ref-deepseek", bits=1, tokens=1024, max_length=128)

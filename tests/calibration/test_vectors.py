@@ -19,8 +19,8 @@ NAMES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "deepseek_v2", "deepseek
 MEMORY = 2**30
 
 
-def sampled(loaded, sequences, memory: int = MEMORY, what: str = "vectors", **options) -> SampledVectors:
-    return sample_vectors(Session(loaded, memory=memory, **options), sequences, rotations_of(loaded), what=what)
+def sampled(loaded, sequences, what: str = "vectors", **options) -> SampledVectors:
+    return sample_vectors(Session(loaded, **options), sequences, rotations_of(loaded), what=what)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,4 +96,4 @@ def test_too_little_text_is_refused_with_n_eff_and_what_to_do(loaded, sequences)
 
 def test_models_whose_rotation_is_unknown_are_refused(loaded, sequences) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="could not be identified"):
-        PCACalibration(Session(loaded("gptj")), sequences(*LENGTHS))
+        PCACalibration(Session(loaded("gptj")), sequences(*LENGTHS)).fit(PCASettings("k"))

@@ -76,7 +76,7 @@ def test_the_card_says_how_the_codec_came_about(calibration: PCACalibration, sav
         8,
         12,
     )
-    assert origin.run.seed == calibration.seed
+    assert origin.run.seed == calibration.session.seed
     assert 0 < origin.run.forward_s < origin.run.wall_s
 
 

@@ -14,7 +14,6 @@ from eigencache.codec.eigen.position_means import PositionMeans
 from eigencache.codec.layout import Layout, Part
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
-from eigencache.models.capture import tapped_cache
 from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import Rotation
 

@@ -155,13 +155,14 @@ class PCACalibration:
 
     def _fit(self, settings: PCASettings) -> PCACodec:
         check_target(self.session.loaded, settings.target)
+        identified = self.rotations  # raises for an unknown rotation before the text is captured
         groups: list[PCAGroup] = []
         rotations: dict[int, tuple[int, Rotation]] = {}
         for kind in _KINDS[settings.target]:
             name = self._name(kind, settings.frame)
             groups += self._groups(name, settings)
             if name.endswith("_pre_rope"):
-                rotations |= {c.layer_idx: (_SLOT[kind], self.rotations[c.layer_idx]) for c in self._columns[name]}
+                rotations |= {c.layer_idx: (_SLOT[kind], identified[c.layer_idx]) for c in self._columns[name]}
         codec = PCACodec(
             settings.describe(), tuple(groups), rotations, self.session.loaded.model.dtype, sinks=settings.sinks
         )
