@@ -213,9 +213,9 @@ def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--live-bits", "4"), "--live-bits: is for a live cache: add --live"),
-        (("--safe",), "--safe: is for a live cache: add --live"),
-        (("--live", "--live-bits", "4", "--safe"), "--live-bits and --safe: give one of the two"),
+        (("--live-bits", "4"), "--live-bits is an option of the live codec: add --live"),
+        (("--safe",), "--safe is an option of the live codec: add --live"),
+        (("--live", "--live-bits", "4", "--safe"), "--live-bits and --safe both set the size of the live codec"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -53,10 +53,10 @@ def test_a_sweep_is_advised_from_as_it_is(swept: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--budget-nll", "0.01", "--budget-ppl", "1%"), "--budget-nll and --budget-ppl: give one of them"),
+        (("--budget-nll", "0.01", "--budget-ppl", "1%"), "--budget-nll and --budget-ppl both set the loss budget"),
         (("--budget-ppl", "much"), "--budget-ppl much: give a perplexity increase"),
         (("--budget-nll=-1",), "--budget-nll -1: a budget must not be negative"),
-        (("--tokens", "4096"), "--tokens: sweep.json is a sweep, and nothing is measured anew"),
+        (("--tokens", "4096"), "--tokens: sweep.json is a sweep, so nothing is measured"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(arguments: tuple[str, ...], says: str, swept: Path) -> None:

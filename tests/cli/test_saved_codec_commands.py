@@ -45,17 +45,17 @@ def test_the_next_evaluation_fits_nothing_and_finds_the_same(saved: Path, tmp_pa
     [
         (
             ("ref-llama", "--codec", "kv24", *FITTING),
-            "--target, --ranks, --metric, --bits, --calibration-tokens: for fitting a",
+            "--target, --ranks, --metric, --bits, --calibration-tokens cannot be combined with --codec",
         ),
         (
             ("ref-llama", "--codec", "kv24", "--save-codec", "again"),
-            "--save-codec: for fitting a codec, --codec kv24 is fitted",
+            "--save-codec cannot be combined with --codec",
         ),
         (
             ("ref-llama", "--codec", "absent"),
             "absent: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote",
         ),
-        (("ref-llama", "--ranks", "16,24", "--save-codec", "new"), "--ranks 16,24: --save-codec new saves one codec"),
+        (("ref-llama", "--ranks", "16,24", "--save-codec", "new"), "--save-codec new saves one codec, and --ranks has 2"),
         (
             ("ref-llama", "--ranks", "16", "--save-codec", "."),
             ".: would replace the current directory",

@@ -7,6 +7,8 @@ amount of data it rests on. Shares are in [0, 1]. `None`: withheld, because the 
 
 from typing import Literal
 
+from pydantic import AliasChoices, Field
+
 from eigencache.geometry import tensor_name
 from eigencache.records.base import Centered, Interval, Record, Scope, StoredRecord
 from eigencache.records.run import Corpus, Model, Run
@@ -62,7 +64,9 @@ class FrameComparison(Record):
     kind: str
     spread_post_rope: float  # max / min standard deviation over raw dimensions, of keys as cached
     spread_pre_rope: float
-    spread_pre_rope_uncentered: float  # of the root mean square instead of the standard deviation
+    spread_pre_rope_uncentered: float = Field(
+        validation_alias=AliasChoices("spread_pre_rope_uncentered", "spread_pre_rope_uncentred")
+    )  # of the root mean square instead of the standard deviation
     variance_post_rope: float  # total variance after rotation
     variance_pre_rope: float
     rotated_mean_share: float  # (variance_post − variance_pre) / variance_post: variance that rotating the mean causes
