@@ -79,7 +79,7 @@ def test_fold_shows_rounding_beside_the_effect(tmp_path: Path) -> None:
         (("sweep", "ref-llama", "--scope", "all", *FEW[:4], "--calibration-tokens", "384"), "cannot carry a basis"),
         (("evaluate", "ref-llama", "--lengths", "long", *FEW), "--lengths long: give numbers"),
         (("evaluate", "ref-llama", "--tasks", "chess", *FEW), "chess"),
-        (("fold", "ref-llama", "--rank", "40", "--calibration-tokens", "8192"), "rank 40: v · head"),
+        (("fold", "ref-llama", "--rank", "40", "--calibration-tokens", "8192"), "rank 40 is out of range: v · head"),
         (("sweep", "ref-llama", "-o", "/dev/null/s.json"), "cannot be written"),
     ],
 )  # fmt: skip

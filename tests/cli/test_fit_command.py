@@ -58,6 +58,7 @@ def test_settings_and_goal_are_those_that_were_asked_for(fitted: tuple[Path, str
 
 def test_evaluate_reads_what_fit_wrote(fitted: tuple[Path, str, str], monkeypatch, capsys) -> None:
     monkeypatch.chdir(fitted[0])
+    monkeypatch.setenv("COLUMNS", "200")
     few = ("--tokens", "1024", "--max-length", "128", "--prompts", "0", "--tasks", "none", "--window", "16")
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", "ref-deepseek", "--codec", "deep/codec", *few])

@@ -16,9 +16,7 @@ from eigencache.errors import BudgetError
 
 SOURCE = Path(eigencache.__file__).parent
 NAMES_FLAGS = {
-    "evaluate/harness.py": "a command line of its own",
     "records/advice.py": "the record says how a budget was given",
-    "studies/recommend/limits.py": "lines of an advice, no errors",
 }
 
 

@@ -21,6 +21,7 @@ from public_configs import CONFIGS, config_of, random_checkpoint
 pytestmark = pytest.mark.slow
 
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
+HISTORY = PAGE.parent / "history" / "first-numbers.md"
 TEXTS = {"wikitext2": ("held-out.txt", "stdlib:held-out"), "wikitext2:train": ("calibration.txt", "stdlib")}
 CHARACTERS = 40_000
 FEW = ("--tokens", "576", "--max-length", "32", "--calibration-tokens", "2048", "--batch-size", "18")
@@ -141,7 +142,7 @@ def test_the_commands_suit_a_model_of_full_size(model: str, tmp_path: Path) -> N
 
 
 def test_the_probe_of_four_sentences_calls_random_weights_compressible(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    (example,) = re.findall(r"```python\n(.*?)```", HISTORY.read_text(), re.S)
     (tmp_path / "example.py").write_text(example.replace("131_072", "4_096"))
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True, cwd=tmp_path, env=env)

@@ -65,7 +65,7 @@ def test_what_cannot_be_asked_is_one_line(arguments: tuple[str, ...], says: str,
 
 def test_wrong_files_and_too_little_text_are_one_line(swept: Path) -> None:
     (swept / "other.json").write_text('{"schema_version": "eigencache.score/1"}')
-    assert "is a record of eigencache.score/1" in error_of(run("recommend", "other.json", folder=swept))
+    assert "is a record of type eigencache.score/1" in error_of(run("recommend", "other.json", folder=swept))
     assert "absent.json: cannot be read" in error_of(run("recommend", "absent.json", folder=swept))
     short = ("--tokens", 1024, "--max-length", 128, "--calibration-tokens", 1024)
     assert "16 are needed" in error_of(run("recommend", "ref-llama", *short, folder=swept))

@@ -26,7 +26,7 @@ def test_a_terminal_of_any_encoding_gets_all_of_a_table(encoding: str, tmp_path:
     record = Path(__file__).parents[2] / "docs" / "leaderboard" / "ref-llama.json"
     code = (
         "import sys; from eigencache.cli.app import main\n"
-        "from eigencache.report.bench.tables import frontier_table\nfrom eigencache.records.quality import BenchRecord\n"
+        "from eigencache.report.bench.equal_loss import frontier_table\nfrom eigencache.records.bench import BenchRecord\n"
         "import eigencache.cli.score as score\n"
         "sys.argv = ['eigencache', '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"

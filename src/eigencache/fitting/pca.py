@@ -155,7 +155,8 @@ class PCACalibration:
 
     def _fit(self, settings: PCASettings) -> PCACodec:
         check_target(self.session.loaded, settings.target)
-        identified = self.rotations  # raises for an unknown rotation before the text is captured
+        _ = self.captured  # first: names the layer of activations that are not finite
+        identified = self.rotations
         groups: list[PCAGroup] = []
         rotations: dict[int, tuple[int, Rotation]] = {}
         for kind in _KINDS[settings.target]:

@@ -90,7 +90,7 @@ def cache_of(name: str) -> dict[int, tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("way", ["head", "layer", "all", "pooled", "post", "uncentered"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2"])  # GQA with RoPE, learned positions, MLA
 def test_what_is_loaded_encodes_bit_for_bit_and_holds_as_many_bytes(name: str, way: str, bits: int, tmp_path: Path) -> None:
-    for target in targets_of(calibration(name).loaded):
+    for target in targets_of(calibration(name).session.loaded):
         chosen = PCASettings(
             target,
             way if way in ("layer", "all") else "head",  # type: ignore[arg-type]

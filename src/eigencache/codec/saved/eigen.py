@@ -53,7 +53,7 @@ class EigenCardSettings(Record):
     """Settings of the fit. `sinks` None: detected first positions, in later versions at least four."""
 
     scope: Literal["head", "layer", "kind", "joint"]
-    metric: Literal["frobenius", "attention", "fisher"]
+    metric: str
     alpha: NonNegative  # power of the metric
     text: bool  # whether vectors are predicted from tokens
     sinks: Count32 | None
