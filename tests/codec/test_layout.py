@@ -145,3 +145,7 @@ def test_both_slots_of_every_layer_come_back_layers_ascending() -> None:
     assert list(layers) == [2, 7]
     assert {t.dtype for both in layers.values() for t in both} == {torch.float16}
     assert torch.equal(layers[7][1][0, 1], x[0, :, 2:].half())
+
+
+def test_every_head_has_its_width_in_the_order_of_the_parts() -> None:
+    assert Layout((Part(0, 0, (0, 2), 4), Part(0, 1, (0, 1), 6)), {}).head_widths == [4, 4, 6]

@@ -18,7 +18,7 @@ Cache = dict[int, tuple[Tensor, Tensor]]
 
 
 def cache(shapes: dict, seq: int = 37, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Cache:
-    """Gaussian numbers, wider in some channels, as keys are."""
+    """Return Gaussian numbers whose spread differs between channels, as that of keys does."""
     generator = torch.Generator().manual_seed(seed)
 
     def slot(heads: int, width: int) -> Tensor:
@@ -29,7 +29,7 @@ def cache(shapes: dict, seq: int = 37, *, batch: int = 2, seed: int = 0, dtype: 
 
 
 def numbers_of(cached: Cache) -> int:
-    """How many numbers a cache holds."""
+    """Return the number of values of a cache."""
     return sum(x.numel() for both in cached.values() for x in both)
 
 
@@ -38,7 +38,7 @@ def rotation(width: int) -> Rotation:
 
 
 def layouts(shapes: dict, rotated_slot: int | None = 0) -> list[Layout]:
-    """All layers side by side, both slots apart; one of them before rotation."""
+    """Return one layout of all layers for each slot; `rotated_slot` is held before rotation."""
     found = []
     for slot in (0, 1):
         parts = tuple(Part(i, slot, (0, both[slot][0]), both[slot][1]) for i, both in shapes.items())
@@ -48,7 +48,7 @@ def layouts(shapes: dict, rotated_slot: int | None = 0) -> list[Layout]:
 
 
 def moments(shapes: dict, slot: int, seed: int = 0) -> dict[int, Tensor]:
-    """Positive definite matrices of every head."""
+    """Return positive definite matrices for every head."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for layer_idx, both in shapes.items():
@@ -59,7 +59,7 @@ def moments(shapes: dict, slot: int, seed: int = 0) -> dict[int, Tensor]:
 
 
 def relative_error(cached: Cache, decoded: Cache) -> float:
-    """Squared error over energy."""
+    """Return squared error over energy."""
     error = sum(float((decoded[i][s].float() - cached[i][s].float()).square().sum()) for i in cached for s in (0, 1))
     return error / sum(float(x.float().square().sum()) for both in cached.values() for x in both)
 

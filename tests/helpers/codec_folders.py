@@ -1,4 +1,4 @@
-"""A saved codec's origin for tests, and ways to change its files as a program would that knows nothing of the schema."""
+"""Origin of a saved codec for tests, and ways to damage its files without the classes that wrote them."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ Damage = Callable[[Path], Any]
 
 
 def card(change: Callable[[Any], Any]) -> Damage:
-    """Changes the card."""
+    """Return a function that changes the card of a folder."""
 
     def damage(folder: Path) -> None:
         content = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def rehash(folder: Path) -> None:
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
-    """Changes the tensors and makes the card agree with the file's hash."""
+    """Return a function that changes the tensors of a folder and updates their hash in the card."""
 
     def damage(folder: Path) -> None:
         content = load_file(folder / TENSORS)
@@ -52,17 +52,17 @@ def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
 
 
 def put(name: str, change: Callable[[Tensor], Tensor]) -> Damage:
-    """Puts another tensor into the place of one."""
+    """Return a function that replaces one tensor."""
     return tensors(lambda t: t.update({name: change(t[name]).contiguous()}))
 
 
 def at(name: str, place: Any, value: float) -> Damage:
-    """Changes numbers of a tensor."""
+    """Return a function that changes numbers of a tensor."""
     return tensors(lambda t: t[name].__setitem__(place, value))
 
 
 def assert_refused(folder: Path, file: str, says: str) -> None:
-    """A damaged folder is refused in one line that names the file and what is wrong, and says what to do."""
+    """Assert that loading fails with one line that names the file, what is wrong and what to do."""
     with pytest.raises(CodecError) as error:
         load_codec(folder)
     assert str(error.value).startswith(f"{folder / file}: ")

@@ -1,4 +1,4 @@
-"""Codecs whose effect is known beforehand, nothing at all or ruin; models and texts to try them on."""
+"""Codecs with a known effect (none, or total loss), and models and texts to test them on."""
 
 import functools
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import Cached, Encoded
+from eigencache.codec.base import Cached, Encoded, layers_of
 from eigencache.corpora.contexts import distinct_contexts
 from eigencache.corpora.sequences import Sequences
 from eigencache.geometry import geometry_from_config
@@ -18,7 +18,7 @@ from tiny_models import tiny
 
 @dataclass(frozen=True)
 class Identity:
-    """The cache in the model's own dtype."""
+    """Stores the cache in the model's dtype, without loss."""
 
     name: str = "identity"
     nbytes: int = 0
@@ -28,13 +28,12 @@ class Identity:
         return Encoded(tensors, start, next(iter(cached.values()))[0].shape[2])
 
     def decode(self, encoded: Encoded) -> dict[int, tuple[Tensor, Tensor]]:
-        layers = dict.fromkeys(int(name.split(".")[0]) for name in encoded.tensors)
-        return {i: (encoded.tensors[f"{i}.0"], encoded.tensors[f"{i}.1"]) for i in layers}
+        return {i: (encoded.tensors[f"{i}.0"], encoded.tensors[f"{i}.1"]) for i in layers_of(encoded.tensors)}
 
 
 @dataclass(frozen=True)
 class Zeros(Identity):
-    """Decodes zeros: whoever reads the cache is ruined."""
+    """Decodes zeros, which destroys whatever is read through the cache."""
 
     name: str = "zeros"
 
@@ -54,18 +53,18 @@ class NaNs(Identity):
 
 @functools.cache
 def bundled(name: str) -> LoadedModel:
-    """A bundled model; it is shared between tests, which must not change it."""
+    """Return a bundled model; tests share it and must not change it."""
     return load(name, device="cpu")
 
 
 def tiny_loaded(name: str) -> LoadedModel:
-    """A tiny random model without a tokenizer: it is given ids."""
+    """Return a tiny random model without a tokenizer."""
     model = tiny(name)
     return LoadedModel(name, model, None, geometry_from_config(model.config))  # type: ignore[arg-type]
 
 
 def random_sequences(*lengths: int, seed: int = 0, vocabulary: int = 100) -> Sequences:
-    """Random ids in sequences of the given lengths."""
+    """Return random ids in sequences of the given lengths."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(1, vocabulary, length) for length in lengths]
     corpus = Corpus(

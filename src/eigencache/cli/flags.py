@@ -18,8 +18,10 @@ def flags_of(run: Callable[..., None]) -> dict[str, str]:
     for name, parameter in inspect.signature(run).parameters.items():
         for about in getattr(parameter.annotation, "__metadata__", ()):
             if isinstance(about, OptionInfo):
+                declarations = (about.default, *(about.param_decls or ()))
                 declared = next(
-                    (text for text in (about.default, *(about.param_decls or ())) if str(text).startswith("--")), None
+                    (text for text in declarations if str(text).startswith("--")),
+                    None,
                 )
                 flags[name] = (declared or f"--{name.replace('_', '-')}").split("/")[0]
     return flags
