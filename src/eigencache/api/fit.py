@@ -80,8 +80,16 @@ def fit(
             given = "bits" if bits is not None else "ratio"
             raise BudgetError(f"`{given}` is a goal of the stored codec, which `stored` leaves out. Use `live` with a goal.")
     source = text_of(text)
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "seed": seed, "memory": memory}
-    with opened(model, tokenizer, **options, on_progress=on_progress) as session:  # type: ignore[arg-type]
+    with opened(
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        memory=memory,
+        on_progress=on_progress,
+    ) as session:
         loaded = session.loaded
         _require_language_model(loaded)
         identity = loaded.sha256  # before the work: a model that changes meanwhile is noticed

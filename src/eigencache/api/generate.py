@@ -11,7 +11,7 @@ import torch
 from eigencache.api.codec import CacheCodec
 from eigencache.api.opening import opened
 from eigencache.codec.live.codec import LiveCodec
-from eigencache.codec.saved.folder import load_live
+from eigencache.codec.saved.folder import SavedCodec, load_live
 from eigencache.errors import CodecError, CorpusError, ModelError
 from eigencache.evaluate.generation import generate_text
 from eigencache.evaluate.speed import SpeedSettings, measure_speed
@@ -30,7 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def generate(
     model: str | PreTrainedModel | LoadedModel,
     prompt: str,
-    codec: CacheCodec | LiveCodec | str | Path | None,
+    codec: CacheCodec | LiveCodec | SavedCodec | str | Path | None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     *,
     max_new_tokens: int = 128,
@@ -46,7 +46,7 @@ def generate(
     Args:
         model: a name or folder, what `eigencache.models.load.load` returns, or a loaded model, which needs its `tokenizer`.
         prompt: the text to continue.
-        codec: a live codec, what `fit(..., live=True)` returned, the folder of one, or None for the plain cache.
+        codec: a live codec, what `fit(..., live=True)` or `load_live` returned, a folder, or None for the plain cache.
         tokenizer: a tokenizer, or the name of one.
         max_new_tokens: tokens to generate at most.
         temperature: 0 takes the likeliest token every time; otherwise at least 0.01.
@@ -64,7 +64,7 @@ def generate(
         raise CorpusError(f"`temperature` is {temperature:g}: use 0, or at least 0.01")
     if isinstance(codec, CacheCodec) and codec.live is None:
         raise CodecError("this codec has no live part: fit one with `live`")
-    saved = load_live(codec) if isinstance(codec, str | Path) else None
+    saved = load_live(codec) if isinstance(codec, str | Path) else codec if isinstance(codec, SavedCodec) else None
     with opened(model, tokenizer, device=device, dtype=dtype) as session:
         if saved is not None:
             check_belongs(saved, session.loaded)

@@ -62,8 +62,16 @@ def probe(
         EigencacheError: one of `eigencache.errors`, in one line that says what to do.
     """
     source = text_of(text)
-    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "seed": seed, "memory": memory}
-    with opened(model, tokenizer, **options, on_progress=on_progress) as session:  # type: ignore[arg-type]
+    with opened(
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        seed=seed,
+        memory=memory,
+        on_progress=on_progress,
+    ) as session:
         sequences = packed(session, source, tokens, max_length or session.loaded.default_length)
         return Probe(probe_model(session, sequences, settings))
 

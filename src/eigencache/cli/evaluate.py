@@ -115,7 +115,7 @@ def run(
         record = evaluate(
             model,
             text=read_text(text),
-            calibration_text=read_text(calibration_text),
+            calibration_text=calibration_text if codec else read_text(calibration_text),  # a saved codec needs none
             codec=codec,
             settings=PCASettings("v", scope.value, frame.value, metric),
             target=target.value if target else None,

@@ -57,7 +57,7 @@ def run(
         raise CorpusError(f"{prompt_file}: cannot be read as text ({error}): name another file") from error
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise CorpusError("--prompt: is not UTF-8: give text, or a file with --prompt-file")
-    load_live(codec)  # before the model: a wrong folder is told at once
+    saved = load_live(codec)  # before the model: a wrong folder is reported at once
     loaded = load(model, device=device, dtype=dtype)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
 
@@ -65,7 +65,7 @@ def run(
         sys.stdout.write(words)
         sys.stdout.flush()
 
-    found = generate(loaded, text, codec, on_text=show, backend=backend, **options)  # type: ignore[arg-type]
+    found = generate(loaded, text, saved, on_text=show, backend=backend, **options)  # type: ignore[arg-type]
     print("\n")
     print(cost_line(found, "compressed cache"))
     if compare:

@@ -81,6 +81,12 @@ def run(
             on_progress=on_progress,
         )
     console = Console()
+    for index, probe in enumerate(record.probes):
+        took = f"probe {probe.run.wall_s:.1f} s"
+        advice = record.verdicts[index].advice if record.verdicts else None
+        if advice:
+            took += f", verdict {advice.sweeps['given'].run.wall_s:.1f} s"
+        console.print(f"{probe.model.name}: {took}", markup=False, highlight=False)
     page, data = output / "report.html", output / "report.json"
     write_report(record, page)
     write_whole(data, record.model_dump_json(indent=1).encode())
