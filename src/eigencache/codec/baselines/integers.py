@@ -48,7 +48,7 @@ class Integers(PerSlot):
         return dequantize(QuantizedGroups(**parts), self.bits, width, min(self.group, width))
 
 
-@baseline("int", "asymmetric integers per token and head")
+@baseline("int", "integers of 8, 4, 3, 2 bits per token and head")
 def integer_codecs(inputs: BaselineInputs) -> dict[str, Integers]:
     """Return the codecs of 8, 4, 3 and 2 bits."""
     return {f"{bits}": Integers(bits, inputs.dtype) for bits in (8, 4, 3, 2)}  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def _published(inputs: BaselineInputs, *, sinks: int = 4, window: int = 128) -> 
     return {f"{bits:g}": fitted.at(bits, sinks=sinks, window=window) for bits in inputs.rates}
 
 
-@baseline("kvtc", "KVTC: all layers, K and V apart, 4 sinks in fp8, last 128 tokens in 16 bits", fitted=True)
+@baseline("kvtc", "KVTC: all layers, separate K and V, 4 sinks in fp8, last 128 tokens in 16 bits", fitted=True)
 def kvtc_codecs(inputs: BaselineInputs) -> dict[str, WithSinksAndWindow]:
     """Return one codec per rate."""
     return _published(inputs)

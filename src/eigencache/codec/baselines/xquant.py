@@ -136,7 +136,7 @@ def _pseudo_inverse(weight: Tensor, layer_idx: int, kv_heads: int) -> Tensor:
     return ((vh.mT / s) @ u.mT).float()
 
 
-@baseline("xquant", "XQuant: the layer's input, K and V recomputed")
+@baseline("xquant", "XQuant: stores the layer's input, recomputes K and V")
 def xquant_codecs(inputs: BaselineInputs) -> dict[str, XQuant]:
     """Return the codecs of 8, 4, 3 and 2 bits."""
     weights, kv_heads, rotations = inputs.projections

@@ -13,11 +13,13 @@ from eigencache.calibration.attention_moments import Moments, attended_moments
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.metrics import spread_out
 from eigencache.calibration.session import Session
-from eigencache.codec.layout import Layout
+from eigencache.codec.baselines.registry import Weights
+from eigencache.codec.layout import Layout, Rotations
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.pca import cached_size
+from eigencache.models.residual import find_sites, weight_rows
 
 RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)
 MOMENT_TOKENS = 16_384
@@ -83,6 +85,25 @@ class BenchContext:
         kinds = ("latent", "key_rope") if self.session.loaded.geometry.mla else ("keys", "values")
         layers = [layer for layer in self.session.loaded.geometry.layers if layer.cached]
         return {layer.layer_idx: tuple(cached_size(layer, kind)[1] for kind in kinds) for layer in layers}  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model."""
+        return self.session.loaded.model.dtype
+
+    @cached_property
+    def projections(self) -> tuple[Weights, int, Rotations]:
+        """Stacked weights [W_K; W_V] and biases of every layer, the number of KV heads, and the rotations of the keys."""
+        loaded = self.session.loaded
+        ids = torch.from_numpy(self.sequences.ids[0][None, :64]).to(loaded.device)
+        weights = {}
+        keys, values = (find_sites(loaded.model, loaded.geometry, kind, None, ids) for kind in ("k", "v"))
+        for k, v in zip(keys, values, strict=True):
+            pairs = [weight_rows(site) for site in (k, v)]
+            biases = [bias for _, bias in pairs if bias is not None]
+            weights[k.layer_idx] = torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None
+        rotations = {i: (0, rotation) for i, rotation in self.source.rotations.items()}
+        return weights, loaded.geometry.num_key_value_heads, rotations
 
     @cached_property
     def moments(self) -> tuple[Moments, Moments]:
