@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKE
 from eigencache.calibration.calibration_set import calibration_length
 from eigencache.codec.pca import CoefficientBits
 from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
-from eigencache.corpora.text import Text
 from eigencache.errors import CodecError, CorpusError, RecordError, StatisticsError
 from eigencache.evaluate.prefix import Window
 from eigencache.evaluate.tasks import task_named
@@ -37,11 +36,7 @@ from eigencache.studies.sweep import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Model = str | PreTrainedModel
-    Tokenizer = str | PreTrainedTokenizerBase | None
-    TextLike = str | Iterable[str] | Text
+    from eigencache.api.opening import Model, TextLike, Tokenizer
 
 SEQUENCES = 64  # scored by a bench: fewer leave a loss of 0.01 nats to chance
 

@@ -1,8 +1,8 @@
 """What every public function does first: take a model and a text as callers have them, and leave the model as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,13 @@ from eigencache.corpora.text import Text
 from eigencache.inputs import model_of
 from eigencache.modes import own_modes
 from eigencache.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = str | PreTrainedModel
+    Tokenizer = str | PreTrainedTokenizerBase | None
+    TextLike = str | Iterable[str] | Text
 
 TEXT = "stdlib"
 HELD_OUT_TEXT = "stdlib:held-out"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
-from eigencache.corpora.text import Text
 from eigencache.fitting.pca import PCACalibration, PCASettings, Target
 from eigencache.inputs import text_of
 from eigencache.records.adapter import AdapterRecord
@@ -21,11 +20,7 @@ from eigencache.studies.mla import check_latent, compare_caches, fit_expanded, s
 from eigencache.studies.sweep import Plan, sweep_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Model = str | PreTrainedModel
-    Tokenizer = str | PreTrainedTokenizerBase | None
-    TextLike = str | Iterable[str] | Text
+    from eigencache.api.opening import Model, TextLike, Tokenizer
 
 _SHARES = tuple(eighth / 8 for eighth in range(1, 9))
 

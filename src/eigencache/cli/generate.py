@@ -70,5 +70,5 @@ def run(
     print(cost_line(found, "compressed cache"))
     if compare:
         plain = generate(loaded, text, None, **options)  # type: ignore[arg-type]
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        dtype = loaded.dtype_name
         print(*comparison_lines(found, plain, parted_at(found, plain), dtype, loaded.tokenizer.decode), sep="\n")

@@ -82,7 +82,7 @@ def _origin(loaded: LoadedModel, rotations: Mapping[int, Rotation], sequences: S
         model=loaded.name,
         model_sha256=loaded.sha256,
         rope_sha256=rope_sha256(rotations),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=loaded.dtype_name,  # type: ignore[arg-type]
         calibration=sequences.corpus,
         run=run,
     )

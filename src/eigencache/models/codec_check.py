@@ -39,7 +39,7 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
         CodecError: One of them differs; the message names both models and what to do.
     """
     origin, refit = saved.card.origin, "or fit a codec on this model (`eigencache fit`)"
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    dtype = loaded.dtype_name
     if dtype != origin.dtype:
         raise CodecError(
             f"{saved.folder}: fitted on {origin.model} in {origin.dtype}, {loaded.name} is loaded in {dtype}: "

@@ -65,6 +65,11 @@ class LoadedModel:
         return min(512, getattr(self.model.config, "max_position_embeddings", None) or 512)
 
     @property
+    def dtype_name(self) -> str:
+        """Number format of the weights, such as `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def sha256(self) -> str:
         """Hash of everything that the cache depends on; computed again only after a change of the model."""
         return known_fingerprint(self.model)
@@ -78,7 +83,7 @@ class LoadedModel:
         return Model(
             name=self.name,
             architecture=type(self.model).__name__,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype_name,
             device=str(self.model.device),
             parameters=self.model.num_parameters(),
             sha256=self.sha256,

@@ -45,7 +45,7 @@ def measure_folding(loaded: LoadedModel, sequences: Sequences, codec: PCACodec) 
         scale,
         nbytes,
         plain_nbytes,
-        str(model.dtype).removeprefix("torch."),
+        loaded.dtype_name,
     )
 
 
