@@ -52,9 +52,13 @@ class Loss(StrEnum):
 
 def run(
     model: Annotated[str, typer.Argument(help="ref-gpt2, ref-llama, ref-qwen2, a folder, a .gguf file or a hub name.")],
-    target: Annotated[AdapterTarget, typer.Option("--target", help="Values, or keys before rotation.")] = AdapterTarget.v,
-    layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, such as 0,6,12.")] = None,
-    ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 8,16,full; default: quarters of the width.")] = None,
+    target: Annotated[
+        AdapterTarget, typer.Option("--target", help="Tensor to adapt: v (values) or k (keys before rotation).")
+    ] = AdapterTarget.v,
+    layers: Annotated[str | None, typer.Option("--layers", help="Layers to use, such as 0,6,12; default: all.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="Ranks to truncate to, such as 8,16,full; default: quarters of the width.")
+    ] = None,
     loss: Annotated[
         Loss,
         typer.Option(
@@ -64,22 +68,26 @@ def run(
         ),
     ] = Loss.nll,
     loss_rank: Annotated[
-        int | None, typer.Option("--loss-rank", help="r of nll+tail and nll@rank; default half of the width.")
+        int | None,
+        typer.Option("--loss-rank", help="Rank r of the losses nll+tail and nll@rank; default: half of the width."),
     ] = None,
-    tail_weight: Annotated[float, typer.Option("--tail-weight", min=0, help="Nats that the whole share costs.")] = 1.0,
-    inner_rank: Annotated[int, typer.Option("--inner-rank", help="Rows of W_in.")] = 16,
-    scale: Annotated[float, typer.Option("--scale", help="s in M = I + s·W_out W_in.")] = 1.0,
+    tail_weight: Annotated[
+        float, typer.Option("--tail-weight", min=0, help="Weight of the tail share in nll+tail, in nats.")
+    ] = 1.0,
+    inner_rank: Annotated[int, typer.Option("--inner-rank", help="Inner rank: rows of W_in.")] = 16,
+    scale: Annotated[float, typer.Option("--scale", help="Scale s in M = I + s·W_out W_in.")] = 1.0,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps; 0 leaves M the identity.")] = 60,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, at most 1.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Learning rate of Adam, at most 1.")] = 1e-3,
     text: Text = "stdlib:held-out",
     tokens: HeldOutTokens = 16_384,
     max_length: HeldOutLength = 512,
     prefix: Prefix = None,
     chunk: Annotated[
-        int | None, typer.Option("--chunk", min=1, help="Instead: tokens read at a time, all older ones held encoded.")
+        int | None,
+        typer.Option("--chunk", min=1, help="Tokens read at a time, all older ones compressed; replaces --prefix."),
     ] = None,
     calibration_text: Annotated[
-        str, typer.Option("--calibration-text", help="What is trained on, and bases are fitted on.")
+        str, typer.Option("--calibration-text", help="Text that adapters are trained on and bases are fitted on.")
     ] = "stdlib",
     calibration_tokens: CalibrationTokens = 65_536,
     force: Force = False,

@@ -71,10 +71,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """The instrument for the KV cache of language models: what is cached, what of it matters, what the data support."""
+    """Measure and compress the KV cache of language models."""
 
 
 def main(arguments: list[str] | None = None) -> None:

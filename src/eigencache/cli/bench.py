@@ -33,18 +33,21 @@ EXAMPLES = """
 
 def run(
     models: Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")] = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Such as eigen,kvtc,int; default: all.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods to compare, such as eigen,kvtc,int; default: all.")
+    ] = None,
     points: Annotated[
-        str | None, typer.Option("--points", help="Bits per value of methods that take any; default: 0.03 to 4.")
+        str | None,
+        typer.Option("--points", help="Rates (bits per value) to test for variable-rate methods; default: 0.03 to 4."),
     ] = None,
     lengths: Annotated[
-        str, typer.Option("--lengths", help="Tokens of a sequence; the last of them are scored.")
+        str, typer.Option("--lengths", help="Sequence lengths in tokens; the last tokens are scored.")
     ] = "512,2048",
     scored: Annotated[int, typer.Option("--scored", min=2, help="Tokens at the end of a sequence that are scored.")] = 128,
     step: Annotated[
         int,
         typer.Option(
-            "--step", min=0, help="Of the scored tokens so many are read at a time, all before them held; 0: all at once."
+            "--step", min=0, help="Scored tokens read at a time, with all earlier tokens compressed; 0 reads all at once."
         ),
     ] = 0,
     text: Text = "stdlib:held-out",
@@ -53,12 +56,17 @@ def run(
         typer.Option("--tokens", min=1, help="Tokens of the held-out text; default: 64 sequences of every length."),
     ] = None,
     calibration_text: CalibrationText = "stdlib",
-    calibration_tokens: Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens of every seed.")] = 65_536,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Calibrations, each on other sequences of its text.")] = 3,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="Calibration tokens per seed.")
+    ] = 65_536,
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", min=1, help="Number of calibrations, each on different sequences of the calibration text."),
+    ] = 3,
     tasks: Annotated[str, typer.Option("--tasks", help="Retrieval tasks, such as copy,recall; or none.")] = "none",
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="Prompts to generate from; 0 for none.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for README.md, bench.html, plots, JSON.")
+        Path | None, typer.Option("--output", "-o", help="Folder for README.md, bench.html, plots and JSON.")
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", hidden=True)] = False,
     force: Force = False,
@@ -68,7 +76,7 @@ def run(
 ) -> None:
     """Compare methods by the bytes they hold at equal loss through the cache, with intervals.
 
-    With --output, an interrupted run goes on where it stopped when it is started again.
+    With --output, an interrupted run resumes when it is started again.
     """
     if speed:
         raise ModelError("bench --speed is now a command of its own: eigencache speed [GEOMETRY…]")

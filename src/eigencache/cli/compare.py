@@ -23,7 +23,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table as Markdown.")] = None,
     plot: Plot = None,
 ) -> None:
-    """Compare models: the historic columns and an assessment with its reasons first, then the honest columns."""
+    """Compare models: columns of the original probe and an assessment with its reasons, then held-out columns."""
     check_writable(output)
     check_plot(plot)
     from rich.console import Console

@@ -56,8 +56,12 @@ _FITTING = (
 def run(
     context: typer.Context,
     model: Model,
-    target: Annotated[TargetName | None, typer.Option("--target", help="Default: kv, or latent for MLA.")] = None,
-    ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 16,24; default: half of the width.")] = None,
+    target: Annotated[
+        TargetName | None, typer.Option("--target", help="Tensor to compress; default: kv, or latent for MLA.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="Ranks to evaluate, such as 16,24; default: half of the width.")
+    ] = None,
     scope: Scope = ScopeName.head,
     frame: Frame = OneFrame.pre,
     metric: Metric = "fisher",
@@ -67,23 +71,29 @@ def run(
     max_length: HeldOutLength = 1024,
     prefix: Prefix = None,
     chunk: Annotated[
-        int | None, typer.Option("--chunk", min=1, help="Tokens read at a time in the second protocol; default an eighth.")
+        int | None,
+        typer.Option(
+            "--chunk", min=1, help="Tokens read at a time in the chunked protocol; default: an eighth of a sequence."
+        ),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens that stay as they are in it.")] = 0,
+    window: Annotated[int, typer.Option("--window", min=0, help="Uncompressed recent tokens in the chunked protocol.")] = 0,
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="Prompts to generate from; 0 for none.")] = 8,
     tasks: Annotated[
         str | None,
         typer.Option(
-            "--tasks", help="copy,induction,recall,needle,variable tracking,common words; all by default; or none."
+            "--tasks",
+            help="Retrieval tasks: copy,induction,recall,needle,variable tracking,common words; default: all; or none.",
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option("--lengths", help="Context lengths of the tasks.")] = "256",
+    lengths: Annotated[str, typer.Option("--lengths", help="Context lengths of the tasks, in tokens.")] = "256",
     calibration_text: CalibrationText = "stdlib",
     calibration_tokens: CalibrationTokens = 131_072,
     save_to: Annotated[
-        Path | None, typer.Option("--save-codec", help="Save the codec in this folder, for --codec and lm-eval; one rank.")
+        Path | None, typer.Option("--save-codec", help="Folder to save the fitted codec in; needs a single rank.")
     ] = None,
-    codec: Annotated[Path | None, typer.Option("--codec", help="A saved codec of this model: nothing is fitted.")] = None,
+    codec: Annotated[
+        Path | None, typer.Option("--codec", help="Folder of a saved codec of this model; nothing is fitted.")
+    ] = None,
     force: Force = False,
     output: OutputJson = None,
     device: Device = None,
@@ -91,9 +101,9 @@ def run(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
 ) -> None:
-    """Evaluate a way of compressing: likelihood through the cache, generation, retrieval and bytes.
+    """Evaluate one compression setting: likelihood through the cache, generation, retrieval and bytes.
 
-    With --output, an interrupted run goes on where it stopped when it is started again.
+    With --output, an interrupted run resumes when it is started again.
     """
     check_writable(output)
     numbers = rank_numbers(ranks)

@@ -32,37 +32,49 @@ EXAMPLES = """
 
 def run(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the codec.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the codec to.")],
     text: Text = "stdlib",
     tokens: Tokens = 131_072,
     max_length: MaxLength = None,
-    bits: Annotated[float | None, typer.Option("--bits", help="Bits per value, everything counted.")] = None,
-    ratio: Annotated[float | None, typer.Option("--ratio", help="16-bit bytes over bytes held.")] = None,
-    max_nll: Annotated[
-        float | None, typer.Option("--max-nll", help="Nats per token that may be lost; 0.01 if nothing else is asked.")
+    bits: Annotated[float | None, typer.Option("--bits", help="Target size in bits per value, everything counted.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option("--ratio", help="Target ratio: bytes of the 16-bit cache / bytes of the compressed cache."),
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens at which a size is meant.")] = 2048,
-    scope: Annotated[str, typer.Option("--scope", help="head, layer, kind or joint: what shares a basis.")] = "joint",
+    max_nll: Annotated[
+        float | None, typer.Option("--max-nll", help="Loss budget in nats per token; default without a size: 0.01.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option("--context", min=1, help="Context length at which --bits and --ratio are evaluated.")
+    ] = 2048,
+    scope: Annotated[str, typer.Option("--scope", help="Vectors that share a basis: head, layer, kind or joint.")] = "joint",
     metric: Metric = "fisher",
-    alpha: Annotated[float, typer.Option("--alpha", min=0, max=2, help="Power of the metric.")] = 0.75,
+    alpha: Annotated[
+        float, typer.Option("--alpha", min=0, max=2, help="Exponent of the metric; 0 is the Frobenius norm.")
+    ] = 0.75,
     text_prediction: Annotated[
         bool, typer.Option("--text-prediction/--no-text-prediction", help="Predict the cache from its tokens.")
     ] = True,
     sinks: Annotated[
         int | None,
-        typer.Option("--sinks", min=0, help="First tokens stored exactly; default: 4 or more."),
+        typer.Option(
+            "--sinks",
+            min=0,
+            help="First tokens stored exactly; default: 4, or more if the calibration set shows more sinks.",
+        ),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens kept.")] = 0,
-    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits per number of tokens stored exactly: 16 or 8.")] = 16,
-    block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Tokens that decode together.")] = 128,
-    live: Annotated[
-        bool, typer.Option("--live", help="Also fit the codec of a live cache (`eigencache generate`).")
-    ] = False,
+    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens stored exactly.")] = 0,
+    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits per value of tokens stored exactly: 16 or 8.")] = 16,
+    block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Block size: tokens that decode together.")] = 128,
+    live: Annotated[bool, typer.Option("--live", help="Fit the live codec of CompressedCache as well.")] = False,
     live_only: Annotated[bool, typer.Option("--live-only", help="Fit the live codec alone.")] = False,
     live_bits: Annotated[
-        float | None, typer.Option("--live-bits", help="Its bits per packed value; default: the fewest within --max-nll.")
+        float | None,
+        typer.Option("--live-bits", help="Bits per packed value of the live codec; default: the fewest within --max-nll."),
     ] = None,
-    safe: Annotated[bool, typer.Option("--safe", help="A live cache of 6.9 bits per value: hardly any loss.")] = False,
+    safe: Annotated[
+        bool, typer.Option("--safe", help="Fit a live codec of 6.9 bits per value, which loses hardly anything.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,

@@ -22,13 +22,11 @@ EXAMPLES = """
 def run(
     model: Model,
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, help="Coefficients per head; default half of its width.")
+        int | None, typer.Option("--rank", min=1, help="Coefficients per head; default: half of the width.")
     ] = None,
     text: Text = "stdlib:held-out",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to compare at most.")] = 2048,
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens that bases rest on.")
-    ] = 32_768,
+    calibration_tokens: Annotated[int, typer.Option("--calibration-tokens", min=1, help="Calibration tokens.")] = 32_768,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

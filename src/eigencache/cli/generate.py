@@ -22,24 +22,26 @@ EXAMPLES = """
 def run(
     model: Model,
     codec: Annotated[Path, typer.Option("--codec", help="A folder that `eigencache fit --live` wrote.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="What to go on from.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file with what to go on from.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt text.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt text.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, max=100, help="0: always the likeliest token.")
+        float, typer.Option("--temperature", min=0, max=100, help="Sampling temperature; 0 takes the likeliest token.")
     ] = 0.0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Run the plain cache as well, and show where they part.")
+        bool, typer.Option("--compare", help="Run the plain cache as well, and show where the answers differ.")
     ] = False,
     backend: Annotated[
         str | None,
-        typer.Option("--backend", help="What reads packed blocks: vnni, cpu, triton or reference; default: the fastest."),
+        typer.Option(
+            "--backend", help="Backend that reads packed blocks: vnni, cpu, triton or reference; default: the fastest."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
 ) -> None:
-    """Generate from a compressed cache; at the end its bytes, ratio and tokens per second."""
+    """Generate text with a compressed cache, then print its bytes, ratio and tokens per second."""
     import sys
 
     from eigencache.api import generate

@@ -31,7 +31,9 @@ EXAMPLES = """
 
 def run(
     model: Annotated[str, typer.Argument(help="An MLA model: ref-deepseek, a folder or a hub name.")] = "ref-deepseek",
-    against: Annotated[str | None, typer.Option("--against", help="A model with keys and values, at equal bytes.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Model with keys and values to compare with at equal bytes.")
+    ] = None,
     scope: Scope = ScopeName.head,
     text: Text = "stdlib:held-out",
     tokens: HeldOutTokens = 32_768,

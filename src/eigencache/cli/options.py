@@ -22,11 +22,11 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", min=8, help="Toke
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")]
-CalibrationText = Annotated[str, typer.Option("--calibration-text", help="What bases are fitted on.")]
+CalibrationText = Annotated[str, typer.Option("--calibration-text", help="Calibration text, which bases are fitted on.")]
 CalibrationTokens = Annotated[
     int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Score also a text that overlaps the calibration text.")]
+Force = Annotated[bool, typer.Option("--force", help="Score a text that overlaps the calibration text as well.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 

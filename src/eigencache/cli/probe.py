@@ -45,12 +45,12 @@ def run(
     model: Annotated[
         str, typer.Argument(help="ref-gpt2, ref-llama, ref-qwen2, ref-deepseek, a folder, a .gguf file or a hub name.")
     ],
-    layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, such as 0,6,12.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Layers to use, such as 0,6,12; default: all.")] = None,
     tokens: Tokens = 131_072,
     text: Text = "stdlib",
     frame: Annotated[FrameName, typer.Option("--frame", help="Keys before rotation, after it, or both.")] = FrameName.both,
     scope: Annotated[
-        list[ScopeName] | None, typer.Option("--scope", help="May be given more than once; default: all three.")
+        list[ScopeName] | None, typer.Option("--scope", help="Scope of the spectra; can be repeated; default: all three.")
     ] = None,
     view: Annotated[View, typer.Option("--view", help="honest, classic (the historic figures) or spread.")] = View.honest,
     layers_table: Annotated[bool, typer.Option("--layers-table", help="Also print all statistics of every layer.")] = False,
@@ -66,7 +66,7 @@ def run(
         float, typer.Option("--memory", min=0.001, help="GiB for moments; scopes that need more are left out.")
     ] = 4.0,
 ) -> None:
-    """Probe what a model caches: how many directions of keys, values and latents matter, and what the data support."""
+    """Measure the spectra of cached keys, values and latents: effective ranks, energies and their statistical support."""
     check_writable(output)
     check_plot(plot)
     numbers = layer_numbers(layers)

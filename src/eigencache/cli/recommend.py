@@ -52,16 +52,18 @@ def run(
     context: typer.Context,
     subject: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL|REPORT.json", help="A model as everywhere, or the JSON that probe, report or sweep wrote."
-        ),
+        typer.Argument(metavar="MODEL|REPORT.json", help="Model, or the JSON file that probe, report or sweep wrote."),
     ],
-    budget_nll: Annotated[str | None, typer.Option("--budget-nll", help="Loss allowed in nats per token: 0.01.")] = None,
+    budget_nll: Annotated[
+        str | None, typer.Option("--budget-nll", help="Loss budget in nats per token, such as 0.01.")
+    ] = None,
     budget_ppl: Annotated[
         str | None,
-        typer.Option("--budget-ppl", help="Loss allowed as a share of perplexity, 1% or 0.01; the default is 1%."),
+        typer.Option("--budget-ppl", help="Loss budget as a share of perplexity, such as 1% or 0.01; default: 1%."),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Which model of a report with several.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to use when the JSON of a report contains several.")
+    ] = None,
     text: Text = "stdlib:held-out",
     tokens: HeldOutTokens = 40_960,
     max_length: HeldOutLength = 1024,
@@ -75,10 +77,10 @@ def run(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
 ) -> None:
-    """Advise on compressing a cache: what of it, in which basis, to which bytes, at which loss measured through the cache.
+    """Recommend a compression setting that stays within a loss budget.
 
     The way is chosen on one half of the held-out sequences and its loss is stated on the other half. The JSON of a sweep
-    is advised from as it is, without measuring. With --output, an interrupted run goes on where it stopped.
+    is used without measuring anything. With --output, an interrupted run resumes when it is started again.
     """
     check_writable(output)
     budget = _budget(budget_nll, budget_ppl)

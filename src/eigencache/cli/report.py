@@ -31,10 +31,14 @@ def run(
     text: TextOption = "stdlib",
     tokens: Tokens = 131_072,
     held_out: Annotated[
-        str, typer.Option("--held-out", help="Text that compression is scored on, or none: then nothing is compressed.")
+        str, typer.Option("--held-out", help="Text that compression is scored on; none measures no compression.")
     ] = "stdlib:held-out",
-    held_out_tokens: Annotated[int, typer.Option("--held-out-tokens", min=1, help="Tokens of it at most.")] = 12_288,
-    budget_ppl: Annotated[str, typer.Option("--budget-ppl", help="Rise of perplexity that is allowed, such as 1%.")] = "1%",
+    held_out_tokens: Annotated[
+        int, typer.Option("--held-out-tokens", min=1, help="Tokens of the held-out text at most.")
+    ] = 12_288,
+    budget_ppl: Annotated[
+        str, typer.Option("--budget-ppl", help="Loss budget as a share of perplexity, such as 1%.")
+    ] = "1%",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.html and report.json.")] = Path(
         "eigencache-report"
     ),

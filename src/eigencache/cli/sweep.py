@@ -48,16 +48,23 @@ EXAMPLES = """
 def run(
     model: Model,
     target: Annotated[
-        list[TargetName] | None, typer.Option("--target", help="May be given more than once; default: all of the model's.")
+        list[TargetName] | None,
+        typer.Option("--target", help="Tensor to compress; can be repeated; default: all that the model caches."),
     ] = None,
-    ranks: Annotated[str | None, typer.Option("--ranks", help="Such as 8,16,full; default: ten steps to full.")] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="Ranks to score, such as 8,16,full; default: ten steps to the full rank.")
+    ] = None,
     scope: Scope = ScopeName.head,
     frame: Frame = OneFrame.pre,
     metric: Metric = "fisher",
-    alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Power of the metric: 0 is frobenius.")] = 1.0,
-    centered: Annotated[bool, typer.Option("--centered/--uncentered", help="About the mean, or about zero.")] = True,
+    alpha: Annotated[
+        float, typer.Option("--alpha", min=0, max=1, help="Exponent of the metric; 0 is the Frobenius norm.")
+    ] = 1.0,
+    centered: Annotated[bool, typer.Option("--centered/--uncentered", help="Center vectors on their mean, or not.")] = True,
     bits: CoefficientBits = Bits.sixteen,
-    controls: Annotated[bool, typer.Option("--controls", help="Also a basis pooled over heads, and a random one.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Score a basis pooled over heads and a random basis as well.")
+    ] = False,
     text: Text = "stdlib:held-out",
     tokens: HeldOutTokens = 100_352,
     max_length: HeldOutLength = 1024,
@@ -72,9 +79,9 @@ def run(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
 ) -> None:
-    """Sweep ranks: what direct low-rank compression costs, per target, against rank and bytes, through the cache.
+    """Measure the loss of low-rank compression through the cache, by tensor, rank and bytes.
 
-    With --output, an interrupted run goes on where it stopped when it is started again.
+    With --output, an interrupted run resumes when it is started again.
     """
     check_writable(output)
     check_plot(plot)
