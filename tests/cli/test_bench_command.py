@@ -65,7 +65,7 @@ def test_help_shows_examples(capsys) -> None:
         main(["bench", "--help"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "Examples" in out and "eigencache bench --output docs/leaderboard" in out
-    assert "an interrupted run goes on where it stopped" in " ".join(out.split())
+    assert "an interrupted run resumes when it is started again" in " ".join(out.split())
 
 
 def test_an_interrupted_bench_goes_on(board, tmp_path, monkeypatch, capsys) -> None:
