@@ -59,7 +59,7 @@ def one_by_one(name: str, cache: DynamicCache, tokens: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_at_a_high_rate_what_is_decoded_goes_on_as_the_plain_cache_does(name: str) -> None:
+def test_at_a_high_rate_what_is_decoded_continues_as_the_plain_cache_does(name: str) -> None:
     codec = tiny_codec(name)
     blob = codec.encode(read(name))
     given = codec.decode(blob)

@@ -166,7 +166,7 @@ def test_inside_a_cache_of_ones_own_or_none_at_all_is_respected(model, codec: Ca
         assert generate(model, ids, use_cache=False).sequences.equal(expected)
 
 
-def test_a_cache_that_came_from_inside_goes_on_token_by_token(model, codec: CacheCodec, ids) -> None:
+def test_a_cache_that_came_from_inside_continues_token_by_token(model, codec: CacheCodec, ids) -> None:
     with eigencache.compressed(model, codec):
         expected = generate(model, ids)
         out, tokens = forward(model, ids), []
@@ -290,7 +290,7 @@ def test_the_live_codec_loses_no_more_than_was_allowed_or_is_what_its_goal_says(
     assert found.live is (None if expected is None else live)
 
 
-def test_an_outer_one_goes_on_after_an_inner_one_ended(model, codec: CacheCodec, ids) -> None:
+def test_an_outer_one_continues_after_an_inner_one_ended(model, codec: CacheCodec, ids) -> None:
     with eigencache.compressed(model, codec):
         for inner in (codec, None):
             with contextlib.suppress(CodecError), eigencache.compressed(model, inner):

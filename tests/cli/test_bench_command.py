@@ -68,7 +68,7 @@ def test_help_shows_examples(capsys) -> None:
     assert "an interrupted run resumes when it is started again" in " ".join(out.split())
 
 
-def test_an_interrupted_bench_goes_on(board, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupted_bench_continues(board, tmp_path, monkeypatch, capsys) -> None:
     """What was kept before is neither fitted nor scored again, and the file of it is gone in the end."""
     from eigencache.studies.bench import run as bench_module
 

@@ -48,7 +48,7 @@ def caches(name: str, tokens: int = 200, batch: int = 2) -> tuple[Any, dict[str,
 
 
 @pytest.mark.parametrize(("name", "ways"), [("llama", 3), ("deepseek", 4)])
-def test_every_cache_holds_the_tokens_and_goes_on(name: str, ways: int) -> None:
+def test_every_cache_holds_the_tokens_and_continues(name: str, ways: int) -> None:
     model, found = caches(name)
     assert len(found) == ways and next(iter(found)) == "DynamicCache"
     for cache in found.values():
@@ -83,7 +83,7 @@ def test_widths_of_noise_take_the_bits_they_are_named_after(bits: float) -> None
 @pytest.mark.parametrize("bits", RATES)
 def test_neighboring_bundles_have_unlike_widths_and_means_that_turn_change_nothing_that_is_read(bits: float) -> None:
     shapes: synthetic.Shapes = [((5, 128), (5, 128))]
-    codec = noise_codec(shapes, bits, torch.float32, turning=True)
+    codec = noise_codec(shapes, bits, torch.float32, rotated_mean=True)
     keys, values = codec.layers[0]
     assert codec.sinks == 4 and codec.bits_per_value == bits and values.rotated_mean is None
     assert [w.bits > 128 * bits for w in keys.widths] == [bits < 8, False] * 2 + [False]
@@ -104,7 +104,7 @@ def test_a_prompt_in_chunks_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
-def test_a_generation_goes_on_with_what_a_cache_holds(name: str) -> None:
+def test_a_generation_continues_with_what_a_cache_holds(name: str) -> None:
     model, found = caches(name)
     for cache in found.values():
         for length in (205, 210):

@@ -131,7 +131,7 @@ def test_a_target_that_no_step_meets_is_refused_with_what_can_be_had(bits: float
         at_bits(planted(), bits)
 
 
-def test_a_target_is_refused_where_coefficients_hold_rounding_and_a_vector_stands_far_out() -> None:
+def test_a_target_is_refused_where_coefficients_hold_rounding_and_a_vector_is_an_outlier() -> None:
     fit = planted()
     y = fit.fitted.y / fit.eigenvalues.sqrt().float() * torch.where(torch.arange(WIDTH) > 0, 1e-4, 3.0)
     far = y.clone()
@@ -324,13 +324,16 @@ def test_targets_are_met_by_containers_of_real_text() -> None:
     assert real_bits(loaded, fit, point, 256) == pytest.approx(2.0, rel=0.03)
 
 
-def test_nothing_is_fitted_on_sequences_kept_apart() -> None:
+def test_nothing_is_fitted_on_held_out_sequences() -> None:
     text = random_sequences(*LENGTHS)
     ids = text.ids[:FITTED_ON] + [np.full(40, 9)] * APART
     loaded, fit = fitted("llama")
     other = fit_eigen(CalibrationSet(Session(loaded), replace(text, ids=ids)))
     assert [one.tolist() for one in fit.held_out.ids] == [one.tolist() for one in text.ids[FITTED_ON:]]
-    assert len(fit.fitted.y) == (40 - FIRST_EXACT) * FITTED_ON and len(fit.held.y) == (40 - FIRST_EXACT) * APART
+    assert (
+        len(fit.fitted.y) == (40 - FIRST_EXACT) * FITTED_ON
+        and len(fit.held_out_coefficients.y) == (40 - FIRST_EXACT) * APART
+    )
     assert torch.equal(fit.fitted.y, other.fitted.y) and torch.equal(fit.eigenvalues, other.eigenvalues)
     step = float(fit.eigenvalues.median()) ** 0.5
     point, changed = fit.at_step(step), other.at_step(step)
@@ -364,7 +367,7 @@ def test_sequences_no_longer_than_the_sinks_say_nothing() -> None:
     fit = fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), text), EigenSettings(metric="frobenius", sinks=8))
     longer = [len(ids) for ids in fit.held_out.ids if len(ids) > 8]
     assert 0 < len(longer) < len(fit.held_out.ids)
-    assert (len(fit.fitted.y), len(fit.held.y)) == (22 * (22 - len(longer)), 22 * len(longer))
+    assert (len(fit.fitted.y), len(fit.held_out_coefficients.y)) == (22 * (22 - len(longer)), 22 * len(longer))
 
 
 # Metrics
@@ -438,7 +441,7 @@ def test_a_loss_that_no_step_keeps_is_refused(monkeypatch) -> None:
         at_loss(planted(), Session(None), 0.1)  # type: ignore[arg-type]
 
 
-def test_a_loss_is_kept_on_the_sequences_kept_apart_and_a_size_comes_with_its_loss() -> None:
+def test_a_loss_is_kept_on_the_held_out_sequences_and_a_size_comes_with_its_loss() -> None:
     loaded, fit = fitted("llama", EigenSettings("head", "frobenius", text=False, sinks=0))
     fine, coarse = (fit_target(fit, Session(loaded), max_nll=allowed, context=40) for allowed in (1e-3, 0.05))
     assert fine.codec.step < coarse.codec.step and fine.expected.bits_per_value > coarse.expected.bits_per_value

@@ -191,7 +191,7 @@ def run_atheris(arguments: list[str]) -> None:
         import atheris
     except ImportError:
         sys.exit("--atheris needs atheris: pip install atheris, or run --mutations, which needs nothing")
-    with atheris.instrument_imports(include=["eigencache.codec.eigen.container"]):
+    with atheris.instrument_imports(include=["eigencache.codec.eigen.container", "eigencache.codec.eigen.container_header"]):
         importlib.reload(codec)
     counts = Counter[str]()
 

@@ -85,7 +85,7 @@ def test_the_header_of_a_gguf_file_is_parsed_once_for_the_configuration(
     assert [str(tmp_path)] == [source for source, *_ in parsed if source == str(tmp_path)]
 
 
-def test_what_a_gguf_file_says_of_its_rotation_and_is_not_read_is_named(
+def test_what_a_gguf_file_states_about_its_rotation_and_is_not_read_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, stretched in (("plain.gguf", False), ("stretched.gguf", True)):

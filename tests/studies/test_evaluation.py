@@ -56,7 +56,7 @@ def test_full_rank_keeps_what_the_model_says_and_rank_4_does_not(calibration, te
     assert [row[0] for row in tables[0].rows] == ["full", "rank 4"] * 2
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_record(calibration, text, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_continues_to_the_same_record(calibration, text, tmp_path: Path) -> None:
     def stop(what: str, done: int, of: int) -> None:
         if what == "generation":
             raise KeyboardInterrupt

@@ -63,7 +63,7 @@ def test_full_rank_costs_nothing_and_lower_ranks_diverge_more(calibration, text)
     assert values.points[0].quality.delta_nll_interval is not None
 
 
-def test_an_interrupted_sweep_goes_on_to_the_same_record(calibration, text, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_continues_to_the_same_record(calibration, text, tmp_path: Path) -> None:
     path, calls = tmp_path / "partial", []
 
     def stop(what: str, done: int, of: int) -> None:

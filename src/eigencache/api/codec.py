@@ -107,7 +107,7 @@ class CacheCodec:
                 f"a token costs {bits:,.0f} bits, {bits / self.coded_bits:.1f} times what the codec was fitted to: this is "
                 "not the cache of a text that this model read from position 0 on. Give `attention_mask` if it begins with "
                 "padding, `position_ids` if it begins elsewhere; a rotation that changed needs a codec of its own. "
-                "`force` encodes it all the same"
+                "Pass `force` to encode it anyway"
             )
         return blob
 
@@ -120,10 +120,10 @@ class CacheCodec:
         stop = min(starts) + tokens
         raise CodecError(
             f"a text of {stop} tokens: in more than {reach} the model rotates keys with frequencies that this codec does "
-            "not know, and it would lose much: keep such a cache as it is; `force` encodes it all the same"
+            "not know, and it would lose much: keep such a cache uncompressed, or pass `force` to encode it anyway"
             if learned is None
             else f"{tokens} tokens from position {min(starts)} on: the model's learned positions were seen below {reach} in "
-            f"the fit: fit the codec with `max_length` {stop} at least; `force` encodes them as they are"
+            f"the fit: fit the codec with `max_length` {stop} at least; or pass `force` to encode it anyway"
         )
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:

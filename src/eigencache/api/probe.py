@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerView:
-    """The spectra of one layer by tensor name: `.values`, `.keys_pre_rope`, `.keys_post_rope`, `.latent`, …
+    """The spectra of one layer by tensor name: `.values`, `.keys_pre_rope`, `.keys_post_rope`, `.latent`.
 
     `.keys` is the frame before rotation where both exist. Centered, heads of the layer concatenated; `head(i)` and
     `uncentered` choose otherwise.

@@ -125,7 +125,7 @@ def unrotated(cached: Cached, rotations: Rotations, start: int, tokens: int | No
 
 
 def rotated(slots: Slots, rotations: Rotations, start: int) -> Slots:
-    """Return the slots with those in `rotations` rotated to positions start, start + 1, …"""
+    """Return the slots with those in `rotations` rotated to positions `start`, `start` + 1, and so on."""
     result, angles_at = dict(slots), _Angles()
     for layer_idx, (slot, rotation) in rotations.items():
         x = slots[layer_idx, slot]

@@ -239,7 +239,7 @@ def prefills(repeats: int) -> int:
 def _prefills(model: Any, name: str, settings: SpeedSettings) -> Iterator[Timing]:
     """Time reading a prompt into an empty cache, in one pass and in chunks."""
     ids = torch.zeros(1, settings.prefill, dtype=torch.int64, device=model.device)
-    codec = noise_codec(stored_shapes(model), settings.rates[0], model.dtype, turning=keys_turn(model))
+    codec = noise_codec(stored_shapes(model), settings.rates[0], model.dtype, rotated_mean=keys_turn(model))
     makers = {
         "DynamicCache": lambda: plain_cache(model, {}),
         f"live, {settings.rates[0]:g} bits": lambda: CompressedCache(model, codec),

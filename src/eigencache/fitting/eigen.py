@@ -108,7 +108,7 @@ class EigenFit:
         positions: means by position, for models that do not rotate keys.
         sinks: first positions that are not coded.
         fitted: coefficients that the transform was fitted on.
-        held: coefficients of the held-out sequences.
+        held_out_coefficients: coefficients of the held-out sequences.
         held_out: the held-out sequences.
         dtype: dtype of the model.
     """
@@ -121,7 +121,7 @@ class EigenFit:
     positions: PositionMeans | None
     sinks: int
     fitted: Coefficients
-    held: Coefficients
+    held_out_coefficients: Coefficients
     held_out: Sequences
     dtype: torch.dtype
 
@@ -168,7 +168,7 @@ class EigenFit:
             text=self.text,
             positions=self.positions,
         )
-        held_out = _every(self.held, FITTED)
+        held_out = _every(self.held_out_coefficients, FITTED)
         symbols = quantizer.quantize(held_out.y[:, kept] / step)
         if self.text is not None and held_out.ranks is not None:
             symbols = torch.cat([self.text.digits.split(held_out.ranks), symbols], 1)
@@ -226,7 +226,7 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
         positions=positions,
         sinks=sinks,
         fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
-        held=Coefficients(transform.encode(held_out.vectors, 1.0), ranks[1]),
+        held_out_coefficients=Coefficients(transform.encode(held_out.vectors, 1.0), ranks[1]),
         held_out=calibration.held_out,
         dtype=session.loaded.model.dtype,
     )

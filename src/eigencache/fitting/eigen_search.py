@@ -78,6 +78,10 @@ def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | N
         if abs(excess) < _CLOSE:
             return point
         low, over, high, under = (middle, excess, high, under) if excess > 0 else (low, over, middle, excess)
+    if math.isinf(reached):
+        raise BudgetError(
+            f"`bits`={bits:g} cannot be met: no step codes anything, as the vectors of the fit do not vary. Use other text."
+        )
     limit, remedy = ("below the minimum", "or more") if bits < reached else ("above the maximum", "or less")
     shorter = ", or fewer `sinks` and a shorter `window`" if bits < reached else ""
     raise BudgetError(

@@ -71,7 +71,7 @@ class FittedSlot:
 
     Args:
         mean: mean that is subtracted first [heads, dim].
-        turning: mean of the keys before rotation, where it is large.
+        rotated_mean: mean of the keys before rotation, where it is large.
         encoder: rows of the transform [bundles, coefficients, heads of a bundle · dim].
         decoder: rows of its inverse, of the same shape.
         steps: bit width → quantization steps [bundles, coefficients].
@@ -79,7 +79,7 @@ class FittedSlot:
     """
 
     mean: Tensor
-    turning: KeyMean | None
+    rotated_mean: KeyMean | None
     encoder: Tensor
     decoder: Tensor
     steps: dict[int, Tensor]
@@ -121,7 +121,7 @@ class FittedSlot:
                     encoder[bundle, row : row + len(index)] = self.encoder[bundle, index] / steps
                     decoder[bundle, row : row + len(index)] = self.decoder[bundle, index] * steps * scale
                 row += len(index)
-        return PackedHeads(widths, encoder, decoder, self.mean, self.turning, tuple(n[6] for n in counts))
+        return PackedHeads(widths, encoder, decoder, self.mean, self.rotated_mean, tuple(n[6] for n in counts))
 
 
 def _worth(gain: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def stored_shapes(model: PreTrainedModel) -> Shapes:
 
 
 def noise_codec(
-    shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = FIRST_EXACT, turning: bool = False, seed: int = 0
+    shapes: Shapes, bits: float, dtype: torch.dtype, *, sinks: int = FIRST_EXACT, rotated_mean: bool = False, seed: int = 0
 ) -> LiveCodec:
     """Return a live codec with random bases for noise of variance 1, and bit widths like those of a fit.
 
@@ -140,7 +140,7 @@ def noise_codec(
         bits: Bits per value, of `RATES`.
         dtype: Dtype of the model.
         sinks: First tokens stored in 16 bits.
-        turning: Give keys a rotated mean in every pair, the largest that a fit subtracts.
+        rotated_mean: Give keys a rotated mean in every pair, the largest that a fit subtracts.
         seed: Seed of bases and means.
 
     Raises:
@@ -149,7 +149,7 @@ def noise_codec(
     require_known((), [bits])
     generator = torch.Generator().manual_seed(seed)
 
-    def heads_of(heads: int, dim: int, turns: bool = False) -> PackedHeads:
+    def heads_of(heads: int, dim: int, rotated: bool = False) -> PackedHeads:
         share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= _SHARED))
         numbers, bundles = share * dim, heads // share
         widths = tuple(_widths(bits, numbers, _sign(bundle, bundles)) for bundle in range(bundles))
@@ -161,9 +161,9 @@ def noise_codec(
         mean = torch.randn(heads, dim, generator=generator)
         rotation = Rotation(10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)), 1.0, "half")
         encoder = torch.where(steps > 0, basis / steps, 0.0)
-        return PackedHeads(widths, encoder, basis * steps, 0 * mean, KeyMean(mean, rotation) if turns else None)
+        return PackedHeads(widths, encoder, basis * steps, 0 * mean, KeyMean(mean, rotation) if rotated else None)
 
-    layers = {i: (heads_of(*keys, turning), heads_of(*values)) for i, (keys, values) in enumerate(shapes)}
+    layers = {i: (heads_of(*keys, rotated_mean), heads_of(*values)) for i, (keys, values) in enumerate(shapes)}
     return LiveCodec(f"noise · {bits:g} bits", layers, sinks, 0, dtype)
 
 
@@ -209,7 +209,7 @@ def filled_caches(
         exact = noise_codec(shapes, rates[0], model.dtype, sinks=tokens)
         yield "live, 16 bits", _filled(CompressedCache(model, exact), shapes, tokens, batch, model)
     for bits in rates:
-        cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype, turning=keys_turn(model)))
+        cache = CompressedCache(model, noise_codec(shapes, bits, model.dtype, rotated_mean=keys_turn(model)))
         yield f"live, {bits:g} bits", _filled(cache, shapes, tokens, batch, model)
 
 

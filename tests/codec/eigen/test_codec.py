@@ -12,7 +12,8 @@ from torch import Tensor
 
 from eigencache.codec.base import EncodedBytes
 from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
-from eigencache.codec.eigen.container import Container, ContainerHeader, Reader, read, write
+from eigencache.codec.eigen.container import Container, Reader, read, write
+from eigencache.codec.eigen.container_header import ContainerHeader
 from eigencache.codec.eigen.entropy_coder import RansCoder
 from eigencache.codec.eigen.entropy_tables import fit_tables
 from eigencache.codec.eigen.quantizer import DeadZone

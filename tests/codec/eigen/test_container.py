@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigencache import errors
-from eigencache.codec.eigen import container as module
-from eigencache.codec.eigen.container import MAX_HEADER_NBYTES, MAX_POSITION, Container, ContainerHeader, Reader, read, write
+from eigencache.codec.eigen import container, container_header
+from eigencache.codec.eigen.container import Container, Reader, read, write
+from eigencache.codec.eigen.container_header import MAX_HEADER_NBYTES, MAX_POSITION, ContainerHeader
 from eigencache.errors import (
     CodecError,
     ContainerChecksumError,
@@ -158,13 +159,15 @@ def test_the_bytes_are_little_endian_and_of_fixed_width() -> None:
 
 
 def test_every_field_names_its_byte_order_and_only_the_standard_library_is_used() -> None:
-    source = Path(module.__file__).read_text()
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    sources = [Path(module.__file__).read_text() for module in (container, container_header)]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     formats = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "struct.Struct"]
     assert len(formats) == 5 and all(f.startswith("<") for f in formats)
-    assert "to_bytes" not in source and "from_bytes" not in source
-    imports = [n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
-    assert set(imports) == {"array", "dataclasses", "itertools", "eigencache.errors"}
+    assert not any(conversion in source for source in sources for conversion in ("to_bytes", "from_bytes"))
+    imports = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    own = {"eigencache.errors", "eigencache.codec.eigen.container_header"}
+    assert imports == {"array", "dataclasses", "itertools"} | own
 
 
 def forged(**fields: Any) -> bytes:
@@ -358,7 +361,7 @@ def test_a_container_that_could_not_be_read_back_cannot_be_made(fields: dict[str
 
 
 def test_a_section_longer_than_its_length_field_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_U32", 39)
+    monkeypatch.setattr(container, "MAX_U32", 39)
     with pytest.raises(ContainerHeaderError, match="section 0 is 40 bytes, expected at most 39"):
         replace(KNOWN)
 

@@ -127,7 +127,7 @@ def test_what_lies_beyond_the_widest_integer_becomes_that_and_does_not_come_roun
             assert (u == (largest[:, :, None] if sign > 0 else 0)).all(), (factor, sign)
 
 
-def test_an_integer_stands_for_itself_less_half_of_the_largest() -> None:
+def test_an_integer_represents_itself_less_half_of_the_largest() -> None:
     one = torch.eye(8)[None]
     heads = PackedHeads((Widths(0, 0, 8),), one, one, torch.zeros(1, 8))
     given = torch.tensor([-9.0, -1.5, -1.01, -0.99, -0.01, 0.01, 0.99, 1.01])

@@ -57,7 +57,7 @@ def test_its_bytes_are_16_bits_of_what_is_left(press: kvpress.Press, ratio: floa
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_what_follows_stands_behind_the_whole_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_tokens_come_after_the_whole_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All heads are made to evict the same tokens, so one pass with those tokens masked must give the same logits."""
     loaded, ids = one(name), text()
     gone = torch.arange(0, TOKENS, 2)

@@ -36,7 +36,7 @@ def test_what_is_read_is_what_every_layer_holds(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("tokens", [1, WINDOW - 1, WINDOW, READ])
 @torch.no_grad()
-def test_a_cache_that_is_made_again_goes_on_bit_for_bit(name: str, tokens: int) -> None:
+def test_a_cache_that_is_made_again_continues_bit_for_bit(name: str, tokens: int) -> None:
     """Windows are shorter than the text: positions continue after all tokens read, not after those held."""
     model, ids = tiny(name), token_ids()
     cache = read(model, ids[:, :tokens])
@@ -112,7 +112,7 @@ def test_a_subclass_may_hold_something_else_and_is_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2"])
-def test_a_stretch_goes_on_at_its_positions_as_if_what_is_before_were_masked(name: str) -> None:
+def test_a_stretch_continues_at_its_positions_as_if_what_is_before_were_masked(name: str) -> None:
     model, ids = tiny(name), token_ids()
     full = DynamicCache(config=model.config)
     model(input_ids=ids[:, :16], past_key_values=full, use_cache=True)

@@ -168,7 +168,7 @@ def test_what_is_cropped_was_never_there(sinks: int, count: int) -> None:
     assert distance(found, plain[:, -8:]) < 0.06  # few tokens remain, some of them unpacked
 
 
-def test_a_cache_goes_on_over_several_turns_and_begins_anew_after_reset() -> None:
+def test_a_cache_continues_over_several_turns_and_begins_anew_after_reset() -> None:
     model, ids = long_model("llama"), long_ids()
     cache = CompressedCache(model, fine_codec(model))
     first = model.generate(ids[:, :120], past_key_values=cache, max_new_tokens=10, do_sample=False, pad_token_id=0)
@@ -279,7 +279,7 @@ def test_attention_is_switched_in_passes_with_a_live_cache_and_in_no_others(atte
     assert len(model._forward_pre_hooks) == hooks and "prepare_inputs_for_generation" not in vars(model)
 
 
-def test_a_copy_shares_the_codec_and_goes_on_by_itself() -> None:
+def test_a_copy_shares_the_codec_and_continues_by_itself() -> None:
     model, ids = long_model("llama"), long_ids()
     cache = CompressedCache(model, fine_codec(model, sinks=4))
     with torch.no_grad():

@@ -115,7 +115,7 @@ def test_a_pass_that_returns_another_cache_is_an_error(model, codec, monkeypatch
         model(input_ids=long_ids(1, 70), use_cache=True)
 
 
-def test_a_cache_from_inside_goes_on_after_the_context(model, codec) -> None:
+def test_a_cache_from_inside_continues_after_the_context(model, codec) -> None:
     ids = long_ids(1, 150)
     with torch.no_grad():
         expected = model(ids).logits[:, 140:]

@@ -193,7 +193,7 @@ def test_padding_may_be_longer_than_a_piece_and_positions_those_of_tokens_or_of_
     assert as_plain(biased, steps) < 0.05
 
 
-def test_after_a_crop_and_a_reset_positions_go_on_and_begin_anew(biased) -> None:
+def test_after_a_crop_and_a_reset_positions_continue_and_begin_anew(biased) -> None:
     cache, ids = CompressedCache(biased, rotated_mean_codec(biased)), long_ids()
     read(biased, cache, ids[:, :150], position_ids=span(5, 150))
     cache.crop(-50)
@@ -427,7 +427,7 @@ def test_what_was_no_number_before_is_named_as_it_leaves(bad: float) -> None:
 # Another batch
 
 
-def test_a_cache_of_another_batch_is_refused_and_goes_on_with_its_own() -> None:
+def test_a_cache_of_another_batch_is_refused_and_continues_with_its_own() -> None:
     model, ids = long_model("llama"), long_ids()
     logits = []
     for tried in (False, True):

@@ -111,7 +111,7 @@ def test_methods_that_take_any_rate_are_near_it(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["kvtc", "kivi", "oscar"])
-def test_what_is_kept_apart_swallows_a_cache_no_longer_than_it(method: str) -> None:
+def test_what_is_held_exactly_swallows_a_cache_no_longer_than_it(method: str) -> None:
     held = cached(tiny_loaded("llama"))
     assert all(bits(codec, held) > 15 for codec in codecs("llama", method).values())
     assert all(bits(codec, held) < 8 for codec in codecs("llama", f"{method}-no-window").values())

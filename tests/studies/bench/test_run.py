@@ -164,7 +164,7 @@ def test_what_a_model_cannot_have_is_listed_with_the_reason_and_the_rest_is_scor
     assert "not here" not in {name for name, _ in made.fits}
 
 
-def test_a_bench_of_which_nothing_is_left_is_a_record_all_the_same(made: Made) -> None:
+def test_a_bench_of_which_nothing_is_left_is_a_record_anyway(made: Made) -> None:
     record = bench(("not here", "no point"))
     assert (record.points, record.equal_loss, len(record.refused)) == ([], [], 2)
     assert record.uncompressed_nll[16] > 0
@@ -250,7 +250,7 @@ def generation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("line", [2, 3, 4])
-def test_an_interrupted_bench_goes_on_and_ends_in_the_same_record(made: Made, generation, tmp_path, line: int) -> None:
+def test_an_interrupted_bench_continues_and_ends_in_the_same_record(made: Made, generation, tmp_path, line: int) -> None:
     methods = ("identity", "ladder", "odd", "no point")
     whole = bench(methods, settings=GENERATION)
     fits = list(made.fits)

@@ -36,7 +36,7 @@ class Integers(PerSlot):
 
     @property
     def name(self) -> str:
-        """`int8`, `int4`, …"""
+        """`int8`, `int4`, and so on."""
         return f"int{self.bits}"
 
     def slot_encoded(self, x: Tensor, layer_idx: int, slot: int, what: str) -> Tensors:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.base import Cached, EncodedBytes, length_of
-from eigencache.codec.eigen.container import Container, ContainerHeader, Reader, write
+from eigencache.codec.eigen.container import Container, Reader, write
+from eigencache.codec.eigen.container_header import ContainerHeader
 from eigencache.codec.eigen.entropy_coder import RansCoder, decode_blocks
 from eigencache.codec.eigen.entropy_tables import EntropyTables
 from eigencache.codec.eigen.missing_layers import fill_missing

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from eigencache.codec.eigen.container import MAX_U16, MAX_U32
+from eigencache.codec.eigen.container_header import MAX_U16, MAX_U32
 from eigencache.records.base import Record, StoredRecord
 from eigencache.records.run import Corpus, Run
 from eigencache.spectral.rope import Pairing
