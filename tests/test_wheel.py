@@ -69,8 +69,12 @@ def test_a_wheel_is_used_outside_of_the_checkout(tmp_path: Path) -> None:
     assert packed == {name for name in sources if ".egg-info/" not in name}
     subprocess.run([*pip, "install", *options, "--target", site, wheel], check=True, capture_output=True)
     elsewhere.mkdir()
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env |= {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT / "src"]
+    env = dict(os.environ) | {
+        "PYTHONPATH": os.pathsep.join([str(site), *inherited]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-c", USE, str(site)]
     used = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True)
     assert used.returncode == 0, used.stderr

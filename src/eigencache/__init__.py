@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from eigencache.api import CacheCodec, CompressedCache, Probe, compressed, fit, probe
+    from eigencache.api import CacheCodec, CompressedCache, Probe, compressed, disable, enable, fit, probe
 
-__all__ = ["CacheCodec", "CompressedCache", "Probe", "__version__", "compressed", "fit", "probe"]
+__all__ = ["CacheCodec", "CompressedCache", "Probe", "__version__", "compressed", "disable", "enable", "fit", "probe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from eigencache.api.probe import LayerView, Probe
 from eigencache.api.research import adapter, fold, mla
 from eigencache.models.live_cache.cache import CompressedCache
 from eigencache.models.live_cache.context import compressed
+from eigencache.models.live_cache.hooks import disable, enable
 
 __all__ = [
     "CacheCodec",
@@ -19,6 +20,8 @@ __all__ = [
     "bench",
     "compare",
     "compressed",
+    "disable",
+    "enable",
     "evaluate",
     "fit",
     "fold",

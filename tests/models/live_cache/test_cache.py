@@ -246,7 +246,7 @@ def test_the_model_of_another_cache_is_refused_in_the_same_pass_and_nothing_is_l
     cache = CompressedCache(model, fine_codec(model))
     with torch.no_grad():
         model(input_ids=ids[:, :100], past_key_values=cache, use_cache=True)
-        with pytest.raises(CodecError, match="layer 0: attention did not read the compressed cache, which was made for"):
+        with pytest.raises(CodecError, match="layer 0: the model cannot read the compressed cache, which was made for"):
             other(input_ids=ids[:, 100:101], past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == 100
         keep = CompressedCache(other, fine_codec(other))

@@ -21,6 +21,7 @@ from eigencache.models.devices import device_of
 from eigencache.models.live_cache.hooks import base_model, enable
 from eigencache.models.live_cache.layer import CompressedLayer
 from eigencache.models.rope_detection import steady_tokens
+from eigencache.modes import uncompiled
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,6 +109,30 @@ class CompressedCache(DynamicCache):
         """Return whether the cache was made for the model `module`, or for one with the same base model."""
         model = self._model()
         return model is not None and base_model(model) is base_model(module)
+
+    @uncompiled
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add new tokens to a layer; called by the model's attention, in a pass that the hooks of `enable` began.
+
+        Args:
+            key_states: Keys of the new tokens [batch, KV heads, new, dim].
+            value_states: Values of the new tokens, same shape but for `dim`.
+            layer_idx: Index of the layer.
+            *args: As in `transformers.Cache.update`.
+            **kwargs: As in `transformers.Cache.update`.
+
+        Returns:
+            The layer's keys and values, for a compressed layer those of the window.
+
+        Raises:
+            CodecError: No pass has begun: the model has no hooks.
+        """
+        if self._pass is None and isinstance(self.layers[layer_idx], CompressedLayer):
+            raise CodecError(
+                f"layer {layer_idx}: the model cannot read the compressed cache, which was made for another model or whose "
+                "model was disabled: make a CompressedCache for this model, or call `enable(model)`"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def begin_pass(self, module: nn.Module) -> None:
         """Note that a pass through `module` begins; called by the hooks of `enable`.

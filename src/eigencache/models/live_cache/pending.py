@@ -63,8 +63,8 @@ class PendingAttention:
                 self.clear()
                 unread.crop(-unread.entered)
                 raise CodecError(
-                    f"layer {unread.layer_idx}: attention did not read the compressed cache, which was made for another "
-                    "model or whose model was disabled: make a CompressedCache for this model"
+                    f"layer {unread.layer_idx}: attention did not read the compressed cache, because the model's attention "
+                    "was replaced: do not change the attention implementation while a compressed cache is in use"
                 )
 
 
