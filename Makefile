@@ -1,4 +1,4 @@
-# make run:            install into .venv and write report.html for the four bundled models
+# make run:            install into .venv and write eigencache-report/report.html for the four bundled models
 # make test:           install the test tools and run every test
 # make test-fast:      run the tests that take about a minute and a half together
 # make test-versions:  run the tests marked `versions` with the oldest and the newest supported transformers

@@ -31,10 +31,12 @@ def test_statistics_are_attributes_of_a_layer(probed) -> None:
 
 
 def test_what_was_not_captured_is_named(probed) -> None:
-    with pytest.raises(AttributeError, match="captured: keys_pre_rope"):
+    with pytest.raises(AttributeError, match="where these were probed: keys_pre_rope"):
         _ = probed.layer(3).latent
     with pytest.raises(LayerError, match="probed layers: 0, 1"):
         probed.layer(70)
+    with pytest.raises(LayerError, match="head 99 of layer 3 was not probed; probed heads: 0, 1"):
+        probed.layer(3).head(99)
 
 
 def test_a_data_frame_has_one_row_per_spectrum(probed) -> None:

@@ -178,7 +178,7 @@ def test_a_cache_of_another_kind_is_refused() -> None:
     tiny_loaded("llama").model(token_ids(1), past_key_values=static)
     with pytest.raises(CodecError, match="layer 0 of the cache is a StaticLayer"):
         tiny_codec("llama").encode(static)
-    with pytest.raises(CodecError, match="`cache` is a tuple, not a transformers cache"):
+    with pytest.raises(CodecError, match="`cache` is of type tuple, not a transformers cache"):
         tiny_codec("llama").encode(())
 
 

@@ -200,7 +200,7 @@ def test_one_inside_another_ends_as_before_too(model, codec: CacheCodec, ids) ->
 def test_a_codec_without_a_live_part_is_refused_and_the_model_left_alone(model, codec: CacheCodec, ids) -> None:
     attention, logits = model.config._attn_implementation, forward(model, ids, use_cache=True).logits
     for without in (CacheCodec(codec.loaded, codec.codec, codec.fitted), codec.codec, None):
-        words = r"`codec` has no live codec: fit it again with `live`"
+        words = rf"`codec` is of {type(without).__name__} and has no live codec: give what eigencache.fit"
         with pytest.raises(CodecError, match=words):
             CompressedCache(model, without)
         with pytest.raises(CodecError, match=words), eigencache.compressed(model, without):

@@ -42,10 +42,10 @@ def test_rows_and_columns_of_a_dataset_are_texts() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (None, "`text` is a NoneType: pass a name such as 'stdlib', a path, or an iterable of strings"),
-        (b"bytes", "`text` is a bytes"),
-        ({"train": []}, "`text` is a dict"),
-        (3, "`text` is a int"),
+        (None, "`text` is of type NoneType: pass a name such as 'stdlib', a path, or an iterable of strings"),
+        (b"bytes", "`text` is of type bytes"),
+        ({"train": []}, "`text` is of type dict"),
+        (3, "`text` is of type int"),
         ([b"bytes"], "document 0 is a bytes: pass"),
         (["one", {"content": "two"}], 'document 1 is a dict without a string "text"'),
         (["one", "two \ud800"], r"document 1: character 4 ('\ud800') cannot be encoded as UTF-8: decode its source"),
@@ -71,7 +71,7 @@ def test_a_model_and_a_tokenizer_may_be_names_paths_or_objects() -> None:
 
 def test_what_is_no_model_is_named() -> None:
     known = bundled("ref-llama")
-    with pytest.raises(ModelError, match="`model` is a LlamaConfig: pass a loaded transformers model, a name or a folder"):
+    with pytest.raises(ModelError, match="`model` is of type LlamaConfig: pass a loaded transformers model, a name"):
         model_of(known.model.config, known.tokenizer)
     with pytest.raises(ModelError, match="`tokenizer` is missing: pass it as the argument after"):
         model_of(known.model)

@@ -43,7 +43,7 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
             return load(model, device=device, dtype=dtype, tokenizer=tokenizer)
         model = load(model, device=device, dtype=dtype).model
     if not isinstance(model, nn.Module):
-        raise ModelError(f"`model` is a {type(model).__name__}: pass a loaded transformers model, a name or a folder")
+        raise ModelError(f"`model` is of type {type(model).__name__}: pass a loaded transformers model, a name or a folder")
     if tokenizer is None:
         raise ModelError("`tokenizer` is missing: pass it as the argument after the loaded model")
     if isinstance(tokenizer, str):
@@ -78,7 +78,7 @@ def text_of(text: Any) -> Text:
     if isinstance(text, str):
         text = [text]
     if isinstance(text, Mapping | bytes) or not isinstance(text, Iterable):
-        raise CorpusError(f"`text` is a {type(text).__name__}: {_TEXT_USAGE}")
+        raise CorpusError(f"`text` is of type {type(text).__name__}: {_TEXT_USAGE}")
     documents = [document for index, item in enumerate(text) for document in _documents(index, item)]
     return Text.scan("documents passed from Python", lambda: documents)
 

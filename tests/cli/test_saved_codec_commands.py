@@ -75,7 +75,7 @@ def test_a_mistake_is_one_line_before_any_work(arguments: tuple[str, ...], words
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("ref-qwen2",), "kv24: fitted on ref-llama with another RoPE ("),
+        (("ref-qwen2",), "kv24: fitted on ref-llama; this is ref-qwen2, which rotates keys differently (RoPE "),
         (("ref-llama", "--text", "stdlib"), "of the evaluation text's 32-token windows occur in the calibration text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -125,6 +125,8 @@ def test_a_text_that_ends_early_is_a_warning_with_both_figures(make_text):
         (100, None, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
         (100, 1024, 512, "given: text has 100 tokens, fewer than one sequence of 512: give more text or `max_length` 100"),
         (31, None, 512, "given: text has 31 tokens, fewer than one sequence of 512: give more text"),
+        (100, "abc", 64, "`tokens`='abc' is not an integer"),
+        (100, None, 64.0, "`max_length`=64.0 is not an integer"),
         (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or lower `max_length`"),
         (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or lower `max_length`"),
         (100, None, 7, "`max_length` 7 is too small: a sequence needs at least 8 tokens"),

@@ -66,9 +66,9 @@ def test_another_rope_is_said_before_another_model(rope: str, llama: SavedCodec)
     with pytest.raises(CodecError) as error:
         check_belongs(llama, of(with_rope(ROPES[rope])))
     says = str(error.value)
-    assert says.startswith(f"{llama.folder}: fitted on llama with another RoPE ({llama.card.origin.rope_sha256[:12]}) than ")
-    assert "other has (" in says
-    assert "load llama with that RoPE, or fit a codec on this model" in says
+    assert says.startswith(f"{llama.folder}: fitted on llama; this is other, which rotates keys differently (RoPE ")
+    assert f" instead of {llama.card.origin.rope_sha256[:12]})" in says
+    assert "load llama as it was for the fit, or fit a codec on this model" in says
 
 
 def test_the_rope_hash_follows_the_configuration_and_not_the_machine() -> None:

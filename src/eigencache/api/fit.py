@@ -107,6 +107,6 @@ def fit(
 
 def _require_language_model(loaded: LoadedModel) -> None:
     innermost(loaded.model)  # refuses prefix tuning
-    if loaded.model.base_model is loaded.model:
+    if not loaded.model.can_generate():
         kind = type(loaded.model).__name__
         raise ModelError(f"`model` is a {kind}, which predicts no tokens: load it with AutoModelForCausalLM")

@@ -28,7 +28,11 @@ class LayerView:
     centered: bool = True
 
     def head(self, head: int) -> LayerView:
-        """The same of one KV head."""
+        """The same of one KV head. Raises `LayerError` for a head that was not probed."""
+        probed = sorted({s.head for s in self.record.spectra if s.head is not None and s.layer_idx == self.layer_idx})
+        if head not in probed:
+            where = "over all layers" if self.layer_idx is None else f"of layer {self.layer_idx}"
+            raise LayerError(f"head {head} {where} was not probed; probed heads: {', '.join(map(str, probed)) or 'none'}")
         return LayerView(self.record, self.layer_idx, head, self.centered)
 
     @property
@@ -43,7 +47,9 @@ class LayerView:
         for wanted in (name, f"{name}_pre_rope", f"{name}_post_rope"):
             if found := self.record.select(wanted, scope, self.layer_idx, self.head_idx, self.centered):
                 return found[0]
-        raise AttributeError(f"no {name} at scope {scope}; captured: {', '.join(self.record.names)}")
+        here = self.record.select(None, scope, self.layer_idx, self.head_idx, self.centered)
+        there = ", ".join(dict.fromkeys(spectrum.name for spectrum in here)) or "nothing"
+        raise AttributeError(f"no {name} at scope {scope}, where these were probed: {there}")
 
 
 @dataclass(frozen=True)

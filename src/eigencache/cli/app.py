@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -56,8 +57,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (report, probe, compare, sweep, recommend, fit, generate, evaluate, bench, speed, fold, mla, adapter, score):
-    app.command(name=command.__name__.rsplit(".", 1)[1], epilog=command.EXAMPLES)(guarded(command.run))
+_MODULES = (report, probe, compare, sweep, recommend, fit, generate, evaluate, bench, speed, fold, mla, adapter, score)
+COMMANDS = {module.__name__.rsplit(".", 1)[1]: module for module in _MODULES}
+for name, command in COMMANDS.items():
+    app.command(name=name, epilog=command.EXAMPLES)(guarded(command.run))
 
 
 def _show_version(wanted: bool) -> None:
@@ -85,4 +88,27 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
-    app(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"] and "--speed" in arguments:
+        fail("bench --speed is now a command of its own: eigencache speed [GEOMETRY…] takes its options")
+    try:
+        code = app(arguments, prog_name="eigencache", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # no error of Typer's parser
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
+        fail(_parse_error(error, arguments))
+    raise SystemExit(code or 0)
+
+
+def _parse_error(error: Any, arguments: list[str]) -> str:
+    """Return one line for an error of Typer's parser, with the value that was given and where help is."""
+    command = f"eigencache {arguments[0]}" if arguments[0] in COMMANDS else "eigencache"
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    values = [f"{flag} {value}: " for flag, value in itertools.pairwise(words) if flag in flags]
+    given = values[0] if len(values) == 1 else ""
+    text = (error.message.removeprefix("Value error, ") if given else error.format_message()).rstrip(".")
+    return f"{given}{text[:1].lower()}{text[1:]} (see {command} --help)"

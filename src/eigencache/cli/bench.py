@@ -19,7 +19,6 @@ from eigencache.cli.options import (
     task_names,
     unique,
 )
-from eigencache.errors import ModelError
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -68,7 +67,6 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for README.md, bench.html, plots and JSON.")
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed", hidden=True)] = False,
     force: Force = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -78,8 +76,6 @@ def run(
 
     With --output, an interrupted run resumes when it is started again.
     """
-    if speed:
-        raise ModelError("bench --speed is now a command of its own: eigencache speed [GEOMETRY…]")
     if output:
         from eigencache.report.core.drawing import require
 

@@ -1,6 +1,6 @@
 """The options that several subcommands share, spelled and explained once."""
 
-import os
+import tempfile
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -75,7 +75,9 @@ Model = Annotated[str, typer.Argument(help="Bundled model, folder, .gguf file or
 Models = Annotated[list[str] | None, typer.Argument(help="Models; default: the four bundled ones.")]
 Scope = Annotated[ScopeName, typer.Option("--scope", help="One basis per head, per layer, or for all layers.")]
 Frame = Annotated[OneFrame, typer.Option("--frame", help="Keys before or after rotation.")]
-Metric = Annotated[str, typer.Option("--metric", help="Error metric: frobenius, attention or fisher.")]
+Metric = Annotated[
+    str, typer.Option("--metric", help="Error metric: frobenius, attention, fisher, or one that you registered.")
+]
 CoefficientBits = Annotated[Bits, typer.Option("--bits", help="Bits of a stored coefficient.")]
 HeldOutTokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the held-out text at most.")]
 HeldOutLength = Annotated[int, typer.Option("--max-length", min=16, help="Tokens per sequence.")]
@@ -161,7 +163,11 @@ def _check_folder(folder: Path, path: Path) -> None:
 
 
 def _writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def unique(names: Iterable[str]) -> list[str]:

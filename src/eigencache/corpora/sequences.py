@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +77,11 @@ def pack(
         on_progress: Called with the tokens so far and `tokens`.
 
     Raises:
-        CorpusError: `max_length` is below 8, or text or `tokens` are shorter than one sequence.
+        CorpusError: A number is not an integer, `max_length` is below 8, or text or `tokens` are shorter than one sequence.
     """
+    for name, number in (("tokens", tokens), ("max_length", max_length)):
+        if not isinstance(number, Integral | None):
+            raise CorpusError(f"`{name}`={number!r} is not an integer")
     if max_length < CONTEXT:
         raise CorpusError(f"`max_length` {max_length} is too small: a sequence needs at least {CONTEXT} tokens")
     if tokens is not None and tokens < max_length:

@@ -26,7 +26,7 @@ from eigencache.spectral.rope import Rotation, rope_sha256
 class FitProvenance(NamedTuple):
     """Provenance of a fitted codec, which `save_codec` takes.
 
-    Args:
+    Attributes:
         settings: settings of the fit.
         origin: the model, its rotations, the calibration text and the run.
         windows: sketch of the calibration text, which finds overlaps with other texts.

@@ -48,8 +48,8 @@ def check_belongs(saved: SavedCodec, loaded: LoadedModel) -> None:
     rope = rope_sha256(rotations_of(loaded))
     if rope != origin.rope_sha256:
         raise CodecError(
-            f"{saved.folder}: fitted on {origin.model} with another RoPE ({origin.rope_sha256[:12]}) than {loaded.name} "
-            f"has ({rope[:12]}): load {origin.model} with that RoPE, {refit}"
+            f"{saved.folder}: fitted on {origin.model}; this is {loaded.name}, which rotates keys differently (RoPE "
+            f"{rope[:12]} instead of {origin.rope_sha256[:12]}): load {origin.model} as it was for the fit, {refit}"
         )
     sha256 = loaded.sha256
     if sha256 != origin.model_sha256 and fingerprint_before(loaded.model) != origin.model_sha256:

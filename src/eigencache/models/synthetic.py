@@ -29,7 +29,6 @@ from eigencache.errors import CodecError, ModelError
 from eigencache.kernels.packed.format import GROUP, Widths
 from eigencache.models.caches.hf_quantized import Backend, Quantized, refusal
 from eigencache.models.live_cache.cache import CompressedCache
-from eigencache.models.live_cache.layer import CompressedLayer
 from eigencache.models.live_cache.pending import pending
 from eigencache.spectral.rope import Rotation
 
@@ -217,11 +216,13 @@ def _filled(cache: Cache, shapes: Shapes, tokens: int, batch: int, model: PreTra
     for layer_idx, slots in enumerate(shapes):
         for start in range(0, tokens, _PIECE):
             keys, values = _noise(slots, min(_PIECE, tokens - start), batch, model)
-            cache.update(keys, values, layer_idx)
-            layer = cache.layers[layer_idx]
-            if isinstance(layer, CompressedLayer):
+            if isinstance(cache, CompressedCache):  # outside of a pass, its layers are filled
+                layer = cache.compressed_layers[layer_idx]
+                layer.update(keys, values)
                 pending.clear()
                 layer.compact()
+            else:
+                cache.update(keys, values, layer_idx)
     return cache
 
 

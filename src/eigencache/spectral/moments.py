@@ -27,12 +27,12 @@ class SecondOrder:
 
     @property
     def covariance(self) -> Tensor:
-        """Scatter / n [p, p], so that `second_moment` minus `covariance` is exactly mean meanᵀ."""
+        """Scatter / n `[p, p]`, so that `second_moment` minus `covariance` is exactly mean meanᵀ."""
         return self.scatter / self.count
 
     @property
     def second_moment(self) -> Tensor:
-        """Second moment about zero, E[x xᵀ] [p, p]."""
+        """Second moment about zero, E[x xᵀ] `[p, p]`."""
         return self.covariance + torch.outer(self.mean, self.mean)
 
 

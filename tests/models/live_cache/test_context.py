@@ -85,7 +85,7 @@ def test_prefix_tuning_and_other_modules_are_refused_by_name(model, codec) -> No
         with pytest.raises(UnsupportedArchitectureError, match="prefix and prompt tuning put keys and values of their own"):
             make(tuned, codec)
         with pytest.raises(
-            UnsupportedArchitectureError, match="`model` is a Linear, which neither is nor contains a transformers"
+            UnsupportedArchitectureError, match="`model` is of type Linear, which neither is nor contains a transformers"
         ):
             make(nn.Linear(2, 2), codec)
 

@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_served_is_left_alone(model, monkeypatch: pytest.
     with pytest.raises(UnsupportedArchitectureError, match="encoder-decoder models are not supported"):
         enable(model)
     assert hooks(model) == (0, 0, False)
-    with pytest.raises(UnsupportedArchitectureError, match="`model` is a Linear"):
+    with pytest.raises(UnsupportedArchitectureError, match="`model` is of type Linear"):
         enable(nn.Linear(2, 2))
 
 

@@ -107,7 +107,7 @@ def xquant(
     """Return XQuant for a model.
 
     Args:
-        weights: Layer → stacked projections [W_K; W_V] [keys and values, hidden], and their bias or None.
+        weights: Layer → stacked projections W_K over W_V `[keys and values, hidden]`, and their bias or None.
         kv_heads: Number of KV heads.
         rotations: Layer → slot 0 and its rotation; layers without rotation are left out.
         bits: Bits per number of an input, without scales.

@@ -51,7 +51,7 @@ def innermost(model: Any) -> PreTrainedModel:
             inner = model.get_base_model()
         if not isinstance(inner, nn.Module):
             raise UnsupportedArchitectureError(
-                f"`model` is a {type(model).__name__}, which neither is nor contains a transformers model: pass a "
+                f"`model` is of type {type(model).__name__}, which neither is nor contains a transformers model: pass a "
                 "PreTrainedModel"
             )
         model = inner

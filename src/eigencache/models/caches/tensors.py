@@ -25,7 +25,8 @@ def cached_of(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise CodecError(
-            f"`cache` is a {type(cache).__name__}, not a transformers cache: pass the `past_key_values` of a model's output"
+            f"`cache` is of type {type(cache).__name__}, not a transformers cache: pass the `past_key_values` of a "
+            "model's output"
         )
     cached = {}
     for layer_idx, layer in enumerate(layers):

@@ -197,7 +197,10 @@ def live_codec(codec: Any) -> LiveCodec:
         raise CodecError(f"`codec` is the path {codec}, not a codec: load it with CacheCodec.load(folder, model, tokenizer)")
     live = getattr(codec, "live", codec)
     if not isinstance(live, LiveCodec):
-        raise CodecError("`codec` has no live codec: fit it again with `live`")
+        raise CodecError(
+            f"`codec` is of {type(codec).__name__} and has no live codec: give what "
+            "eigencache.fit(…, live=True) returned or CacheCodec.load read"
+        )
     return live
 
 

@@ -1,5 +1,6 @@
 """The verdicts of a report: a summary of one row per model, and the lines, tables and figure of each."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import expm1
@@ -50,11 +51,13 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
     if not advised:
         return None
     targets = list(dict.fromkeys(s.target for advice in advised for s in advice.sweeps["given"].series))
+    counts = Counter(s.target for advice in advised for s in advice.sweeps["given"].series)
+    headings = {target: f"{_capital(target)}: largest ratio within the budget" for target in targets}
     budget = advised[0].budget
     columns = (
         "Model",
         LOW_RANK,
-        *(f"{_capital(target)}: largest ratio within the budget" for target in targets),
+        *headings.values(),
         "Recommendation",
         "Ratio",
         "ΔNLL (nats)",
@@ -71,7 +74,8 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
         "loss on held-out text.",
     )
     words = frozenset({LOW_RANK, "Recommendation"})
-    return Table("Summary", columns, rows, notes=notes, words=words, hidden_first=columns[1 : 2 + len(targets)])
+    rarest_first = [headings[target] for target in sorted(targets, key=counts.__getitem__)]
+    return Table("Summary", columns, rows, notes=notes, words=words, hidden_first=(LOW_RANK, *rarest_first))
 
 
 def low_rank(record: ProbeRecord) -> str:
