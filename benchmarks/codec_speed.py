@@ -24,7 +24,8 @@ from eigencache.codec.layout import by_layer
 from eigencache.evaluate.speed import in_turn
 from eigencache.fitting.eigen import EigenFit, EigenSettings
 from eigencache.fitting.eigen_search import at_bits
-from eigencache.models.load import BUNDLED, load
+from eigencache.models.load import load
+from eigencache.models.sources import BUNDLED
 from eigencache.report.core.table import Table
 from entropy import Bytes, fitted_codecs, zstandard
 

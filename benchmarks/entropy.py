@@ -32,7 +32,8 @@ from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.fitting.eigen import FITTED, EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import at_bits
-from eigencache.models.load import BUNDLED, LoadedModel, load
+from eigencache.models.load import LoadedModel, load
+from eigencache.models.sources import BUNDLED
 from eigencache.report.core.table import Table
 
 try:

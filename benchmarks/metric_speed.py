@@ -20,8 +20,9 @@ from eigencache.calibration.fisher_metric import fisher_metrics
 from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.models.load import BUNDLED, load
+from eigencache.models.load import load
 from eigencache.models.rope_detection import rotations_of
+from eigencache.models.sources import BUNDLED
 from eigencache.report.core.table import Table
 from probe_speed import plain_pass
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.models.load import BUNDLED, LoadedModel, load
+from eigencache.models.load import LoadedModel, load
+from eigencache.models.sources import BUNDLED
 from eigencache.report.core.table import Table
 from eigencache.studies.probe import probe_model
 

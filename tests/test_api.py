@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eigencache
 from eigencache.errors import CorpusError, LayerError, ModelError
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from eigencache.errors import (
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.fit import Goal, fit_codec
 from eigencache.models.caches.tensors import cached_of
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 from stub_codecs import random_sequences, tiny_loaded
 from tiny_models import token_ids
 

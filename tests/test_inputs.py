@@ -10,7 +10,7 @@ from transformers import AutoModel
 import eigencache
 from eigencache.errors import BudgetError, CodecError, CorpusError, EigencacheError, ModelError
 from eigencache.inputs import model_of, text_of
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 from stub_codecs import bundled
 
 TEXTS = ["The first of them.\nIt has two lines.", "And the second."]

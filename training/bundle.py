@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.models.load import BUNDLED, bundled_path, load
+from eigencache.models.load import load
+from eigencache.models.sources import BUNDLED, bundled_path
 from eigencache.studies.model_quality import score_model
 
 MAX_BYTES = 12_000_000

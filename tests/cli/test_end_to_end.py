@@ -11,7 +11,8 @@ import pytest
 
 import cli_process
 from cli_process import shown as shown_by
-from eigencache.models.load import BUNDLED, load_tokenizer
+from eigencache.models.load import load_tokenizer
+from eigencache.models.sources import BUNDLED
 from eigencache.records.advice import ReportRecord
 from eigencache.records.probe import ProbeRecord
 from tiny_models import GQA, SPARSE_MLA, built

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import cli_process
 from cli_process import error_of
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 from tiny_models import tiny
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
 
 
 def test_a_missing_model_names_what_there_is() -> None:
-    assert "no/such/folder: no such folder, and no bundled model (ref-gpt2" in error_of(run("probe", "no/such/folder"))
+    assert "no/such/folder: no such folder, and no known model (ref-gpt2" in error_of(run("probe", "no/such/folder"))
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once() -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from cli_process import error_of, run, shown
 from eigencache.codec.saved.folder import CARD, TENSORS, load_codec
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 from eigencache.records.quality import EvaluationRecord
 from tiny_models import tiny
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from eigencache import Probe, probe
 from eigencache.errors import ModelError
-from eigencache.models.load import bundled_path, load
+from eigencache.models.load import load
+from eigencache.models.sources import bundled_path
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from eigencache.api import CacheCodec
 from eigencache.errors import CodecError
 from eigencache.models import identity
 from eigencache.models.identity import _sample, fingerprint, fingerprint_before, known_fingerprint, state_of
-from eigencache.models.load import bundled_path
+from eigencache.models.sources import bundled_path
 from stub_codecs import bundled
 from tiny_models import tiny
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from eigencache import Probe, probe
 from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.models.identity import fingerprint
-from eigencache.models.load import BUNDLED, bundled_path, check_tokenizer, load
+from eigencache.models.load import check_tokenizer, load
+from eigencache.models.sources import BUNDLED, bundled_path
 from stub_codecs import tiny_loaded
 from tiny_models import tiny
 

@@ -12,7 +12,7 @@ from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Text
 from eigencache.errors import EigencacheError
 from eigencache.inputs import text_of
-from eigencache.models.load import BUNDLED
+from eigencache.models.sources import BUNDLED
 from eigencache.progress import Progress, silent
 from eigencache.records.advice import DEFAULT_PPL, Budget, ReportRecord, Verdict
 from eigencache.records.probe import ProbeRecord, ScoreRecord

@@ -89,7 +89,7 @@ def run(
     from eigencache.api import bench
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.load import BUNDLED
+    from eigencache.models.sources import BUNDLED
     from eigencache.report.bench.page import against_tables, file_name, tables_of, write_bench
     from eigencache.studies.bench.context import RATES
     from eigencache.studies.bench.methods import chosen_methods

@@ -43,7 +43,8 @@ class View(StrEnum):
 
 def run(
     model: Annotated[
-        str, typer.Argument(help="ref-gpt2, ref-llama, ref-qwen2, ref-deepseek, a folder, a .gguf file or a hub name.")
+        str,
+        typer.Argument(help="smollm2, ref-gpt2, ref-llama, ref-qwen2, ref-deepseek, a folder, a .gguf file or a hub name."),
     ],
     layers: Annotated[str | None, typer.Option("--layers", help="Layers to use, such as 0,6,12; default: all.")] = None,
     tokens: Tokens = 131_072,

@@ -61,7 +61,7 @@ def run(
     from eigencache.api import report
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.load import BUNDLED
+    from eigencache.models.sources import BUNDLED
     from eigencache.records.advice import Budget
     from eigencache.records.base import write_whole
     from eigencache.report.advice.verdict import short_table

@@ -40,7 +40,7 @@ def run(
     from eigencache.api import score
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.load import BUNDLED
+    from eigencache.models.sources import BUNDLED
     from eigencache.records.base import write_whole
     from eigencache.records.probe import ScoreRecord
     from eigencache.report.quality.score import score_table

@@ -1,13 +1,11 @@
-"""Loading of models by bundled name, folder, GGUF file or hub name.
+"""Loading of models by name, folder, GGUF file or hub name.
 
-All models are loaded by `from_pretrained` of transformers. This module adds the bundled names, errors of one line, and the
-refusal of checkpoints with missing weights, which transformers would initialize at random.
+All models are loaded by `from_pretrained` of transformers. This module adds the names of `sources.py`, errors of one line,
+and the refusal of checkpoints with missing weights, which transformers would initialize at random.
 """
 
-import difflib
 import struct
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,8 @@ from eigencache.models.adapters import adapter_for
 from eigencache.models.devices import device_of
 from eigencache.models.gguf import gguf_options, model_options, warn_of_dropped_rotation
 from eigencache.models.identity import known_fingerprint
+from eigencache.models.sources import NAMES, did_you_mean, source_of
 from eigencache.records.run import Model
-
-BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 
 
 @dataclass(frozen=True)
@@ -97,16 +94,11 @@ class LoadedModel:
         return _embedded_ids(self.model)
 
 
-def bundled_path(name: str) -> Path:
-    """Return the folder of a bundled model."""
-    return Path(str(resources.files("eigencache.bundled") / name))
-
-
 def load(spec: str, *, device: str | None = None, dtype: str | None = None, tokenizer: str | None = None) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
-        spec: Bundled name, folder, GGUF file or hub name.
+        spec: A name of `sources.NAMES`, a folder, a GGUF file or a hub name.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` to distribute the model over devices (requires `accelerate`);
             default: `cuda` if available, otherwise `cpu`.
         dtype: `float32`, `bfloat16`, `float16`, `float64` or `auto`; default: the dtype of the checkpoint on an
@@ -119,7 +111,7 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    source, options = _source(spec)
+    source, options = source_of(spec)
     resolved = _dtype(dtype, device)
     options |= {"device_map": device} if device == "auto" else {}
     if not Path(source).exists():
@@ -129,7 +121,7 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     geometry = geometry_from_config(config)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if spec in BUNDLED:
+    if spec in NAMES:
         logging.disable_progress_bar()
     try:
         with _one_line(spec):
@@ -171,13 +163,13 @@ def check_hub(name: str) -> None:
     except HTTPError as error:
         raise ModelError(
             f"{name}: the hub cannot be reached ({_first_line(error)}), and the model is not in the local "
-            f"cache{_did_you_mean(name)}: check the network, or give a local folder"
+            f"cache{did_you_mean(name)}: check the network, or give a local folder"
         ) from error
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, which is given as in `load`."""
-    source, options = _source(spec)
+    source, options = source_of(spec)
     with _one_line(spec):
         return AutoTokenizer.from_pretrained(source, **gguf_options(options))
 
@@ -240,41 +232,6 @@ def with_evidence(geometry: KVGeometry, model: PreTrainedModel) -> KVGeometry:
     return geometry
 
 
-def _source(spec: str) -> tuple[str, dict[str, Any]]:
-    """Return the first argument of `from_pretrained` and its options."""
-    if spec in BUNDLED:
-        return str(bundled_path(spec)), {}
-    path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{spec}: no such GGUF file{_did_you_mean(spec)}: check the path")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{spec}: the folder has no config.json: give the folder of a Hugging Face model")
-        return str(path), {}
-    if path.exists():
-        raise ModelError(f"{spec}: is a file: give a folder, a .gguf file, a hub name or one of {', '.join(BUNDLED)}")
-    if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
-        raise ModelError(
-            f"{spec}: no such folder, and no bundled model ({', '.join(BUNDLED)}){_did_you_mean(spec)}: "
-            "check the name; names on the hub are OWNER/NAME"
-        )
-    return spec, {}
-
-
-def _did_you_mean(spec: str) -> str:
-    """Return a guess for the name of an unknown model: a bundled model, or a model beside the path; empty without one."""
-    path = Path(spec).expanduser()
-    try:
-        beside = [p for p in path.parent.iterdir() if p.suffix == ".gguf" or (p / "config.json").is_file()]
-    except (OSError, ValueError):
-        beside = []
-    names = {p.name.lower(): str(Path(spec).parent / p.name) for p in beside} | {name: name for name in BUNDLED}
-    close = difflib.get_close_matches(path.name.lower(), names, n=1)
-    return f" (did you mean {names[close[0]]}?)" if close else ""
-
-
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -308,10 +265,10 @@ class _one_line:
                 raise ModelError(f"{self.spec}: gated on the hub: accept its terms there and run `hf auth login`") from error
             case RepositoryNotFoundError() | HFValidationError():
                 raise ModelError(
-                    f"{self.spec}: not a model on the hub, not a folder, not one of {', '.join(BUNDLED)}"
-                    f"{_did_you_mean(self.spec)}: check the name"
+                    f"{self.spec}: not a model on the hub, not a folder, not one of {', '.join(NAMES)}"
+                    f"{did_you_mean(self.spec)}: check the name"
                 ) from error
             case OSError() | ValueError() | ImportError() | KeyError() | IndexError() | RuntimeError() | struct.error():
-                local = self.spec in BUNDLED or Path(self.spec).expanduser().exists()
-                guess = "" if local else _did_you_mean(self.spec)
+                local = self.spec in NAMES or Path(self.spec).expanduser().exists()
+                guess = "" if local else did_you_mean(self.spec)
                 raise ModelError(f"{self.spec}: cannot be loaded{guess}: {_first_line(error)}") from error
