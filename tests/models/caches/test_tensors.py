@@ -78,7 +78,7 @@ def test_an_empty_cache_is_refused(empty) -> None:
 
 @pytest.mark.parametrize("thing", [None, ((torch.ones(1), torch.ones(1)),), SimpleNamespace(keys=1), "a cache", {}])
 def test_what_is_no_cache_is_named(thing: object) -> None:
-    with pytest.raises(CodecError, match=f"`cache` is a {type(thing).__name__}, not a transformers cache: pass"):
+    with pytest.raises(CodecError, match=f"`cache` is of type {type(thing).__name__}, not a transformers cache: pass"):
         cached_of(thing)
 
 
