@@ -20,17 +20,9 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting import live_search
 from eigencache.fitting.eigen_basis import scaled_metrics
-from eigencache.fitting.live import (
-    SAFE,
-    FittedSlot,
-    LiveFit,
-    LiveSettings,
-    _stored_metric,
-    fit_live,
-    fitted_steps,
-    large_mean,
-)
+from eigencache.fitting.live import SAFE, LiveFit, LiveSettings, _stored_metric, fit_live
 from eigencache.fitting.live_search import TRIED, fit_live_target
+from eigencache.fitting.live_slot import FittedSlot, fitted_steps, large_mean
 from eigencache.kernels.packed.format import BLOCK, GROUP, Widths
 from eigencache.models.load import LoadedModel
 from eigencache.models.tapped_cache import tapped_cache
@@ -165,8 +157,8 @@ def test_a_large_bias_of_a_models_keys_is_taken_out_of_the_layer_that_has_it() -
     with torch.no_grad():
         bias[16 + 3], bias[16 + 8 + 3] = 60.0, -40.0  # pair 3 of the second head
     fit = fit_live(CalibrationSet(Session(replace(tiny_loaded("qwen2"), model=model)), random_sequences(*(40,) * 24)))
-    assert [at for at, slot in fit.slots.items() if slot.turning] == [(1, 0)]
-    turning = fit.slots[1, 0].turning
+    assert [at for at, slot in fit.slots.items() if slot.rotated_mean] == [(1, 0)]
+    turning = fit.slots[1, 0].rotated_mean
     assert turning is not None and turning.mean.nonzero().tolist() == [[1, 3], [1, 11]]
     assert turning.mean[1, [3, 11]].tolist() == pytest.approx([60, -40], abs=5)
     plain = fitted("qwen2").slots[1, 0]

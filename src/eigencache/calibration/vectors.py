@@ -90,20 +90,23 @@ def sample_vectors(
     """
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     sequences = _affordable(session, sequences)
-    layout, rows, ids, lengths = None, [], [], []
-    for input_ids, mask, _ in sequences.batches(session.batch_size, pad_id=0):
+    layout, vectors, lengths = None, torch.empty(0), [len(ids) for ids in sequences.ids]
+    filled = 0
+    for input_ids, _, indices in sequences.batches(session.batch_size, pad_id=0):
         cache, stored = tapped_cache(session.loaded.model)
         session.loaded.model.base_model(input_ids=input_ids.to(session.loaded.device), past_key_values=cache, use_cache=True)
         _check_finite(stored)
-        layout = layout or layout_of(stored, rotations, mla=session.loaded.geometry.mla is not None)
-        vectors = layout.vectors(stored, 0).cpu()
-        for row, length in enumerate(mask.sum(-1).tolist()):
-            rows.append(vectors[row, :length])
-            ids.append(input_ids[row, :length])
-            lengths.append(length)
-        session.on_progress(what, len(lengths), len(sequences.ids))
+        if layout is None:
+            layout = layout_of(stored, rotations, mla=session.loaded.geometry.mla is not None)
+            vectors = torch.empty(sum(lengths), layout.width)  # filled in place: a concatenation would hold it twice
+        batch = layout.vectors(stored, 0)
+        for row, index in enumerate(indices):
+            vectors[filled : filled + lengths[index]] = batch[row, : lengths[index]]
+            filled += lengths[index]
+        session.on_progress(what, indices[-1] + 1, len(lengths))
     assert layout is not None  # `pack` never gives an empty text
-    return SampledVectors(layout, torch.cat(rows), torch.cat(ids), tuple(lengths))
+    ids = torch.cat([torch.from_numpy(x) for x in sequences.ids])
+    return SampledVectors(layout, vectors, ids, tuple(lengths))
 
 
 def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rotation], *, mla: bool) -> Layout:

@@ -8,7 +8,7 @@ from typing import Any
 from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
-from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, batches_of, score_through_cache
+from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, score_through_cache, scored_batches
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.summary import summarize
 from eigencache.records.quality import Quality, ReadingProtocol, SequenceLoss
@@ -62,7 +62,7 @@ def score_codecs(
         "batch": session.batch_size,
     }
     kept = ResumableResults(partial, key)
-    total = len(batches_of(sequences, protocol, session.batch_size))
+    total = len(scored_batches(session, sequences, protocol))
     session.on_progress("scoring", len(kept.done), total)
     for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(kept.done)):
         kept.add(as_kept(scored))

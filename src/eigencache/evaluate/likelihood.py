@@ -30,6 +30,7 @@ from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
+_LOGITS = 2**26  # logits of one forward pass, 256 MiB in float32
 _POSITIONS = 256  # positions compared at a time, to limit memory: logits of large vocabularies are the largest tensors
 
 
@@ -74,7 +75,7 @@ def score_through_cache(
     if protocol.kind != "prefix" and (makers := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
         raise CodecError(f"{makers[0]} needs a whole prefix and cannot be scored chunk by chunk. Use the prefix protocol.")
     check_positions(session.loaded, max(map(len, sequences.ids)))
-    for batch in batches_of(sequences, protocol, session.batch_size)[skip:]:
+    for batch in scored_batches(session, sequences, protocol)[skip:]:
         yield _score_batch(session.loaded, torch.from_numpy(np.stack(batch)).to(session.loaded.device), codecs, protocol)
 
 
@@ -88,6 +89,22 @@ def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:
     first, step = (protocol.length, protocol.step or length) if protocol.kind == "prefix" else (0, protocol.length)
     edges = [*range(first, length - 1, step), length]
     return list(pairwise([0, *edges] if first else edges))
+
+
+def scored_batches(session: Session, sequences: Sequences, protocol: ReadingProtocol) -> list[list[np.ndarray]]:
+    """Return the batches of `batches_of`, of as many sequences as the session allows and as memory for logits permits.
+
+    Args:
+        session: Model, and most sequences per batch.
+        sequences: Held-out text.
+        protocol: Reading protocol.
+
+    Raises:
+        CorpusError: No sequence is long enough.
+    """
+    longest = max(stop - start for start, stop in pieces(max(map(len, sequences.ids)), protocol)[1:] or [(0, 1)])
+    vocabulary = session.loaded.model.config.get_text_config().vocab_size
+    return batches_of(sequences, protocol, min(session.batch_size, max(1, _LOGITS // (longest * vocabulary))))
 
 
 def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int) -> list[list[np.ndarray]]:

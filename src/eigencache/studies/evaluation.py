@@ -11,7 +11,7 @@ from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import as_kept, scores_of
 from eigencache.evaluate.divergence import measure_divergence
-from eigencache.evaluate.likelihood import batches_of, score_through_cache
+from eigencache.evaluate.likelihood import score_through_cache, scored_batches
 from eigencache.evaluate.prefix import WHOLE, Window
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.retrieval import evaluate_retrieval
@@ -80,7 +80,7 @@ def evaluate_codecs(
         ],
     }
     kept = ResumableResults(partial, key)
-    batches = [(p, index) for p in protocols for index in range(len(batches_of(sequences, p, session.batch_size)))]
+    batches = [(p, index) for p in protocols for index in range(len(scored_batches(session, sequences, p)))]
     for protocol in protocols:
         before = [part for part in kept.done if part.get("protocol") == protocol.model_dump()]
         for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(before)):

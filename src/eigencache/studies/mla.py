@@ -13,7 +13,7 @@ from eigencache.calibration.moments import gather
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
-from eigencache.evaluate.likelihood import batches_of, compared
+from eigencache.evaluate.likelihood import batches_of, compared, scored_batches
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.evaluate.summary import summarize
 from eigencache.models.load import LoadedModel
@@ -115,7 +115,7 @@ def sweep_expanded(
     losses: dict[int | None, list[SequenceLoss]] = {rank: [] for rank in (None, *ranks)}
     nbytes = dict.fromkeys(ranks, 0)
     positions = 0
-    batches = batches_of(sequences, protocol, session.batch_size)
+    batches = scored_batches(session, sequences, protocol)
     for done, batch in enumerate(batches, 1):
         ids = torch.from_numpy(np.stack(batch)).to(session.loaded.device)
         start, targets = read_prefix(session.loaded, ids[:, :prefix]), ids[:, prefix + 1 :]
