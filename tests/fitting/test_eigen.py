@@ -137,7 +137,10 @@ def test_a_target_is_refused_where_coefficients_hold_rounding_and_a_vector_is_an
     far = y.clone()
     far[7, 0] = 500 * 3
     narrow = replace(
-        fit, eigenvalues=y.double().square().mean(0), fitted=Coefficients(y, None), held_out_coefficients=Coefficients(far, None)
+        fit,
+        eigenvalues=y.double().square().mean(0),
+        fitted=Coefficients(y, None),
+        held_out_coefficients=Coefficients(far, None),
     )
     with pytest.raises(BudgetError, match="above the maximum of"):
         at_bits(narrow, 100.0)
