@@ -74,15 +74,18 @@ def test_a_gguf_file_gives_the_spectra_of_its_model(tmp_path: Path) -> None:
     assert ranks(from_file) == pytest.approx(ranks(probe(model, tokenizer, **FEW)), rel=1e-4)
 
 
-def test_the_header_of_a_gguf_file_is_parsed_once_for_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_header_of_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
     write_gguf(llama(), tmp_path / "tiny.gguf")
     parsed, before = [], AutoConfig.from_pretrained
     monkeypatch.setattr(
         AutoConfig, "from_pretrained", lambda *args, **kwargs: parsed.append(args) or before(*args, **kwargs)
     )
+    readers, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *args: readers.append(args) or reader(*args))
+    counted = gguf.GGUFReader
     load(str(tmp_path / "tiny.gguf"), tokenizer="ref-llama")
+    assert len(readers) == 1 and gguf.GGUFReader is counted
     assert [str(tmp_path)] == [source for source, *_ in parsed if source == str(tmp_path)]
 
 

@@ -1,5 +1,8 @@
-"""GGUF files: the options with which transformers reads them, and a warning for rotations that it does not read."""
+"""GGUF files: options with which transformers reads them, one parse of the header, and a warning for unread rotations."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,28 @@ def model_options(options: dict[str, Any], config: PreTrainedConfig) -> dict[str
     return options | {"config": config} if "gguf_file" in options else options
 
 
+@contextmanager
+def header_parsed_once() -> Iterator[None]:
+    """Share the reader of a GGUF file inside this context.
+
+    transformers parses the header once each for configuration, weights and tokenizer. It contains the vocabulary, so a
+    parse takes seconds.
+    """
+    import gguf  # optional; `source_of` has checked that it is installed
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+
+
 def warn_of_dropped_rotation(path: Path) -> None:
     """Log a warning if a GGUF file scales its rotation, because transformers ignores this and uses the base only."""
     from gguf import GGUFReader  # optional; installed wherever transformers has just read this file
 
-    reader = GGUFReader(path)
+    reader = GGUFReader(str(path))
     names = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     names += [key for key in reader.fields if ".rope.scaling." in key]
     if names:

@@ -5,6 +5,7 @@ and the refusal of checkpoints with missing weights, which transformers would in
 """
 
 import struct
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
 from eigencache.models.devices import device_of
-from eigencache.models.gguf import gguf_options, model_options, warn_of_dropped_rotation
+from eigencache.models.gguf import gguf_options, header_parsed_once, model_options, warn_of_dropped_rotation
 from eigencache.models.identity import known_fingerprint
 from eigencache.models.sources import NAMES, did_you_mean, source_of
 from eigencache.records.run import Model
@@ -112,7 +113,12 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     source, options = source_of(spec)
-    resolved = _dtype(dtype, device)
+    with header_parsed_once() if "gguf_file" in options else nullcontext():
+        return _load(spec, source, options, device, _dtype(dtype, device), tokenizer)
+
+
+def _load(spec: str, source: str, options: dict[str, Any], device: str, dtype: Any, tokenizer: str | None) -> LoadedModel:
+    """Load a model from `source` with `options` of `from_pretrained`; the other arguments are those of `load`."""
     options |= {"device_map": device} if device == "auto" else {}
     if not Path(source).exists():
         check_hub(spec)
@@ -127,7 +133,7 @@ def load(spec: str, *, device: str | None = None, dtype: str | None = None, toke
         with _one_line(spec):
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
             from_pretrained: Any = AutoModelForCausalLM.from_pretrained
-            model, report = from_pretrained(source, dtype=resolved, **model_options(options, config))
+            model, report = from_pretrained(source, dtype=dtype, **model_options(options, config))
             if tokenizer:
                 tokens = load_tokenizer(tokenizer)
             else:
