@@ -35,6 +35,7 @@ class CalibrationSet:
     Args:
         session: the model and how it is run.
         sequences: the calibration text.
+        most_vectors: about as many tokens, evenly spaced over the text, have their vectors sampled; None for all.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -42,6 +43,7 @@ class CalibrationSet:
 
     session: Session
     sequences: Sequences
+    most_vectors: int | None = None
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -69,7 +71,8 @@ class CalibrationSet:
     @cached_property
     def samples(self) -> SampledVectors:
         """The vectors that everything is fitted on."""
-        return self._sampled(self.fitted_on, "vectors")
+        text = self.fitted_on
+        return self._sampled(text if self.most_vectors is None else spread_out(text, self.most_vectors), "vectors")
 
     @cached_property
     def held_out_samples(self) -> SampledVectors:

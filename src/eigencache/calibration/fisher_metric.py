@@ -12,10 +12,11 @@ from eigencache.calibration.metrics import Metrics, metric
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.geometry import Layer
+from eigencache.memory import release
 from eigencache.models.gradients import cache_gradients
 from eigencache.spectral.rope import Rotation, unrotate
 
-_BACKWARD_TOKENS = 1024  # tokens of a backward pass, which keeps the activations of all layers
+_BACKWARD_TOKENS = 512  # tokens of a backward pass, which keeps the activations of all layers
 
 
 @metric("fisher", common_scale=True)
@@ -40,6 +41,7 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
                 g = gradient.transpose(0, 1).flatten(1, 2).double()  # zero for padding
                 layers = sums.setdefault(name, {})
                 layers[layer_idx] = layers.get(layer_idx, 0) + g.mT @ g
+        release()
         tokens += int(attention_mask.sum())
         done += len(indices)
         session.on_progress("fisher metric", done, len(sequences.ids))

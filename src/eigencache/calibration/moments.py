@@ -10,6 +10,7 @@ from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import ModelError, NonFiniteError, TokenizerMismatchError
 from eigencache.geometry import KINDS, kind_and_frame
+from eigencache.memory import release
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.load import LoadedModel
 from eigencache.records.base import Scope
@@ -79,6 +80,8 @@ def gather(
                 columns = shapes_of(tensors)
                 accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=session.memory)
             accumulator.add(tensors, indices, lengths)
+            del captured, tensors
+            release()
             done += len(indices)
             session.on_progress("capturing", done, len(sequences.ids))
         assert accumulator is not None  # `pack` never gives an empty text

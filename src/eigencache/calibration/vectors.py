@@ -14,6 +14,7 @@ from eigencache.codec.eigen.position_means import PositionMeans
 from eigencache.codec.layout import Layout, Part
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
+from eigencache.memory import release
 from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import Rotation
 
@@ -103,6 +104,8 @@ def sample_vectors(
         for row, index in enumerate(indices):
             vectors[filled : filled + lengths[index]] = batch[row, : lengths[index]]
             filled += lengths[index]
+        del cache, stored, batch
+        release()
         session.on_progress(what, indices[-1] + 1, len(lengths))
     assert layout is not None  # `pack` never gives an empty text
     ids = torch.cat([torch.from_numpy(x) for x in sequences.ids])

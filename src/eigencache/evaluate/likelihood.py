@@ -26,11 +26,12 @@ from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import Window, check_positions, read, read_prefix
+from eigencache.memory import release
 from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
-_LOGITS = 2**26  # logits of one forward pass, 256 MiB in float32
+_LOGITS = 2**25  # logits of one forward pass, 128 MiB in float32
 _POSITIONS = 256  # positions compared at a time, to limit memory: logits of large vocabularies are the largest tensors
 
 
@@ -77,6 +78,7 @@ def score_through_cache(
     check_positions(session.loaded, max(map(len, sequences.ids)))
     for batch in scored_batches(session, sequences, protocol)[skip:]:
         yield _score_batch(session.loaded, torch.from_numpy(np.stack(batch)).to(session.loaded.device), codecs, protocol)
+        release()
 
 
 def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import fit_target
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
-from eigencache.fitting.live import LiveFit, LiveSettings, check_bits, fit_live
+from eigencache.fitting.live import VECTORS, LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
 from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of, live_fitting_of
 from eigencache.records.fit import Expected
@@ -132,7 +132,7 @@ def fit_codec(
 def fit_live_codec(session: Session, sequences: Sequences, live: LiveGoal, *, context: int = CONTEXT) -> FitResult:
     """Fit the live codec alone. Arguments and errors are those of `fit_codec`."""
     watch = Stopwatch()
-    calibration = CalibrationSet(session, sequences)
+    calibration = CalibrationSet(session, sequences, most_vectors=VECTORS)
     fit = fit_live(calibration, live.settings)
     fitted = _at_goal(fit, calibration, live, context)
     about = LiveCardSettings(**asdict(fit.settings))

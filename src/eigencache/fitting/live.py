@@ -24,6 +24,7 @@ from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.eigen_basis import scaled_metrics
 from eigencache.fitting.live_slot import FittedSlot, fit_slot
 from eigencache.kernels.packed.format import GROUP
+from eigencache.memory import release
 from eigencache.spectral.rope import Rotation, rotate
 
 VECTORS = 16_384  # vectors that bases and steps are fitted on
@@ -149,6 +150,7 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
         rotation = rotated[1] if rotated and rotated[0] == slot else None
         x = _stored(source.samples, place, chosen, positions, rotation)
         slots[place] = fit_slot(x, positions, rotation, root, inverse, settings.shared)
+        release()
     return LiveFit(settings, slots, sinks, source.session.loaded.model.dtype, reach)
 
 

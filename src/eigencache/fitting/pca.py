@@ -89,7 +89,6 @@ class PCACalibration:
         session: the model and how it is run; `seed` draws random bases.
         sequences: the calibration text.
         scopes: the scopes of the moments to collect.
-        metric_tokens: tokens a metric is measured on.
         gathered: moments of `sequences` in `scopes`, where they have been captured before.
 
     Raises:
@@ -99,7 +98,6 @@ class PCACalibration:
     session: Session
     sequences: Sequences
     scopes: tuple[Scope, ...] = ("head",)
-    metric_tokens: int = METRIC_TOKENS
     gathered: CapturedMoments | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +111,7 @@ class PCACalibration:
     def metric(self, name: str) -> Metrics:
         """Return a metric's matrices, measured on first use. Raises `StatisticsError` for an unknown name."""
         if name not in self._metrics:
-            text = spread_out(self.sequences, self.metric_tokens)
+            text = spread_out(self.sequences, METRIC_TOKENS)
             self._metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
         return self._metrics[name]
 

@@ -1,6 +1,7 @@
 """A dynamic cache that exposes the keys and values stored in it."""
 
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -20,7 +21,7 @@ def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[Dynami
     stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tap(layer_idx: int, layer: Any) -> None:
-        store = layer.update
+        store, owner = type(layer).update, ref(layer)  # a strong reference would keep all tensors until a garbage collection
 
         def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
             if track:
@@ -28,7 +29,7 @@ def tapped_cache(model: PreTrainedModel, *, track: bool = False) -> tuple[Dynami
                 keys.retain_grad()
                 values.retain_grad()
             stored[layer_idx] = (keys, values)
-            return store(keys, values, *args, **kwargs)
+            return store(owner(), keys, values, *args, **kwargs)
 
         layer.update = update
 

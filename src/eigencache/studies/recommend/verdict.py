@@ -1,7 +1,7 @@
 """Judge a probed model in under a minute: measure the loss of low-rank caches and recommend a setting.
 
-The bases come from the moments of the probe, so the text is not read again. Metrics and losses are estimated from fewer
-tokens than in `sweep` and `recommend`. The recommendation reports their number.
+The bases come from the moments of the probe, so the text is not read again. Losses are estimated from fewer tokens
+than in `sweep` and `recommend`. The recommendation reports their number.
 """
 
 from eigencache.calibration.moments import CapturedMoments
@@ -17,7 +17,6 @@ from eigencache.studies.recommend.key_rounding import measure_keys
 from eigencache.studies.recommend.recommend import recommend_sweep
 from eigencache.studies.sweep import Plan, sweep_model
 
-METRIC_TOKENS = 8192
 SHARES = (0.25, 0.5, 0.75)
 QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 0.25, 0.5)), (4, (0.25, 0.5)))
 
@@ -34,12 +33,7 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     Raises:
         CorpusError: `held_out` overlaps the probed text, or another error of `sweep_model`.
     """
-    calibration = PCACalibration(
-        session,
-        gathered.sequences,
-        gathered=gathered,
-        metric_tokens=METRIC_TOKENS,
-    )
+    calibration = PCACalibration(session, gathered.sequences, gathered=gathered)
     protocol = ReadingProtocol(kind="prefix", length=held_out.corpus.max_length * 3 // 4)
     record = sweep_model(
         session,

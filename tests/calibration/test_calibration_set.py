@@ -1,0 +1,16 @@
+"""A calibration set samples as much of its text as it is told to."""
+
+import torch
+
+from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.session import Session
+from stub_codecs import random_sequences, tiny_loaded
+
+
+def test_fewer_vectors_are_sampled_evenly_over_the_text() -> None:
+    sequences = random_sequences(*[40] * 32)
+    whole = CalibrationSet(Session(tiny_loaded("llama")), sequences)
+    few = CalibrationSet(whole.session, sequences, most_vectors=320)  # a quarter of 1,280 tokens
+    assert few.samples.lengths == (40,) * 7 and len(few.held_out_samples.vectors) == len(whole.held_out_samples.vectors)
+    rows = torch.cat([torch.arange(i * 40, i * 40 + 40) for i in range(0, 28, 4)])
+    assert torch.equal(few.samples.vectors, whole.samples.vectors[rows])
