@@ -74,7 +74,7 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
         "loss on held-out text.",
     )
     words = frozenset({LOW_RANK, "Recommendation"})
-    rarest_first = [headings[target] for target in sorted(targets, key=counts.__getitem__)]
+    rarest_first = [headings[target] for target in sorted(reversed(targets), key=counts.__getitem__)]
     return Table("Summary", columns, rows, notes=notes, words=words, hidden_first=(LOW_RANK, *rarest_first))
 
 
