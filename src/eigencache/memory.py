@@ -1,9 +1,11 @@
-"""Memory of the process: what is free goes back to the operating system."""
+"""Memory of the process: a bound of the largest tensors, and the return of what is free to the operating system."""
 
 import ctypes
 import functools
 import sys
 from collections.abc import Callable
+
+LOGITS = 2**25  # logits made at a time, 128 MiB in float32: with a large vocabulary they are the largest tensors
 
 
 def release() -> None:

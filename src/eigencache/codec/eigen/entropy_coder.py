@@ -57,7 +57,7 @@ class RansCoder:
             Integers int32 [coefficients, tokens].
 
         Raises:
-            CodecError: The bytes cannot hold so many tokens, or the states do not end where an encoder begins.
+            CodecError: The bytes cannot hold this number of tokens, or the states do not end where an encoder begins.
         """
         t, header = self.tables, 4 * self.lanes
         require_block(len(data), tokens, self.lanes, t.least_bits)
