@@ -27,7 +27,6 @@ from eigencache.models.load import LoadedModel, load
 from eigencache.records.quality import Quality, ReadingProtocol
 from eigencache.report.core.table import Table
 from eigencache.report.quality.sweep_table import interval_cell
-from layer_prediction import fit_layer_prediction
 
 PLAIN = EigenSettings(text=False)
 LENGTH, SCORED = 512, 128
@@ -36,7 +35,7 @@ TITLES = {
     "text": "Token prediction, with both metrics",
     "block": "Block size",
     "kept": "Sinks and window in 8 bits",
-    "prediction": "Layer l predicted from layer l − 1, at ideal size, against the joint transform",
+    "prediction": "Groups of layers, each predicted from the group before, against all layers at once",
     "size": "Calibration tokens",
     "domain": "Fitted on one domain, tested on another",
 }
@@ -65,7 +64,8 @@ class Ablations:
 
     def __init__(self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...]) -> None:
         self.loaded, self.other, self.tokens, self.rates = loaded, other, tokens, rates
-        self.source = CalibrationSet(Session(loaded), self.sequences(text, tokens))
+        self.session = Session(loaded)
+        self.source = CalibrationSet(self.session, self.sequences(text, tokens))
 
     def sequences(self, text: str, tokens: int) -> Sequences:
         """Return a text in sequences of 512 tokens."""
@@ -79,7 +79,7 @@ class Ablations:
     def basis(self) -> Iterator[Case]:
         """Yield all combinations of scope, metric and alpha."""
         metrics = [("frobenius", 1.0), *((m, a) for m in ("attention", "fisher") for a in (0.5, 0.75, 1.0))]
-        for scope in ("head", "layer", "kind", "joint"):
+        for scope in ("head", "layer", "groups", "joint"):
             for metric, alpha in metrics:
                 settings = replace(PLAIN, scope=scope, metric=metric, alpha=alpha)
                 words = (scope, metric if metric == "frobenius" else f"{metric}^{alpha:g}")
@@ -105,19 +105,12 @@ class Ablations:
             yield from self._at("kept", (f"{sinks} sinks, window of {window}",), settings)
 
     def prediction(self) -> Iterator[Case]:
-        """Yield joint transforms and the prediction of each layer from the one before, whose size is ideal."""
+        """Yield groups of more and more layers, layers without prediction, and the joint transform."""
+        for group in (1, 2, 3, 6):
+            words = (f"groups of {group}",)
+            yield from self._at("prediction", words, replace(PLAIN, scope="groups", group=group))
         for scope in ("layer", "joint"):
             yield from self._at("prediction", (scope,), replace(PLAIN, scope=scope))
-        joint = fit_eigen(self.source, PLAIN)
-        for rate in self.rates:
-            step = at_bits(joint, rate).codec.step
-            for factor in (0.5, 0.71, 1.0):
-                yield Case(
-                    "prediction", (f"layer from layer, step x {factor:g} of {rate:g}",), self._predicted(step * factor)
-                )
-
-    def _predicted(self, step: float) -> Codec:
-        return fit_layer_prediction(self.source, PLAIN, step)
 
     def size(self) -> Iterator[Case]:
         """Yield codecs fitted on different numbers of tokens."""

@@ -46,13 +46,13 @@ STEPS = (
     "to vectors",
     "find tokens",
     "predict",
-    "transform",
+    "weigh",
     "quantize",
     "rANS enc",
     "decode",
     "rANS dec",
     "dequantize",
-    "transform back",
+    "weigh back",
     "to slots",
 )
 
@@ -60,16 +60,15 @@ _CPU = torch.device("cpu")
 
 
 def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
-    """Return a cache of held-out tokens, decoded from all their coefficients.
+    """Return a cache of held-out tokens after the sinks.
 
     Args:
-        fit: A fit with coefficients of held-out sequences.
+        fit: A fit with vectors of held-out sequences.
         tokens: Number of tokens.
         dtype: Dtype of the cache.
     """
-    x = fit.transform.mean + fit.transform.decode(fit.held.y[:tokens], 1.0)
-    if fit.text is not None and fit.held.ranks is not None:
-        x = x + fit.text.predict(fit.held.ranks[None, :tokens], fit.settings.block)[0]
+    held = fit.held.vectors
+    x = held.samples.vectors[held.rows[:tokens]]
     if fit.positions is not None:
         x = x + fit.positions.at(torch.arange(fit.sinks, fit.sinks + len(x)))
     return by_layer(fit.layout.slots(x[None], fit.sinks), dtype)
@@ -77,7 +76,7 @@ def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
 
 def integers(codec: EigenCodec, cached: Cached, start: int) -> list[np.ndarray]:
     """Return the input of the entropy coder by block, each [coefficients, tokens]."""
-    symbols = codec._symbols(codec._stored(cached, start))[0].numpy()
+    symbols = codec._symbols(codec._stored(cached, start), {})[0].numpy()
     return [np.ascontiguousarray(symbols[first : first + codec.block].T) for first in range(0, len(symbols), codec.block)]
 
 
@@ -115,19 +114,20 @@ def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[s
     """Return the seconds of every single step of encoding and decoding; arguments as for `whole_and_entropy`."""
     layout, transform, quantizer, text = codec.layout, codec.transform, codec.quantizer, codec.text
     x = codec._stored(cached, start) - transform.mean
-    y = transform.encode(x, codec.step)
-    q = quantizer.quantize(y)
-    back = transform.decode(quantizer.dequantize(q), codec.step)
+    ranks = None if text is None else text.find(x)
+    z, first = transform.weighed(x), codec._first(ranks)
+    q = transform.quantize(z, codec.step, quantizer, first)
+    decoded = transform.dequantize(q, codec.step, quantizer, first)
+    back = transform.mean + transform.centered(decoded)
     works: dict[str, Callable[[], object]] = {
         "to vectors": lambda: codec._stored(cached, start),
-        "transform": lambda: transform.encode(x, codec.step),
-        "quantize": lambda: quantizer.quantize(y),
-        "dequantize": lambda: quantizer.dequantize(q),
-        "transform back": lambda: transform.decode(quantizer.dequantize(q), codec.step),
+        "weigh": lambda: transform.weighed(x),
+        "quantize": lambda: transform.quantize(z, codec.step, quantizer, first),
+        "dequantize": lambda: transform.dequantize(q, codec.step, quantizer, first),
+        "weigh back": lambda: transform.centered(decoded),
         "to slots": lambda: layout.slots(back, start),
     }
-    if text is not None:
-        ranks = text.find(x)
+    if text is not None and ranks is not None:
         works |= {"find tokens": lambda: text.find(x), "predict": lambda: text.predict(ranks, codec.block)}
     return in_turn(works, repeats, _CPU)
 

@@ -4,10 +4,10 @@
 
 The integers are the quantized coefficients of held-out sequences, without the digits of tokens. Every coder maps int32
 [coefficients, tokens] to bytes that decode independently: blocks of 128 tokens, as random access needs, and the whole text.
-The ideal length is Σ −log₂ p, with p the share of an integer in the calibration text, one distribution per class of
-coefficients. Speed is measured on one thread, from integers to bytes and back, including conversions; tables and models are
-built before. All coders are verified to be lossless. `--contexts` computes ideal lengths with 6 tables per class, which the
-earlier coefficients of a token select.
+The ideal length is Σ −log₂ p, with p the share of an integer in the text that the tables are fitted on, one distribution
+per class of coefficients. Speed is measured on one thread, from integers to bytes and back, including conversions; tables
+and models are built before. All coders are verified to be lossless. `--contexts` computes ideal lengths with 6 tables per
+class, which the earlier coefficients of a token select.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from eigencache.codec.eigen.entropy_coder import EntropyCoder, RansCoder
 from eigencache.codec.eigen.entropy_tables import EntropyTables
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
-from eigencache.fitting.eigen import FITTED, EigenFit, EigenSettings, fit_eigen
+from eigencache.fitting.eigen import EigenFit, EigenSettings, Source, fit_eigen
 from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import LoadedModel, load
 from eigencache.models.sources import BUNDLED
@@ -45,6 +45,7 @@ except ImportError as error:
 
 DEFAULTS = EigenSettings()
 BLOCK = 128
+ROWS = 4096  # vectors at a time
 CONTEXTS = 6
 _MEMORY = 0.9  # decay of the running magnitude from one coefficient to the next
 _UNSEEN = 0.5  # count of all integers that do not occur in the calibration text
@@ -90,7 +91,7 @@ class Bytes:
 
     width: int
     compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes | memoryview], bytes]
 
     def encode(self, symbols: np.ndarray) -> bytes:
         """As `EntropyCoder`."""
@@ -101,7 +102,7 @@ class Bytes:
         narrow[wide] = -128
         return self.compress(narrow.tobytes() + symbols[wide].tobytes())
 
-    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+    def decode(self, data: bytes | memoryview, tokens: int) -> np.ndarray:
         """As `EntropyCoder`."""
         raw, count = self.decompress(data), self.width * tokens
         symbols = np.frombuffer(raw, np.int8, count).astype(np.int32)
@@ -123,7 +124,7 @@ class Pcodec:
         parts = [pcodec.standalone.simple_compress(symbols[rows].ravel(), self.config) for rows in self.rows]
         return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
-    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+    def decode(self, data: bytes | memoryview, tokens: int) -> np.ndarray:
         """As `EntropyCoder`."""
         symbols, start = np.empty((sum(map(len, self.rows)), tokens), np.int32), 0
         for rows in self.rows:
@@ -150,7 +151,7 @@ class Constriction:
         beyond = np.concatenate(escapes)
         return len(beyond).to_bytes(4, "little") + beyond.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
-    def decode(self, data: bytes, tokens: int) -> np.ndarray:
+    def decode(self, data: bytes | memoryview, tokens: int) -> np.ndarray:
         """As `EntropyCoder`."""
         escaped = np.frombuffer(data, np.int32, int.from_bytes(data[:4], "little"), 4)
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + escaped.nbytes))
@@ -198,14 +199,19 @@ def fitted_codecs(loaded: LoadedModel, tokens: int, settings: EigenSettings = DE
 
 
 def integers_of(fit: EigenFit, codec: EigenCodec) -> tuple[np.ndarray, np.ndarray]:
-    """Return the integers [coefficients, tokens] of calibration text and held-out text, without digits of tokens."""
-    pairs = zip(fit.transform.bases, codec.transform.bases, strict=True)
-    kept = torch.cat([torch.isin(whole.scale, part.scale) for whole, part in pairs])
-    assert int(kept.sum()) == codec.transform.coefficients
-    fitted, held = fit.fitted.y, fit.held.y
-    fitted = fitted[:: max(1, len(fitted) // FITTED)]
-    quantized = (codec.quantizer.quantize(y[:, kept] / codec.step) for y in (fitted, held[: len(held) // BLOCK * BLOCK]))
-    return tuple(np.ascontiguousarray(q.T.numpy()) for q in quantized)  # type: ignore[return-value]
+    """Return the integers [coefficients, tokens] that the tables are fitted on and of held-out text, without digits."""
+    whole = len(fit.held.vectors) // BLOCK * BLOCK
+    return quantized(codec, fit.apart, len(fit.apart.vectors)), quantized(codec, fit.held, whole)
+
+
+def quantized(codec: EigenCodec, source: Source, tokens: int) -> np.ndarray:
+    """Return the integers [coefficients, tokens] of the first tokens of some vectors."""
+    parts = []
+    for rows in torch.arange(tokens).split(ROWS):
+        z = source.vectors.columns(0, codec.layout.width, rows)
+        first = None if source.first is None else source.first[rows]
+        parts.append(codec.transform.quantize(z, codec.step, codec.quantizer, first))
+    return np.ascontiguousarray(torch.cat(parts).T.numpy())
 
 
 def without_tokens(codec: EigenCodec) -> EntropyTables:

@@ -36,11 +36,13 @@ def ids() -> torch.Tensor:
 
 
 @torch.no_grad()
-def padded(codec: CacheCodec, ids: torch.Tensor, counted: bool) -> tuple[DynamicCache, dict[str, Any]]:
+def padded(
+    codec: CacheCodec, ids: torch.Tensor, counted: bool, padding: int = PADDING
+) -> tuple[DynamicCache, dict[str, Any]]:
     """One row of a left-padded batch and what the model was given; `counted`: positions count the padding."""
-    tokens = torch.cat([torch.zeros(1, PADDING, dtype=torch.int64), ids[:, :TEXT]], 1)
-    mask = torch.cat([torch.zeros(1, PADDING), torch.ones(1, TEXT)], 1).long()
-    positions = torch.arange(PADDING + TEXT)[None] if counted else (mask.cumsum(-1) - 1).clamp_min(0)
+    tokens = torch.cat([torch.zeros(1, padding, dtype=torch.int64), ids[:, :TEXT]], 1)
+    mask = torch.cat([torch.zeros(1, padding), torch.ones(1, TEXT)], 1).long()
+    positions = torch.arange(padding + TEXT)[None] if counted else (mask.cumsum(-1) - 1).clamp_min(0)
     given = {"attention_mask": mask, "position_ids": positions}
     return codec.loaded.model(tokens, **given, use_cache=True).past_key_values, given
 
@@ -87,10 +89,10 @@ def test_random_tokens_are_no_error(codec: CacheCodec) -> None:
 
 
 def test_a_few_tokens_behind_padding_need_their_positions(codec: CacheCodec, ids: torch.Tensor) -> None:
-    row, given = padded(codec, ids, counted=False)
+    row, given = padded(codec, ids, counted=False, padding=1)  # from position 0 or 1 on, all 3 are stored raw
     for layer in row.layers:
-        layer.keys, layer.values = layer.keys[:, :, : PADDING + 3], layer.values[:, :, : PADDING + 3]
-    few = {name: x[:, : PADDING + 3] for name, x in given.items()}
+        layer.keys, layer.values = layer.keys[:, :, : 1 + 3], layer.values[:, :, : 1 + 3]
+    few = {name: x[:, : 1 + 3] for name, x in given.items()}
     with pytest.raises(CodecError, match="3 tokens behind padding do not show at which position they begin"):
         codec.encode(row, few["attention_mask"])
     assert codec.decode(codec.encode(row, **few)).get_seq_length() == 3

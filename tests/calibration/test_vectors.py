@@ -29,9 +29,8 @@ def test_vectors_are_what_the_capture_sees_before_rotation(name: str, loaded, se
     samples, mla = sampled(one, text, batch_size=2), loaded(name).geometry.mla is not None
     assert samples.lengths == (24, 17, 24) and samples.vectors.shape == (65, one.geometry.values_per_token)
     names, edges = tensor_names(samples.layout, mla=mla), [0, *accumulate(part.width for part in samples.layout.parts)]
-    assert [(p.slot, p.layer_idx) for p in samples.layout.parts] == sorted(
-        (p.slot, p.layer_idx) for p in samples.layout.parts
-    )
+    parts = [(part.layer_idx, part.slot) for part in samples.layout.parts]
+    assert parts == sorted(parts) and len(parts) == 2 * len({layer_idx for layer_idx, _ in parts})
     tokens = [slice(*edge) for edge in pairwise([0, 24, 41, 65])]
     with Capture(one.model, one.geometry) as capture:
         for ids, at in zip(text.ids, tokens, strict=True):
@@ -52,14 +51,14 @@ def test_batches_do_not_matter(name: str, loaded, sequences) -> None:
 
 def test_names_are_those_of_metrics(loaded, sequences) -> None:
     expected = {
-        "gpt2": ["keys"] * 3 + ["values"] * 3,
-        "llama": ["keys_pre_rope"] * 3 + ["values"] * 3,
-        "deepseek_v2": ["latent"] * 3 + ["key_rope_pre_rope"] * 3,
-        "smollm3": ["keys_pre_rope", "keys", "keys_pre_rope", "keys"] + ["values"] * 4,
+        "gpt2": ["keys", "values"] * 3,
+        "llama": ["keys_pre_rope", "values"] * 3,
+        "deepseek_v2": ["latent", "key_rope_pre_rope"] * 3,
+        "smollm3": ["keys_pre_rope", "values", "keys", "values"] * 2,
     }
     for name, names in expected.items():
         layout = sampled(loaded(name), sequences(12)).layout
-        assert sorted(tensor_names(layout, mla=name == "deepseek_v2")) == sorted(names), name
+        assert tensor_names(layout, mla=name == "deepseek_v2") == names, name
 
 
 def test_what_does_not_fit_into_memory_is_thinned_out_over_the_whole_text(loaded, sequences) -> None:
@@ -98,14 +97,16 @@ def test_positions_count_from_the_start_of_every_sequence(loaded, sequences) -> 
     assert samples.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
 
 
-def test_first_tokens_are_taken_from_every_sequence_and_short_ones_vanish(loaded, sequences) -> None:
+def test_some_of_the_sequences_are_views_of_all(loaded, sequences) -> None:
     samples = sampled(loaded("gpt2"), sequences(5, 2, 3, 2))
-    rest = samples.without_first(2)
-    assert rest.lengths == (3, 1) and torch.equal(rest.vectors, samples.vectors[[2, 3, 4, 9]])
-    assert torch.equal(rest.ids, samples.ids[[2, 3, 4, 9]])
-    assert samples.without_first(0) is samples
-    with pytest.raises(StatisticsError, match="No sequence is longer than 5 sinks"):
-        samples.without_first(5)
+    some = samples.sequences(1, 3)
+    assert some.lengths == (2, 3) and some.layout is samples.layout
+    assert torch.equal(some.vectors, samples.vectors[5:10]) and torch.equal(some.ids, samples.ids[5:10])
+    assert some.vectors.untyped_storage().data_ptr() == samples.vectors.untyped_storage().data_ptr()
+    assert some.positions.tolist() == [0, 1, 0, 1, 2]
+    assert samples.sequences(0, 4).lengths == samples.lengths
+    assert torch.equal(samples.sequences(3, 4).vectors, samples.vectors[10:])
+    assert len(samples.sequences(2, 2).vectors) == 0
 
 
 def test_a_mean_is_taken_from_every_vector(loaded, sequences) -> None:

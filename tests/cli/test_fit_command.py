@@ -19,8 +19,9 @@ PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--batch-size", "16")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A folder with the codec that `fit` wrote, `deep/codec`, and what it printed."""
     folder = tmp_path_factory.mktemp("fit")
-    options = ("--ratio", "8", "--sinks", "2", "--window", "16", "--kept-bits", "16", "--block", "64", "--scope", "layer")
-    result = run("fit", "ref-deepseek", *FEW, *PLAIN, *options, "-o", "deep/codec", folder=folder)
+    options = ("--ratio", "8", "--sinks", "2", "--window", "16", "--kept-bits", "16", "--block", "64")
+    groups = ("--scope", "groups", "--group", "2", "--amortize", "5000")
+    result = run("fit", "ref-deepseek", *FEW, *PLAIN, *options, *groups, "-o", "deep/codec", folder=folder)
     return folder, shown(result), result.stderr
 
 
@@ -40,10 +41,10 @@ def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> N
     folder, out, err = fitted
     assert {path.name for path in (folder / "deep" / "codec").iterdir()} == {CARD, TENSORS}
     assert {path.name for path in folder.rglob("*")} == {"deep", "codec", CARD, TENSORS}
-    for words in ("ref-deepseek: eigen · layer · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
+    for words in ("ref-deepseek: eigen · groups of 2 · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
         assert words in out, words
     assert "held-out tokens; the first half" in out and out.rstrip().endswith("written: deep/codec")
-    for stage in ("tokenizing", "vectors", "held-out vectors", "decomposing", "scoring 1 codecs"):
+    for stage in ("tokenizing", "vectors", "held-out vectors", "preparing the fit", "scoring 1 codecs"):
         assert f"ref-deepseek: {stage}" in err, stage
 
 
@@ -51,7 +52,10 @@ def test_settings_and_goal_are_those_that_were_asked_for(fitted: tuple[Path, str
     saved = load_codec(fitted[0] / "deep" / "codec")
     codec, settings = saved.codec, saved.card.settings
     assert (codec.kept.sinks, codec.kept.window, codec.kept.bits, codec.block) == (2, 16, 16, 64)
-    assert (settings.scope, settings.metric, codec.text) == ("layer", "frobenius", None)
+    assert (settings.scope, settings.group, settings.amortize) == ("groups", 2, 5000)
+    assert (settings.metric, codec.text) == ("frobenius", None)
+    predicted = [stage.prediction is not None for stage in codec.transform.stages]
+    assert predicted == [False] + [True] * (len(predicted) - 1) and len(predicted) == 3
     assert saved.card.expected.bits_per_value == pytest.approx(2, rel=0.01)
     assert saved.card.origin.model == "ref-deepseek" and saved.card.origin.dtype == "float32"
 
@@ -63,7 +67,7 @@ def test_evaluate_reads_what_fit_wrote(fitted: tuple[Path, str, str], monkeypatc
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", "ref-deepseek", "--codec", "deep/codec", *few])
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and "eigen · layer · frobenius" in out
+    assert exit_.value.code == 0 and "eigen · groups of 2 · frobenius" in out
     assert "likelihood" in out and "bytes of one sequence" in out
 
 
@@ -85,7 +89,19 @@ def test_help_explains_options_and_shows_examples(capsys) -> None:
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "Examples" in out
     assert "eigencache fit ref-llama -o llama-codec" in out and "eigencache evaluate ref-llama --codec llama-codec" in out
-    for option in ("--bits", "--ratio", "--max-nll", "--context", "--scope", "--metric", "--sinks", "--window", "--output"):
+    asked = (
+        "--bits",
+        "--ratio",
+        "--max-nll",
+        "--context",
+        "--scope",
+        "--group",
+        "--amortize",
+        "--metric",
+        "--sinks",
+        "--window",
+    )
+    for option in (*asked, "--output"):
         assert option in out, option
 
 
@@ -100,7 +116,8 @@ def test_help_explains_options_and_shows_examples(capsys) -> None:
         (("--bits", "0"), "--bits=0 must be a number above 0"),
         (("--ratio", "-1"), "--ratio=-1 must be a number above 0"),
         (("--max-nll", "nan"), "--max-nll=nan must be a number above 0"),
-        (("--scope", "row"), "--scope row does not exist. Use one of"),
+        (("--scope", "row"), "--scope row does not exist. Use one of head, layer, groups, joint."),
+        (("--scope", "kind"), "--scope kind does not exist. Use one of"),
         (("--kept-bits", "4"), "--kept-bits 4 does not exist. Use one of 8, 16."),
     ],
     ids=" ".join,
@@ -127,7 +144,17 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path, monkeypatc
     assert Path("mine", "thesis.txt").read_text() == Path("file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("option", [("--alpha", "3"), ("--window", "-1"), ("--block", "70000"), ("--metric", "none")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--alpha", "3"),
+        ("--window", "-1"),
+        ("--block", "70000"),
+        ("--group", "0"),
+        ("--amortize", "0"),
+        ("--metric", "none"),
+    ],
+)
 def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str], tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "ref-deepseek", "-o", str(tmp_path / "new"), *option])

@@ -70,7 +70,7 @@ def test_fit_shows_both_codecs_and_writes_the_live_one_beside_the_other(fitted: 
     folder, out = fitted
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == {f"codec/{CARD}", f"codec/{TENSORS}", f"codec/{LIVE}/{CARD}", f"codec/{LIVE}/{TENSORS}"}
-    stored, live = out.index("ref-llama: eigen · joint · frobenius"), out.index("ref-llama: live · ")
+    stored, live = out.index("ref-llama: eigen · groups of 3 · frobenius"), out.index("ref-llama: live · ")
     assert stored < live < out.index("written: codec")
     assert out.count("held-out tokens; the first half") == out.count("bytes, stored once for all sequences") == 2
     assert "bits per packed value" in out[live:] and "most recent tokens are stored in 16 bits" in out[live:]

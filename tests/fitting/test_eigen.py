@@ -1,92 +1,48 @@
-"""Fitting `eigen`: bits near the bound, targets met with real containers, nothing fitted on what is kept apart."""
+"""Fitting `eigen` to drawn vectors: bits near the bound, layers predicted from layers, nothing fitted on held-out ones."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from eigencache.calibration import metrics
-from eigencache.calibration.calibration_set import CalibrationSet
-from eigencache.calibration.metrics import metric_names
-from eigencache.calibration.session import Session
-from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec
-from eigencache.codec.eigen.token_features import StoredFeatures
-from eigencache.codec.eigen.transform import JointTransform
-from eigencache.codec.layout import Layout, Part, by_layer
-from eigencache.codec.sinks_and_window import FIRST_EXACT
-from eigencache.corpora.resolve import read_text
-from eigencache.corpora.sequences import pack
-from eigencache.errors import BudgetError, StatisticsError
-from eigencache.evaluate.likelihood import score_through_cache
-from eigencache.fitting import eigen_search
-from eigencache.fitting.eigen import Coefficients, EigenFit, EigenSettings, Point, fit_eigen, outstanding
-from eigencache.fitting.eigen_basis import basis_of
-from eigencache.fitting.eigen_search import at_bits, at_loss, fit_target
-from eigencache.fitting.token_predictor import MAX_FEATURES, fit_text, previous, vocabulary
-from eigencache.models.load import LoadedModel
-from eigencache.models.tapped_cache import tapped_cache
-from eigencache.records.quality import ReadingProtocol
+from eigencache.codec.eigen.entropy_tables import fit_tables
+from eigencache.codec.eigen.quantizer import LAMBDA
+from eigencache.codec.layout import Layout, Part
+from eigencache.errors import CodecError, StatisticsError
+from eigencache.fitting.eigen import EigenFit, EigenSettings, Point, settings_of
+from eigencache.fitting.eigen_stage import basis_of
 from eigencache.spectral.metric import block_product
-from stub_codecs import bundled, random_sequences, tiny_loaded
+from planted_eigen import DEVIATIONS, PLAIN, WIDTH, cached, decoded, fit_of, gaussian, planted
 
 pytestmark = pytest.mark.slow
-
-LAYOUT = Layout(tuple(Part(i, slot, (0, 2), 6) for slot in (0, 1) for i in range(2)), {})
-WIDTH = LAYOUT.width
-PLAIN = EigenSettings("joint", "frobenius", text=False, sinks=0, kept_bits=8, block=64)
-DEFAULTS = EigenSettings()
-LENGTHS = (40,) * 64
-FITTED_ON, APART = 56, 8
-
-
-def gaussian(n: int, seed: int) -> Tensor:
-    """Vectors whose covariance has eigenvalues from 9 to 0.0004, turned at random."""
-    rng = np.random.default_rng(seed)
-    turn = np.linalg.qr(np.random.default_rng(9).normal(size=(WIDTH, WIDTH)))[0]
-    return torch.from_numpy(rng.normal(size=(n, WIDTH)) * np.geomspace(3, 0.02, WIDTH) @ turn.T).float()
-
-
-@functools.cache
-def planted() -> EigenFit:
-    x, held = gaussian(8_000, 0), gaussian(4_000, 1)
-    mean = x.mean(0)
-    basis, eigenvalues = basis_of(x - mean, 0, WIDTH, (), ())
-    transform = JointTransform(mean, (basis,))
-    fitted, apart = (Coefficients(transform.encode(part - mean, 1.0), None) for part in (x, held))
-    return EigenFit(PLAIN, LAYOUT, transform, eigenvalues, None, None, 0, fitted, apart, None, torch.float32)  # type: ignore[arg-type]
-
-
-def cached(vectors: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    return by_layer(LAYOUT.slots(vectors[None], 0), torch.float32)
 
 
 def distortion(codec: EigenCodec) -> float:
     x = gaussian(2_000, 1)
-    return float((LAYOUT.vectors(codec.decode(codec.encode(cached(x), 0)), 0)[0] - x).square().sum(1).mean())
+    return float((decoded(codec, x) - x).square().sum(1).mean())
 
 
-def water_filling(eigenvalues: Tensor, total: float) -> float:
+def water_filling(eigenvalues: np.ndarray, total: float) -> float:
     """The least bits per vector at a total distortion (THEORY 6)."""
     low, high = 0.0, float(eigenvalues.max())
     for _ in range(100):
         level = (low + high) / 2
-        low, high = (level, high) if float(eigenvalues.clamp(max=level).sum()) < total else (low, level)
-    return float((0.5 * (eigenvalues / level).log2()).clamp_min(0).sum())
+        low, high = (level, high) if np.minimum(eigenvalues, level).sum() < total else (low, level)
+    return float((0.5 * np.log2(eigenvalues / level)).clip(0).sum())
 
 
 @pytest.mark.parametrize("step", [0.03, 0.1, 0.3, 1.0, 2.0])
 def test_bits_are_near_the_bound_of_reverse_water_filling(step: float) -> None:
     point = planted().at_step(step)
     lost, coded = distortion(point.codec), point.codec.transform.coefficients
-    bound = water_filling(planted().eigenvalues, lost)
+    bound = water_filling(DEVIATIONS**2, lost)
     assert bound < point.coded_bits < 1.03 * bound + 0.254 * coded  # a quarter of a bit is the price of a scalar quantizer
-    assert lost == pytest.approx(coded * step**2 / 12 + float(planted().eigenvalues[coded:].sum()), rel=0.35)
+    assert lost == pytest.approx(coded * step**2 / 12 + float((DEVIATIONS[coded:] ** 2).sum()), rel=0.35)
 
 
 def test_a_finer_step_never_takes_fewer_bits_and_never_loses_more() -> None:
@@ -98,13 +54,12 @@ def test_a_finer_step_never_takes_fewer_bits_and_never_loses_more() -> None:
 
 
 def test_coefficients_that_are_not_worth_their_bits_are_left_out_of_the_transform() -> None:
-    fit = planted()
-    codec = fit.at_step(1.0).codec
+    codec = planted().at_step(1.0).codec
     kept = codec.transform.coefficients
-    assert 0 < kept < WIDTH and codec.nbytes < fit.at_step(0.03).codec.nbytes
-    assert float(fit.eigenvalues[kept]) < 1.0 < float(fit.eigenvalues[kept - 1]) * 12
-    whole = fit.transform.bases[0]
-    assert torch.equal(codec.transform.bases[0].rows, whole.rows[:kept])
+    assert 0 < kept < WIDTH and codec.nbytes < planted().at_step(0.03).codec.nbytes
+    assert DEVIATIONS[kept] ** 2 < 1.0 < DEVIATIONS[kept - 1] ** 2 * 12
+    basis = basis_of(planted().fitted.vectors.columns(0, WIDTH))
+    torch.testing.assert_close(codec.transform.stages[0].rows, basis.mT[:kept], rtol=0, atol=1 / 250)
     assert len(codec.quantizer.dead_zone) == len(codec.tables.table_of) == kept
 
 
@@ -113,350 +68,208 @@ def test_a_step_that_codes_nothing_is_refused() -> None:
         planted().at_step(100.0)
 
 
-@pytest.mark.parametrize("context", [256, 4096])
-@pytest.mark.parametrize("bits", [0.7, 1.0, 2.0, 4.0, 8.0])
-def test_a_target_in_bits_is_met_and_real_containers_agree(bits: float, context: int) -> None:
-    point = at_bits(planted(), bits, context=context, name="mine")
-    assert planted().bits_per_value(point, context) == pytest.approx(bits, rel=0.005)
-    nbytes = point.codec.encode(cached(gaussian(4_000, 1)[:context]), 0).nbytes
-    real = 8 * nbytes / (min(context, 4_000) * WIDTH)
-    assert real == pytest.approx(bits, rel=0.03) and point.codec.name == "mine"
-
-
-@pytest.mark.parametrize("bits", [1e-4, 100.0])
-def test_a_target_that_no_step_meets_is_refused_with_what_can_be_had(bits: float) -> None:
-    limit = "below the minimum of (.*) bits" if bits < 1 else "above the maximum of (.*) bits"
-    remedy = r"Use \1 or more, or fewer `sinks`" if bits < 1 else r"Use \1 or less\."
-    with pytest.raises(BudgetError, match=rf"{limit} per value at a context of 2,048 tokens\. {remedy}"):
-        at_bits(planted(), bits)
-
-
-def test_a_target_is_refused_where_coefficients_hold_rounding_and_a_vector_is_an_outlier() -> None:
-    fit = planted()
-    y = fit.fitted.y / fit.eigenvalues.sqrt().float() * torch.where(torch.arange(WIDTH) > 0, 1e-4, 3.0)
-    far = y.clone()
-    far[7, 0] = 500 * 3
-    narrow = replace(
-        fit,
-        eigenvalues=y.double().square().mean(0),
-        fitted=Coefficients(y, None),
-        held_out_coefficients=Coefficients(far, None),
-    )
-    with pytest.raises(BudgetError, match="above the maximum of"):
-        at_bits(narrow, 100.0)
-
-
-def test_sinks_and_window_are_counted() -> None:
-    fit = planted()
-    kept = replace(fit, sinks=8, settings=replace(PLAIN, window=32))
-    plain, dearer = (at_bits(one, 3.0, context=256) for one in (fit, kept))
-    assert (dearer.codec.kept.sinks, dearer.codec.kept.window, dearer.codec.kept.bits) == (8, 32, 8)
-    assert dearer.codec.step > plain.codec.step
-    real = 8 * dearer.codec.encode(cached(gaussian(4_000, 1)[:256]), 0).nbytes / (256 * WIDTH)
-    assert real == pytest.approx(3.0, rel=0.03)
+def test_sinks_and_window_reach_the_codec() -> None:
+    kept = replace(planted(), sinks=8, settings=replace(PLAIN, window=32)).at_step(0.3, "mine").codec
+    assert (kept.name, kept.kept.sinks, kept.kept.window, kept.kept.bits, kept.block) == ("mine", 8, 32, 8, 64)
 
 
 def test_lanes_waste_next_to_nothing() -> None:
     few, many = (planted().at_step(step).codec for step in (2.0, 0.001))
     assert few.lanes < many.lanes
+    for codec in (few, many):
+        data = codec.encode(cached(gaussian(64 * 20, 1)), 0).nbytes
+        assert codec.lanes == 4 or 20 * 2 * codec.lanes < 0.01 * data
 
 
-# Sinks
+@pytest.mark.parametrize("step", [0.1, 1.0])
+def test_the_bits_are_those_of_containers_of_the_held_out_vectors(step: float) -> None:
+    point, x = planted().at_step(step), gaussian(4_000, 1)
+    tokens, bits = point.codec.cost(point.codec.encode(cached(x), 0).rows[0])
+    states = 16 * point.codec.lanes / 64  # of a state of 32 bits 16 are data
+    assert tokens == 4_000 and 0.99 * bits < point.coded_bits < 1.01 * (bits + states)
 
 
-def samples_with(first: list[float], lengths: tuple[int, ...] = (60,) * 20) -> SampledVectors:
-    """Vectors of size 1, at the first positions of the given sizes."""
-    vectors = gaussian(sum(lengths), 3) / 3
-    samples = SampledVectors(LAYOUT, vectors, torch.zeros(len(vectors), dtype=torch.int64), lengths)
-    for position, size in enumerate(first):
-        vectors[samples.positions == position] *= size
-    return samples
+# Side information
 
 
-@pytest.mark.parametrize(
-    ("sizes", "sinks"),
-    [([], 0), ([1.5, 1.5], 0), ([9], 1), ([20, 9, 3], 3), ([20, 1, 20], 0 + 1), ([1, 20], 0), ([9] * 30, 16)],
-)
-def test_sinks_are_the_first_positions_that_stand_out_without_a_gap(sizes: list[float], sinks: int) -> None:
-    assert outstanding(samples_with(sizes), ()) == sinks
+def cost_of(point: Point, x: Tensor) -> float:
+    """Bits of a token, and its distortion at the exchange rate of the quantizer."""
+    lost = float((decoded(point.codec, x) - x).square().sum(1).mean())
+    return point.coded_bits + lost / point.codec.step**2 / LAMBDA
 
 
-def test_what_costs_nothing_does_not_stand_out() -> None:
-    samples = samples_with([])
-    samples.vectors[samples.positions == 0, :6] *= 100
-    cheap = torch.eye(6).expand(2, 6, 6).clone()
-    cheap[0] *= 1e-3
-    rest = torch.eye(6).expand(2, 6, 6)
-    assert outstanding(samples, ()) == 1
-    assert outstanding(samples, (cheap, rest, rest, rest)) == 0
+def row_nbytes(codec: EigenCodec) -> list[int]:
+    """Bytes of every row of D with its scale and its numbers of the quantizer."""
+    (stage,) = codec.transform.stages
+    return [(2 if i < len(stage.fine) else 1) * WIDTH + 20 for i in range(len(stage))]
 
 
-def test_sequences_may_differ_in_length() -> None:
-    assert outstanding(samples_with([9, 9], (60, 3, 1, 40, 2)), ()) == 2
+def test_what_costs_more_than_it_saves_over_the_stored_tokens_is_left_out() -> None:
+    step, bits = 0.1, {}
+    for tokens in (30, 100, 1_000, 10**4, 10**6, 10**9):
+        point = planted(tokens).at_step(step)
+        assert len(row_nbytes(point.codec)) == point.codec.transform.coefficients
+        bits[tokens] = (row_nbytes(point.codec), point.codec.nbytes, cost_of(point, gaussian(2_000, 1)))
+    rows, sizes, costs = zip(*bits.values(), strict=True)
+    assert list(sizes) == sorted(sizes) and list(costs) == sorted(costs, reverse=True)
+    assert len(rows[0]) < 0.7 * len(rows[-1])
+    for tokens, (own, _, cost) in bits.items():  # with its share of the rows, what is fitted for so many is the cheapest
+        for others, _, other in bits.values():
+            assert cost + 8 * sum(own) / tokens < 1.01 * (other + 8 * sum(others) / tokens)
 
 
-# Text
+def test_the_default_is_a_million_tokens() -> None:
+    assert EigenSettings().amortize == 10**6 and EigenSettings().group == 3 and EigenSettings().scope == "groups"
 
 
-def test_features_are_by_rank_and_centered_where_tokens_are_as_often_as_in_the_text() -> None:
-    loaded, ids = tiny_loaded("llama"), torch.tensor([5] * 9 + [3] * 4 + [7])
-    ranks, features = vocabulary(loaded, ids)
-    assert ranks[[5, 3, 7]].tolist() == [0, 1, 2] and sorted(ranks.tolist()) == list(range(len(ranks)))
-    assert features.vocabulary == len(ranks)
-    torch.testing.assert_close(features.of(ranks[ids]).mean(0), torch.zeros(features.size), rtol=0, atol=2e-3)
-    weights = loaded.model.get_input_embeddings().weight.detach()
-    unit = torch.nn.functional.normalize(weights, dim=-1) * weights.shape[1] ** 0.5
-    torch.testing.assert_close(features.of(ranks[[5]]) - features.of(ranks[[3]]), unit[[5]] - unit[[3]], rtol=0, atol=1e-2)
+# Layers predicted from layers
 
 
-def test_wide_embeddings_are_cut_to_the_directions_that_the_text_uses() -> None:
-    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
-    embedding = torch.nn.Embedding.from_pretrained(weight)
-    own = SimpleNamespace(model=SimpleNamespace(get_input_embeddings=lambda: embedding), embedded_ids=300)
-    ids = torch.arange(100).repeat(3)
-    ranks, features = vocabulary(own, ids)  # type: ignore[arg-type]
-    assert (features.vocabulary, features.size) == (300, MAX_FEATURES)
-    unit = torch.nn.functional.normalize(weight, dim=-1) * 20
-    distances, expected = (torch.cdist(x, x) for x in (features.of(ranks[:100]), unit[:100]))
-    torch.testing.assert_close(distances, expected, rtol=1e-2, atol=0.1)  # a hundred tokens span less than 256
+LAYERS, DIM = 6, 8
+CHAIN = Layout(tuple(Part(i, slot, (0, 1), DIM // 2) for i in range(LAYERS) for slot in (0, 1)), {})
+NOISE = 0.05
 
 
-def test_the_token_before_is_that_of_the_same_sequence() -> None:
-    features = torch.arange(1.0, 7)[:, None]
-    assert previous(features, (3, 1, 2)).flatten().tolist() == [0, 1, 2, 0, 0, 5]
-
-
-@pytest.mark.parametrize("weighed", [True, False])
-def test_what_is_linear_in_the_tokens_is_predicted_and_its_tokens_found(weighed: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    features, here, before = draw(50, 8), draw(8, WIDTH), draw(8, WIDTH)
-    before[:, :12] = before[:, 24:36] = 0  # what the first layer holds depends on the token alone
-    lengths, block = (40,) * 50, 40
-    ranks = torch.randint(50, (2000,), generator=generator)
-    features = (features - features[ranks].mean(0)).half()
-    f = features[ranks].float()
-    x = f @ here + previous(f, lengths) @ before
-    samples = SampledVectors(LAYOUT, x - x.mean(0), ranks, lengths)
-    blocks = [torch.diag_embed(0.1 + draw(2, 6).abs()) for _ in LAYOUT.parts] if weighed else []
-    text = fit_text(samples, ranks, StoredFeatures(features), blocks, [b.inverse() for b in blocks])
-    rows = samples.vectors.view(50, 40, WIDTH)
-    assert torch.equal(text.find(rows), ranks.view(50, 40))
-    error = text.predict(ranks.view(50, 40), block) - rows
-    assert float(error.square().mean() / rows.square().mean()) < 2e-3
-    assert block_product(error, blocks).isfinite().all()
-
-
-def test_what_tokens_say_nothing_of_is_predicted_as_next_to_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ranks = torch.randint(50, (4000,), generator=generator)
-    samples = SampledVectors(LAYOUT, gaussian(4000, 5), ranks, (40,) * 100)
-    text = fit_text(samples, ranks, StoredFeatures(torch.randn(50, 8, generator=generator).half()), (), ())
-    predicted = text.predict(ranks.view(100, 40), 40)
-    assert float(predicted.square().mean() / samples.vectors.square().mean()) < 0.02
-
-
-# Models
+def chain(n: int, seed: int) -> Tensor:
+    """Layers that are the layer before, turned, plus noise; the first has deviation 1."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(n, DIM, generator=generator)]
+    for i in range(1, LAYERS):
+        turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(i))).Q
+        layers.append(layers[-1] @ turn + NOISE * torch.randn(n, DIM, generator=generator))
+    return torch.cat(layers, 1)
 
 
 @functools.cache
-def fitted(name: str, settings: EigenSettings = DEFAULTS) -> tuple[LoadedModel, EigenFit]:
-    loaded = tiny_loaded(name)
-    return loaded, fit_eigen(CalibrationSet(Session(loaded), random_sequences(*LENGTHS)), settings)
+def chained(scope: str, group: int = 1) -> EigenFit:
+    settings = replace(PLAIN, scope=scope, group=group)
+    return fit_of(chain(8_000, 0), chain(8_000, 2), chain(4_000, 1), settings, CHAIN)
 
 
-def divergence(loaded: LoadedModel, codec: EigenCodec) -> float:
-    protocol = ReadingProtocol(kind="chunked", length=10, window=3)
-    scored = list(score_through_cache(Session(loaded), random_sequences(40, 40, seed=1), {"codec": codec}, protocol))
-    losses = [loss for batch in scored for loss in batch.losses["codec"]]
-    return sum(loss.kl for loss in losses) / sum(loss.tokens for loss in losses)
+def errors(point: Point) -> Tensor:
+    """Mean squared error of every layer."""
+    x = chain(2_000, 1)
+    return (decoded(point.codec, x) - x).square().mean(0).view(LAYERS, DIM).mean(1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        DEFAULTS,
-        EigenSettings("head", "frobenius", text=False, sinks=3, kept_bits=16),
-        EigenSettings("kind", "attention", 1.0, window=1, sinks=2, block=7),
-    ],
-    ids=EigenSettings.describe,
-)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma2", "mistral", "deepseek_v2"])
-def test_a_fine_step_changes_nothing_and_a_coarse_one_does(name: str, settings: EigenSettings) -> None:
-    loaded, fit = fitted(name, settings)
-    middle = float(fit.eigenvalues.median()) ** 0.5
-    fine, coarse = fit.at_step(middle / 64), fit.at_step(2 * float(fit.eigenvalues.max()) ** 0.5 / 4)
-    assert divergence(loaded, fine.codec) < 1e-4
-    assert divergence(loaded, coarse.codec) > 5e-4  # of GPT-2 positions are left
-    assert coarse.coded_bits < 0.5 * fine.coded_bits
-    assert fit.layout.width == loaded.geometry.values_per_token
+@pytest.mark.parametrize("step", [0.01, 0.03])
+def test_a_layer_takes_the_bits_of_what_the_one_before_does_not_say(step: float) -> None:
+    predicted, alone = (chained(scope).at_step(step) for scope in ("groups", "layer"))
+    lost = step**2 / 12
+    first, later = (0.5 * np.log2(variance / lost) + 0.254 for variance in (1 + lost, NOISE**2 + 2 * lost))
+    ideal = DIM * (first + (LAYERS - 1) * later)
+    assert predicted.coded_bits == pytest.approx(ideal, rel=0.05)
+    assert predicted.coded_bits < 0.6 * alone.coded_bits
+    assert alone.coded_bits == pytest.approx(DIM * LAYERS * first, rel=0.02)
+    assert float(errors(predicted).mean()) < 1.1 * float(errors(alone).mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v2"])
-def test_tokens_are_found_in_what_the_first_layer_holds(name: str) -> None:
-    loaded, fit = fitted(name)
-    ids = torch.cat([torch.from_numpy(one) for one in random_sequences(*LENGTHS).ids[:FITTED_ON]])
-    coded = ids.view(-1, 40)[:, FIRST_EXACT:].flatten()
-    expected = vocabulary(loaded, coded)[0][coded]
-    assert float((fit.fitted.ranks == expected).float().mean()) > 0.99
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("step", [0.03, 0.3])
+def test_errors_do_not_add_up_from_layer_to_layer(step: float, group: int) -> None:
+    lost = errors(chained("groups", group).at_step(step))
+    assert float(lost[-1]) < 1.2 * float(lost[0]) + NOISE**2 * 2 and float(lost.max()) < step**2 / 8
 
 
-def real_bits(loaded: LoadedModel, fit: EigenFit, point: Point, context: int) -> float:
-    """Bits per value of containers of the first `context` tokens of the sequences kept apart."""
-    total = 0
-    for ids in fit.held_out.ids:
-        cache, stored = tapped_cache(loaded.model)
-        with torch.no_grad():
-            loaded.model(input_ids=torch.from_numpy(ids[:context])[None], past_key_values=cache, use_cache=True)
-        total += point.codec.encode(stored, 0).nbytes
-    return 8 * total / (len(fit.held_out.ids) * context * fit.layout.width)
+def test_only_groups_of_layers_are_predicted_and_only_from_the_group_before() -> None:
+    for scope, group, count in (("head", 1, 12), ("layer", 1, 12), ("joint", 1, 1), ("groups", 1, 6), ("groups", 4, 2)):
+        stages = chained(scope, group).at_step(0.1).codec.transform.stages
+        assert len(stages) == count
+        predicted = [stage.prediction is not None for stage in stages]
+        assert predicted == ([False] + [True] * (count - 1) if scope == "groups" else [False] * count)
+        for before, stage in pairwise(stages):
+            assert before.stop == stage.start
+            if stage.prediction is not None:
+                assert stage.prediction.weights.shape == (before.stop - before.start, stage.stop - stage.start)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
-def test_targets_are_met_by_containers_of_a_model(name: str) -> None:
-    loaded, fit = fitted(name)
-    point = at_bits(fit, 6.0, context=40)
-    assert real_bits(loaded, fit, point, 40) == pytest.approx(6.0, rel=0.03)
+@pytest.mark.parametrize("group", [6, 7, 100])
+def test_a_group_of_all_layers_is_joint_without_prediction(group: int) -> None:
+    one, joint = (chained(scope, group).at_step(0.1) for scope in ("groups", "joint"))
+    assert len(one.codec.transform.stages) == 1 and one.codec.transform.stages[0].prediction is None
+    assert one.codec.sha256 == joint.codec.sha256 and one.coded_bits == joint.coded_bits
 
 
-def test_targets_are_met_by_containers_of_real_text() -> None:
-    loaded = bundled("ref-llama")
-    text = pack(read_text("stdlib"), loaded.tokenizer, tokens=16 * 256, max_length=256)
-    fit = fit_eigen(CalibrationSet(Session(loaded), text), EigenSettings(metric="frobenius"))
-    point = at_bits(fit, 2.0, context=256)
-    assert real_bits(loaded, fit, point, 256) == pytest.approx(2.0, rel=0.03)
+def test_planted_turns_are_the_weights() -> None:
+    stages = chained("groups").at_step(0.01).codec.transform.stages
+    for i, stage in enumerate(stages[1:], 1):
+        turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(i))).Q
+        assert stage.prediction is not None
+        torch.testing.assert_close(stage.prediction.weights, turn, rtol=0, atol=0.015)
 
 
-def test_nothing_is_fitted_on_held_out_sequences() -> None:
-    text = random_sequences(*LENGTHS)
-    ids = text.ids[:FITTED_ON] + [np.full(40, 9)] * APART
-    loaded, fit = fitted("llama")
-    other = fit_eigen(CalibrationSet(Session(loaded), replace(text, ids=ids)))
-    assert [one.tolist() for one in fit.held_out.ids] == [one.tolist() for one in text.ids[FITTED_ON:]]
-    assert (
-        len(fit.fitted.y) == (40 - FIRST_EXACT) * FITTED_ON
-        and len(fit.held_out_coefficients.y) == (40 - FIRST_EXACT) * APART
-    )
-    assert torch.equal(fit.fitted.y, other.fitted.y) and torch.equal(fit.eigenvalues, other.eigenvalues)
-    step = float(fit.eigenvalues.median()) ** 0.5
-    point, changed = fit.at_step(step), other.at_step(step)
-    assert replace(point.codec, lanes=4).sha256 == replace(changed.codec, lanes=4).sha256
-    assert point.coded_bits != changed.coded_bits
+# What is fitted on what
 
 
-def test_settings_reach_the_codec() -> None:
-    settings = EigenSettings("layer", "frobenius", text=False, sinks=5, window=6, kept_bits=16, block=9)
-    loaded, fit = fitted("gpt2", settings)
-    codec = fit.at_step(0.1, "mine").codec
-    assert (codec.name, codec.kept.sinks, codec.kept.window, codec.kept.bits, codec.block) == ("mine", 5, 6, 16, 9)
-    assert len(codec.transform.bases) == 6 and codec.text is None and codec.dtype == loaded.model.dtype
-    assert fit.at_step(0.1).codec.name == settings.describe() == "eigen · layer · frobenius"
-    assert EigenSettings().describe() == "eigen · joint · fisher^0.75 · text"
-    assert len(fit.fitted.y) == 35 * FITTED_ON  # nothing is fitted on sinks
+def test_nothing_is_fitted_on_held_out_vectors() -> None:
+    held = fit_of(chain(3_000, 0), chain(3_000, 2), 2 * chain(3_000, 1), chained("groups").settings, CHAIN)
+    other = fit_of(chain(3_000, 0), chain(3_000, 2), chain(3_000, 1), chained("groups").settings, CHAIN)
+    one, two = held.at_step(0.1), other.at_step(0.1)
+    assert replace(one.codec, lanes=4).sha256 == replace(two.codec, lanes=4).sha256 and one.coded_bits > two.coded_bits
 
 
-def test_too_little_text_is_refused() -> None:
-    with pytest.raises(StatisticsError, match="15 sequences are too few: 16 are needed"):
-        fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 15)))
-    with pytest.raises(StatisticsError, match="No sequence is longer than 20 sinks"):
-        fit_eigen(
-            CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*[20] * 16)),
-            EigenSettings(metric="frobenius", sinks=20),
-        )
+@pytest.mark.parametrize("scope", ["groups", "joint"])
+def test_quantizer_and_tables_are_fitted_on_vectors_that_the_basis_has_not_seen(scope: str) -> None:
+    settings = replace(PLAIN, scope=scope, group=2)
+    fit = fit_of(chain(60, 0), chain(3_000, 2), chain(3_000, 1), settings, CHAIN)
+    codec = fit.at_step(0.05).codec
+    symbols = codec.transform.quantize(fit.apart.vectors.columns(0, CHAIN.width), 0.05, codec.quantizer)
+    tables = fit_tables(symbols.T.contiguous().numpy(), codec.tables.table_of)
+    for name in ("shifts", "halves", "starts"):
+        assert np.array_equal(getattr(tables, name), getattr(codec.tables, name))
+    overfitted = fit_of(chain(60, 0), chain(60, 0), chain(3_000, 1), settings, CHAIN).at_step(0.05)
+    x = chain(3_000, 1)
+    assert cost_of(fit.at_step(0.05), x) < 0.97 * cost_of(overfitted, x)
 
 
-def test_sequences_no_longer_than_the_sinks_say_nothing() -> None:
-    text = random_sequences(*[30, 30, 8] * 11)
-    fit = fit_eigen(CalibrationSet(Session(tiny_loaded("llama")), text), EigenSettings(metric="frobenius", sinks=8))
-    longer = [len(ids) for ids in fit.held_out.ids if len(ids) > 8]
-    assert 0 < len(longer) < len(fit.held_out.ids)
-    assert (len(fit.fitted.y), len(fit.held_out_coefficients.y)) == (22 * (22 - len(longer)), 22 * len(longer))
+# The metric
 
 
-# Metrics
+@functools.cache
+def weighed(step: float) -> Point:
+    """A fit in a metric by which the first head matters 100 times as much as the others."""
+    inverses = [torch.eye(6).expand(2, 6, 6).clone() for _ in range(4)]
+    inverses[0][0] *= 0.1
+    return fit_of(gaussian(8_000, 0), gaussian(8_000, 2), gaussian(4_000, 1), inverses=inverses).at_step(step)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v2", "gemma2"])
-def test_frobenius_has_no_blocks_and_attention_has_the_trace_of_fisher(name: str) -> None:
-    source = CalibrationSet(Session(tiny_loaded(name)), random_sequences(*[20] * 16))
-    assert source.metric("frobenius") == []
-    fisher, attention = source.metric("fisher"), source.metric("attention")
-    for part, f, a in zip(source.samples.layout.parts, fisher, attention, strict=True):
-        assert f.shape == a.shape == (part.heads[1], part.dim, part.dim)
-        traces = [x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (f, a)]
-        torch.testing.assert_close(*traces, rtol=1e-6, atol=1e-30)
-    assert not torch.allclose(fisher[0], attention[0], rtol=1e-2, atol=0)
+def test_errors_are_even_in_the_metric() -> None:
+    x = gaussian(2_000, 1)
+    codec = weighed(0.02).codec
+    error = decoded(codec, x) - x
+    by_head = error.square().mean(0).view(-1, 6).mean(1)
+    assert float(by_head[0]) == pytest.approx(0.01 * float(by_head[1:].mean()), rel=0.5)
+    z = block_product(error, tuple(torch.linalg.inv(b.float()) for b in codec.transform.inverse_roots))
+    assert float(z.square().mean()) < 0.02**2 / 8
 
 
-def test_a_metric_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured_: list[str] = []
-
-    def counted(name: str, measure: Callable) -> Callable:
-        return lambda *args, **options: measured_.append(name) or measure(*args, **options)
-
-    metric_names()  # registers all
-    for name, metric in list(metrics._MEASURES.items()):
-        monkeypatch.setitem(metrics._MEASURES, name, replace(metric, measure=counted(name, metric.measure)))
-    loaded, text = tiny_loaded("llama"), random_sequences(*[20] * 16)
-    source = CalibrationSet(Session(loaded), text)
-    assert not measured_
-    for metric in ("frobenius", "attention", "fisher", "attention"):
-        fit_eigen(source, EigenSettings(metric=metric, text=False))
-    assert sorted(measured_) == ["attention", "fisher"]
+def test_blocks_of_the_metric_are_stored_in_16_bits() -> None:
+    assert {b.dtype for b in weighed(0.3).codec.transform.inverse_roots} == {torch.float16}
+    ill = [torch.diag(torch.logspace(-3, 0, 6)).expand(2, 6, 6).clone() for _ in range(4)]
+    fit = fit_of(gaussian(2_000, 0), gaussian(2_000, 2), gaussian(2_000, 1), inverses=ill)
+    codec = fit.at_step(fit.spread / 3_000).codec
+    assert {b.dtype for b in codec.transform.inverse_roots} == {torch.float32}
+    x = gaussian(500, 1)
+    assert float((decoded(codec, x) - x).square().mean() / x.square().mean()) < 1e-3
 
 
-# Loss
+# Settings
 
 
-def stubbed(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float]) -> list[float]:
-    """Scores that are a function of the step; the steps that were scored."""
-    seen: list[float] = []
-
-    def score(_loaded, _apart, codecs: dict[str, EigenCodec], *_rest):
-        seen.extend(codec.step for codec in codecs.values())
-        return {name: SimpleNamespace(delta_nll=loss(codec.step)) for name, codec in codecs.items()}
-
-    monkeypatch.setattr(eigen_search, "score_held_out", score)
-    return seen
+def test_settings_describe_themselves() -> None:
+    assert EigenSettings().describe() == "eigen · groups of 3 · fisher^0.75 · text"
+    assert EigenSettings("layer", "frobenius", text=False).describe() == "eigen · layer · frobenius"
+    assert EigenSettings(alpha=1, group=1).describe() == "eigen · groups of 1 · fisher · text"
 
 
-@pytest.mark.parametrize("allowed", [0.02, 0.1, 1.5])
-def test_the_coarsest_step_within_a_loss_is_found_to_a_quarter_of_an_octave(monkeypatch, allowed: float) -> None:
-    seen = stubbed(monkeypatch, lambda step: step)
-    step = at_loss(planted(), Session(None), allowed).codec.step  # type: ignore[arg-type]
-    assert step <= allowed < step * 2**0.25 * 1.001
-    assert len(seen) <= 12
+@pytest.mark.parametrize(("name", "value"), [("scope", "kind"), ("kept_bits", 4)])
+def test_unknown_settings_are_refused(name: str, value: object) -> None:
+    with pytest.raises(CodecError, match=rf"`{name}` {value} does not exist. Use one of"):
+        settings_of(**{name: value})
 
 
-def test_a_loss_that_even_the_coarsest_step_keeps_gets_it(monkeypatch) -> None:
-    seen = stubbed(monkeypatch, lambda step: 0.0)
-    assert at_loss(planted(), Session(None), 0.1).codec.step == max(seen)  # type: ignore[arg-type]
-
-
-def test_a_coarse_step_that_is_within_the_loss_by_luck_is_not_taken(monkeypatch) -> None:
-    stubbed(monkeypatch, lambda step: 0.0 if step > 1 else step)
-    assert at_loss(planted(), Session(None), 0.1).codec.step <= 0.1  # type: ignore[arg-type]
-
-
-def test_a_loss_that_no_step_keeps_is_refused(monkeypatch) -> None:
-    stubbed(monkeypatch, lambda step: 0.25)
-    with pytest.raises(BudgetError, match=r"`max_nll`=0\.1 nats cannot be met: the finest step loses 0\.2500 nats"):
-        at_loss(planted(), Session(None), 0.1)  # type: ignore[arg-type]
-
-
-def test_a_loss_is_kept_on_the_held_out_sequences_and_a_size_comes_with_its_loss() -> None:
-    loaded, fit = fitted("llama", EigenSettings("head", "frobenius", text=False, sinks=0))
-    fine, coarse = (fit_target(fit, Session(loaded), max_nll=allowed, context=40) for allowed in (1e-3, 0.05))
-    assert fine.codec.step < coarse.codec.step and fine.expected.bits_per_value > coarse.expected.bits_per_value
-    assert fine.expected.delta_nll <= 1e-3 and coarse.expected.delta_nll <= 0.05
-    scored = sum(len(ids) // 2 - 1 for ids in fit.held_out.ids)
-    assert fine.expected.tokens == scored and fine.expected.context == 40
-    sized = fit_target(fit, Session(loaded), bits=coarse.expected.bits_per_value, context=40)
-    assert sized.expected.bits_per_value == pytest.approx(coarse.expected.bits_per_value, rel=0.01)
-    assert sized.expected.delta_nll == pytest.approx(coarse.expected.delta_nll, abs=0.02)
-
-
-@pytest.mark.parametrize("targets", [{}, {"bits": 1.0, "max_nll": 0.1}])
-def test_one_target_is_asked_for(targets: dict[str, float]) -> None:
-    with pytest.raises(BudgetError, match="Give exactly one of `bits` and `max_nll`"):
-        fit_target(planted(), Session(None), **targets)  # type: ignore[arg-type]
+@pytest.mark.parametrize("wrong", [{"group": 0}, {"amortize": -5}])
+def test_groups_and_stored_tokens_are_at_least_one(wrong: dict[str, int]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(CodecError, match=f"`{name}`={value} must be at least 1"):
+        EigenSettings(**wrong)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def pca(sinks: int | None) -> PCACodec:
 
 def eigen(sinks: int | None) -> EigenCodec:
     fit = fit_eigen(source(), EigenSettings(sinks=sinks))
-    return fit.at_step(float(fit.eigenvalues.max()) ** 0.5 / 2).codec
+    return fit.at_step(fit.spread).codec
 
 
 def live(sinks: int | None) -> LiveCodec:

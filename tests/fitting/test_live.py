@@ -306,7 +306,7 @@ def in_blocks(name: str) -> tuple[Cached, Tensor]:
 def weighed_errors(name: str, codec: LiveCodec, alpha: float) -> dict[tuple[int, int], float]:
     """Mean squared error in the metric of every slot, of everything that was fitted on."""
     metrics = _stored_metric(source(name), 40)
-    roots = dict(zip(sorted(metrics), scaled_metrics([metrics[at] for at in sorted(metrics)], alpha)[1], strict=True))
+    roots = dict(zip(sorted(metrics), scaled_metrics([metrics[at] for at in sorted(metrics)], alpha)[0], strict=True))
     cached, positions = in_blocks(name)
     errors = {}
     for i, both in cached.items():

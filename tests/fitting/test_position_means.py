@@ -83,7 +83,7 @@ def test_positions_take_no_bits(fit: tuple[LoadedModel, EigenFit], monkeypatch: 
     assert known.positions is not None
     monkeypatch.setattr("eigencache.fitting.eigen.fit_positions", lambda *_: None)
     unknown = fit_eigen(CalibrationSet(Session(loaded), random_sequences(*(64,) * 24)), SETTINGS)
-    step = float(known.eigenvalues.median()) ** 0.5
+    step = known.spread / 16
     assert known.at_step(step).coded_bits < 0.9 * unknown.at_step(step).coded_bits
 
 
@@ -99,7 +99,7 @@ def test_a_container_knows_where_its_tokens_stand(fit: tuple[LoadedModel, EigenF
     with torch.no_grad():
         whole = read_prefix(loaded, token_ids(length=50)).stored
     cached = {i: (keys[:, :, start:], values[:, :, start:]) for i, (keys, values) in whole.items()}
-    codec = fitted.at_step(float(fitted.eigenvalues.median()) ** 0.5 / 16).codec
+    codec = fitted.at_step(fitted.spread / 128).codec
     encoded = codec.encode(cached, start)
     decoded = codec.decode(encoded)
     for layer_idx, both in cached.items():
@@ -111,7 +111,7 @@ def test_a_container_knows_where_its_tokens_stand(fit: tuple[LoadedModel, EigenF
 
 def test_they_are_saved_and_decide_what_bytes_mean(fit: tuple[LoadedModel, EigenFit], tmp_path: Path) -> None:
     loaded, fitted = fit
-    codec = fitted.at_step(float(fitted.eigenvalues.median()) ** 0.5).codec
+    codec = fitted.at_step(fitted.spread / 16).codec
     expected = Expected(
         context=64, bits_per_value=1.0, coded_bits=9.0, tokens=9, delta_nll=0.0, delta_nll_interval=None, kl=0.0,
         top1_agreement=1.0,

@@ -11,9 +11,10 @@ from stub_codecs import random_sequences, tiny_loaded
 def test_the_record_of_an_eigen_codec_has_its_sizes_and_its_break_even_context() -> None:
     settings = EigenSettings(metric="frobenius", text=False)
     fitted = fit_codec(Session(tiny_loaded("llama")), random_sequences(*[40] * 64), settings, Goal.of(bits=4))
-    record = eigen_record("tiny", fitted.codec, fitted.expected, 192, ["REPETITIVE"])
+    record = eigen_record("tiny", fitted.codec, fitted.expected, 192, 5_000, ["REPETITIVE"])
     assert (record.model, record.codec, record.expected) == ("tiny", fitted.codec.name, fitted.expected)
     assert record.stored_once_nbytes == fitted.codec.nbytes and record.warnings == ["REPETITIVE"]
+    assert record.amortize == 5_000
     assert all(row.sixteen_bit_nbytes == row.context * 192 * 2 for row in record.ledger)
     paid = record.break_even_context
     assert paid

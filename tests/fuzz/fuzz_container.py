@@ -24,7 +24,7 @@ from eigencache.codec.eigen import container as codec
 from eigencache.errors import CodecError, ContainerChecksumError
 
 RIGHT = "right answer"
-GOLDEN = Path(__file__).parents[1] / "codec" / "golden"
+GOLDEN = Path(__file__).parents[1] / "codec" / "eigen" / "golden"
 FIXED = 68
 FIELDS = ((4, 2), (6, 2), (8, 4), (12, 4), (16, 8), (24, 8), (32, 2), (34, 2), (36, 8))  # offset, bytes
 Pair = tuple[codec.Container, codec.Container]

@@ -194,6 +194,8 @@ def test_weights_on_disk_are_hashed_and_no_change_is_seen_in_a_pass(offloaded) -
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_weights_are_hashed_with_their_scales(bits: int, model, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    if bits == 4 and torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("bitsandbytes repacks weights of 4 bits in the first pass on such a CPU, and fails with so small ones")
     model.save_pretrained(tmp_path)
     options = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True}}[bits]
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(**options)).eval()

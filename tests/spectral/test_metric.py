@@ -1,11 +1,14 @@
 """The metric of rotated queries equals a brute-force sum over logits; the two roots are inverse to each other."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from eigencache.errors import StatisticsError
-from eigencache.spectral.metric import block_diagonal, lag_averaged, regularized, roots
+from eigencache.spectral.metric import block_diagonal, block_product, blocks_between, lag_averaged, regularized, roots
 from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
 
 DIM = 10
@@ -63,3 +66,31 @@ def test_metrics_of_parts_do_not_mix() -> None:
     joined = block_diagonal([positive(2), positive(3)])
     assert joined.shape == (5, 5)
     assert np.count_nonzero(joined[:2, 2:]) == 0
+
+
+def heads_of(count: int, dim: int) -> torch.Tensor:
+    return torch.randn(count, dim, dim, generator=torch.Generator().manual_seed(10 * count + dim))
+
+
+def whole(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return block_diagonal([head for part in blocks for head in part])
+
+
+def test_blocks_between_two_borders_are_that_part_of_the_matrix() -> None:
+    blocks = [heads_of(2, 3), heads_of(1, 3), heads_of(3, 2), heads_of(1, 4)]
+    matrix, borders = whole(blocks), [0, 3, 6, 9, 11, 13, 15, 19]
+    x = torch.randn(5, 19, generator=torch.Generator().manual_seed(0))
+    for start, stop in ((a, b) for a in borders for b in borders if a < b):
+        chosen = blocks_between(blocks, start, stop)
+        assert torch.equal(whole(chosen), matrix[start:stop, start:stop])
+        widths = [part.shape[1] for part in chosen]
+        assert all(a != b for a, b in pairwise(widths))  # neighbors of one width are in one tensor
+        torch.testing.assert_close(
+            block_product(x[:, start:stop], chosen), x[:, start:stop] @ matrix[start:stop, start:stop]
+        )
+
+
+def test_between_no_blocks_there_are_none_and_nothing_is_multiplied() -> None:
+    x = torch.randn(3, 5)
+    assert blocks_between([], 1, 4) == [] and block_product(x, []) is x
+    assert blocks_between([heads_of(2, 3)], 3, 3) == []

@@ -14,7 +14,7 @@ from eigencache.errors import StatisticsError
 from eigencache.spectral.moments import Moments
 from simulated import repeatable
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}  # sums of n in float32
 UNEQUAL = (1, 40, 7, 300, 2, 150)
 
 

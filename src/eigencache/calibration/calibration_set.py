@@ -86,9 +86,9 @@ class CalibrationSet:
         """
         if check_metric(name) == FROBENIUS:
             return []
+        measured = self._measured(name)  # before the vectors are sampled, so that memory holds one or the other
         layout = self.samples.layout
         names = tensor_names(layout, mla=self.session.loaded.geometry.mla is not None)
-        measured = self._measured(name)
         blocks = [measured[kind][part.layer_idx] for kind, part in zip(names, layout.parts, strict=True)]
         if not metric_named(name).common_scale:
             pairs = zip(blocks, self.metric("fisher"), strict=True)

@@ -4,6 +4,7 @@ A codec encodes with the same code that brings these vectors into their layout.
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,19 +46,11 @@ class SampledVectors:
         """Mean vector [width] float32."""
         return self.vectors.mean(0, dtype=torch.float64).float()
 
-    def without_first(self, count: int) -> "SampledVectors":
-        """Return the samples without the first `count` tokens of every sequence.
-
-        Raises:
-            StatisticsError: no sequence has more than `count` tokens.
-        """
-        if not count:
-            return self
-        kept = self.positions >= count
-        lengths = tuple(length - count for length in self.lengths if length > count)
-        if not lengths:
-            raise StatisticsError(f"No sequence is longer than {count} sinks. Lower `sinks` or raise `max_length`.")
-        return replace(self, vectors=self.vectors[kept], ids=self.ids[kept], lengths=lengths)
+    def sequences(self, first: int, stop: int) -> "SampledVectors":
+        """Return the sequences first … stop − 1; their tensors are views of these."""
+        edges = [0, *accumulate(self.lengths)]
+        tokens = slice(edges[first], edges[stop])
+        return replace(self, vectors=self.vectors[tokens], ids=self.ids[tokens], lengths=self.lengths[first:stop])
 
     def less_mean(self, mean: Tensor) -> "SampledVectors":
         """Return the samples with `mean` [width] subtracted."""
@@ -113,7 +106,7 @@ def sample_vectors(
 
 
 def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rotation], *, mla: bool) -> Layout:
-    """Return the layout of vectors: the heads of slot 0 of all layers, then of slot 1; rotated slots before rotation.
+    """Return the layout of vectors: layer by layer, the heads of slot 0, then of slot 1; rotated slots before rotation.
 
     Args:
         stored: layer → tensors of both slots [batch, heads, seq, dim].
@@ -129,8 +122,8 @@ def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rot
         )
     parts = [
         Part(layer_idx, slot, (0, slots[slot].shape[1]), slots[slot].shape[3])
-        for slot in (0, 1)
         for layer_idx, slots in sorted(stored.items())
+        for slot in (0, 1)
     ]
     return Layout(tuple(parts), {i: (int(mla), rotation) for i, rotation in rotations.items() if i in stored})
 

@@ -26,6 +26,7 @@ EXAMPLES = """
   eigencache fit ref-deepseek --ratio 16 --no-text-prediction -o mla-codec\n
   eigencache fit meta-llama/Llama-3.2-1B --text wikitext2 --max-nll 0.005 --dtype bfloat16 -o llama-3-codec\n
   eigencache fit ref-llama --live -o llama-codec\n
+  eigencache fit smollm2 --tokens 65536 --amortize 100000 -o smollm2-codec\n
   eigencache evaluate ref-llama --codec llama-codec
 """
 
@@ -47,7 +48,16 @@ def run(
     context: Annotated[
         int, typer.Option("--context", min=1, help="Context length at which --bits and --ratio are evaluated.")
     ] = 2048,
-    scope: Annotated[str, typer.Option("--scope", help="Vectors that share a basis: head, layer, kind or joint.")] = "joint",
+    scope: Annotated[
+        str, typer.Option("--scope", help="What a basis covers: head, layer, groups (of layers) or joint (all layers).")
+    ] = "groups",
+    group: Annotated[
+        int, typer.Option("--group", min=1, help="Layers of a group; each group is predicted from the one before.")
+    ] = 3,
+    amortize: Annotated[
+        int,
+        typer.Option("--amortize", min=1, help="Stored tokens that share the side information; rarer gains are left out."),
+    ] = 1_000_000,
     metric: Metric = "fisher",
     alpha: Annotated[
         float, typer.Option("--alpha", min=0, max=2, help="Exponent of the metric; 0 is the Frobenius norm.")
@@ -118,6 +128,8 @@ def run(
         window=window,
         kept_bits=kept_bits,
         block=block,
+        group=group,
+        amortize=amortize,
     )
     with progress_bar(model) as on_progress:
         codec = fit(
@@ -145,7 +157,7 @@ def run(
     values = loaded.geometry.values_per_token
     if fitted.codec and fitted.expected:
         warnings = fitted.fitting.origin.calibration.warnings if fitted.fitting else []
-        console.print(codec_table(eigen_record(loaded.name, fitted.codec, fitted.expected, values, warnings)))
+        console.print(codec_table(eigen_record(loaded.name, fitted.codec, fitted.expected, values, amortize, warnings)))
     if fitted.live:
         console.print(live_table(live_record(loaded.name, *fitted.live, values)))
     if dropped:

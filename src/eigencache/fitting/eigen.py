@@ -1,10 +1,10 @@
-"""Fit `eigen`: sample vectors, metric and transform once, then make a codec for any quantization step.
+"""Fit `eigen`: sample vectors and metric once, then fit a codec for any quantization step.
 
-Quantizer and entropy tables depend on the step and are fitted with it. Sizes and losses are measured on held-out
-sequences.
+Every stage is predicted from the stage before as it is decoded at that step, so the stages are fitted with the step. Sizes
+and losses are measured on held-out sequences.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -16,23 +16,24 @@ from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
 from eigencache.codec.eigen.entropy_tables import fit_tables
 from eigencache.codec.eigen.position_means import PositionMeans
-from eigencache.codec.eigen.quantizer import DeadZone, fit_class
 from eigencache.codec.eigen.token_predictor import TokenPredictor
-from eigencache.codec.eigen.transform import JointTransform
+from eigencache.codec.eigen.transform import StagedTransform
 from eigencache.codec.layout import Layout
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
-from eigencache.fitting.eigen_basis import JointScope, basis_of, scaled_metrics, spans_of
+from eigencache.fitting.eigen_basis import EigenScope, inverted, scaled_metrics, spans_of, stored_inverses
+from eigencache.fitting.eigen_stage import FittedStage, Halves, basis_of, fit_stage, joined
 from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
+from eigencache.fitting.weighed_vectors import WeighedVectors, rows_after
+from eigencache.memory import release
 from eigencache.spectral.metric import block_product
 
-FITTED = 16_384  # vectors that the quantizer and the tables of a step are fitted on
-_PER_OCTAVE = 4  # classes of coefficients per octave of their deviation
-_NARROWEST = -4  # octaves below the step; all narrower coefficients share one class
 _LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
 _SINK, _FIRST = 4.0, 16  # a sink costs more than 4 times the median position; only the first 16 positions are tested
+_APART = 8  # one sequence of this many is kept from the basis, for the quantizer and the tables
+_ROWS = 4096  # vectors at a time
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,24 @@ class EigenSettings:
     """Settings of an `eigen` codec.
 
     Args:
-        scope: vectors that share a basis: each head, a layer, all layers of a kind, or all.
+        scope: what a stage covers: a head, a slot of a layer, a group of layers, or all layers (joint). Only groups of
+            layers are predicted from the group before.
         metric: error metric.
         alpha: exponent of the metric.
-        text: predict the vectors from the tokens.
+        text: predict the first stage from the tokens.
         sinks: first positions that are not coded. None is 4, or more where more positions cost 4 times the median.
         window: most recent tokens that are not coded.
         kept_bits: bits per value of sinks and window, 8 or 16.
         block: tokens that are decoded together.
+        group: layers of a group.
+        amortize: stored tokens that share the side information. A row that costs more bits than it saves over so many is
+            left out.
+
+    Raises:
+        CodecError: `group` or `amortize` is below 1.
     """
 
-    scope: JointScope = "joint"
+    scope: EigenScope = "groups"
     metric: str = "fisher"
     alpha: float = 0.75
     text: bool = True
@@ -58,11 +66,19 @@ class EigenSettings:
     window: int = 0
     kept_bits: int = 16
     block: int = 128
+    group: int = 3
+    amortize: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("group", "amortize"):
+            if (value := getattr(self, name)) < 1:
+                raise CodecError(f"`{name}`={value} must be at least 1.")
 
     def describe(self) -> str:
         """Return one line for tables."""
         metric = self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else "")
-        return " · ".join(["eigen", self.scope, metric] + (["text"] if self.text else []))
+        scope = f"groups of {self.group}" if self.scope == "groups" else self.scope
+        return " · ".join(["eigen", scope, metric] + (["text"] if self.text else []))
 
 
 def settings_of(**chosen: Any) -> EigenSettings:
@@ -74,18 +90,10 @@ def settings_of(**chosen: Any) -> EigenSettings:
     """
     if "metric" in chosen:
         check_metric(chosen["metric"])
-    for name, allowed in (("scope", get_args(JointScope)), ("kept_bits", (8, 16))):
+    for name, allowed in (("scope", get_args(EigenScope)), ("kept_bits", (8, 16))):
         if name in chosen and chosen[name] not in allowed:
             raise CodecError(f"`{name}` {chosen[name]} does not exist. Use one of {', '.join(map(str, allowed))}.")
     return EigenSettings(**chosen)
-
-
-@dataclass(frozen=True, eq=False)
-class Coefficients:
-    """Coefficients y [n, r] of sampled tokens at step 1, and the ranks of the tokens [n] if text predicts."""
-
-    y: Tensor
-    ranks: Tensor | None
 
 
 class Point(NamedTuple):
@@ -96,37 +104,52 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Source:
+    """Vectors in the metric, with the ranks of their tokens [n] and what these predict for the first stage [n, columns]."""
+
+    vectors: WeighedVectors
+    ranks: Tensor | None = None
+    first: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class EigenFit:
-    """A fitted transform, and the coefficients of the vectors it was fitted on and of held-out vectors.
+    """What the codecs of all steps share, and the vectors that they are fitted on.
 
     Args:
         settings: settings of the fit.
         layout: heads and layers of the vectors.
-        transform: the transform of full rank.
-        eigenvalues: variances of all coefficients in the metric [r].
-        text: predictor of the vectors from the tokens.
+        inverse_roots: blocks of R⁻¹ as they are stored.
+        text: predictor of the first stage from the tokens.
         positions: means by position, for models that do not rotate keys.
         sinks: first positions that are not coded.
-        fitted: coefficients that the transform was fitted on.
-        held_out_coefficients: coefficients of the held-out sequences.
-        held_out: the held-out sequences.
+        fitted: what bases and predictions are fitted on.
+        apart: what the quantizer and the tables are fitted on.
+        held: what the size is measured on.
+        held_out: the sequences of `held`.
         dtype: dtype of the model.
+        spread: root of the mean square of a number of z.
+        sizes: bits of a coded held-out token by the steps that were fitted so far.
     """
 
     settings: EigenSettings
     layout: Layout
-    transform: JointTransform
-    eigenvalues: Tensor
+    inverse_roots: tuple[Tensor, ...]
     text: TokenPredictor | None
     positions: PositionMeans | None
     sinks: int
-    fitted: Coefficients
-    held_out_coefficients: Coefficients
+    fitted: Source
+    apart: Source
+    held: Source
     held_out: Sequences
     dtype: torch.dtype
+    spread: float
+    sizes: dict[float, float] = field(default_factory=dict)
+    _bases: dict[int, Tensor] = field(default_factory=dict)  # of stages that nothing predicts, by first column
 
+    @torch.no_grad()
     def at_step(self, step: float, name: str | None = None) -> Point:
-        """Fit quantizer and entropy tables of one quantization step.
+        """Fit the codec of one quantization step.
 
         Args:
             step: quantization step, in units of the scaled metric.
@@ -135,32 +158,23 @@ class EigenFit:
         Raises:
             StatisticsError: the step is so coarse that no coefficient is worth a bit.
         """
-        fitted = _every(self.fitted, FITTED)
-        y = fitted.y / step
-        octaves = (y.square().mean(0).sqrt() + 1e-12).log2().clamp_min(_NARROWEST)
-        classes, class_of = (octaves * _PER_OCTAVE).round().unique(return_inverse=True)
-        fits = [fit_class(y[:, class_of == c].abs().flatten().numpy()) for c in range(len(classes))]
-        kept = torch.tensor([fit.worth for fit in fits])[class_of].nonzero().flatten()
-        if not len(kept):
+        stages = self._stages(step)
+        quantizer, table_of, symbols = joined(stages)
+        if not len(table_of):
             raise StatisticsError(
                 f"{self.settings.describe()}: no coefficient is worth a bit at the step {step:g}. Use more `bits`."
             )
-        numbers = torch.tensor([(f.dead_zone, f.offset, f.first, f.rest) for f in fits], dtype=torch.float32)
-        quantizer = DeadZone(*numbers[class_of[kept]].T.contiguous())
-        table_of = class_of[kept].unique(return_inverse=True)[1]
-        symbols = quantizer.quantize(y[:, kept])
-        if self.text is not None and fitted.ranks is not None:
+        if self.text is not None and self.apart.ranks is not None:
             count = self.text.digits.count
-            symbols = torch.cat([self.text.digits.split(fitted.ranks), symbols], 1)
+            symbols = torch.cat([self.text.digits.split(self.apart.ranks), symbols], 1)
             table_of = torch.cat([torch.arange(count), table_of + count])
-        tables = fit_tables(symbols.T.contiguous().numpy(), table_of.numpy())
         codec = EigenCodec(
             name=name or self.settings.describe(),
             layout=self.layout,
-            transform=_restricted(self.transform, kept),
+            transform=StagedTransform(self.fitted.vectors.mean, tuple(s.stage for s in stages), self.inverse_roots),
             step=step,
             quantizer=quantizer,
-            tables=tables,
+            tables=fit_tables(symbols.T.contiguous().numpy(), table_of.numpy()),
             lanes=_LANES[-1],
             kept=SinksAndWindow(self.sinks, self.settings.window, self.settings.kept_bits),  # type: ignore[arg-type]
             block=self.settings.block,
@@ -168,78 +182,114 @@ class EigenFit:
             text=self.text,
             positions=self.positions,
         )
-        held_out = _every(self.held_out_coefficients, FITTED)
-        symbols = quantizer.quantize(held_out.y[:, kept] / step)
-        if self.text is not None and held_out.ranks is not None:
-            symbols = torch.cat([self.text.digits.split(held_out.ranks), symbols], 1)
-        coded_bits = tables.bits(symbols.T.numpy()) / len(symbols)
+        coded_bits = self.sizes[step] = self._coded_bits(codec)
         payload = coded_bits * self.settings.block / 8
         lanes = next((n for n in _LANES if 2 * n <= _WASTE * payload), _LANES[-1])
+        release()
         return Point(replace(codec, lanes=lanes), coded_bits)
 
     def bits_per_value(self, point: Point, context: int) -> float:
         """Return the bits of a container of `context` tokens per cached value, as measured on the held-out sequences."""
         return 8 * point.codec.nbytes_of(context, point.coded_bits) / (context * self.layout.width)
 
+    def _stages(self, step: float) -> list[FittedStage]:
+        stages: list[FittedStage] = []
+        chained = self.settings.scope == "groups"
+        for start, stop in spans_of(self.layout, self.settings.scope, self.settings.group):
+            columns = Halves(*(source.vectors.columns(start, stop) for source in (self.fitted, self.apart)))
+            told = None
+            if not stages and self.fitted.first is not None and self.apart.first is not None:
+                told = Halves(self.fitted.first, self.apart.first)
+            before = stages[-1].decoded if stages and chained else None
+            if before is None and start not in self._bases:
+                self._bases[start] = basis_of(columns.fitted if told is None else columns.fitted - told.fitted)
+            if stages:  # only the decoded columns of the last stage are needed
+                stages[-1] = stages[-1]._replace(decoded=Halves(torch.empty(0), torch.empty(0)))
+            known = self._bases[start] if before is None else None
+            stages.append(fit_stage(start, columns, told, before, step, self.settings.amortize, known))
+        return stages
+
+    def _coded_bits(self, codec: EigenCodec) -> float:
+        """Return the mean bits of the integers of a held-out token."""
+        bits, held = 0.0, self.held
+        for rows in torch.arange(len(held.vectors)).split(_ROWS):
+            z = held.vectors.columns(0, self.layout.width, rows)
+            first = None if held.first is None else held.first[rows]
+            symbols = codec.transform.quantize(z, codec.step, codec.quantizer, first)
+            if codec.text is not None and held.ranks is not None:
+                symbols = torch.cat([codec.text.digits.split(held.ranks[rows]), symbols], 1)
+            bits += codec.tables.bits(symbols.T.numpy())
+        return bits / len(held.vectors)
+
 
 @torch.no_grad()
 def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettings()) -> EigenFit:
-    """Fit the transform, and the predictors from tokens and positions, to a calibration set.
+    """Prepare the fit to a calibration set: the metric, the sinks, and the predictors from tokens and positions.
 
     Raises:
         StatisticsError: too little text, or no sequence is longer than the sinks.
     """
     session = calibration.session
-    samples, held_out = calibration.samples, calibration.held_out_samples
-    session.on_progress("decomposing", 0, 1)
-    full, roots, inverses = scaled_metrics(calibration.metric(settings.metric), settings.alpha)
-    mean, positions = samples.mean, None
+    roots, inverses = scaled_metrics(calibration.metric(settings.metric), settings.alpha)
+    samples, held = calibration.samples, calibration.held_out_samples
+    session.on_progress("preparing the fit", 0, 1)
+    positions = None
     if not samples.layout.rotations:
-        positions = fit_positions(samples.less_mean(mean), roots, inverses)
-        samples, held_out = samples.less_positions(positions), held_out.less_positions(positions)
-        mean = samples.mean
+        positions = fit_positions(samples.less_mean(samples.mean), roots, inverses)
+        samples, held = samples.less_positions(positions), held.less_positions(positions)
+    inverses = stored_inverses(inverses)
+    roots = inverted(inverses)
     sinks = settings.sinks
     if sinks is None:
-        sinks = max(FIRST_EXACT, outstanding(samples.less_mean(mean), roots))
-    samples, held_out = samples.without_first(sinks), held_out.without_first(sinks)
-    mean = samples.mean
-    samples, held_out = samples.less_mean(mean), held_out.less_mean(mean)
-    text, ranks = None, (None, None)
+        sinks = max(FIRST_EXACT, outstanding(samples, roots))
+    edge = len(samples.lengths) - max(1, len(samples.lengths) // _APART)
+    parts = samples.sequences(0, edge), samples.sequences(edge, len(samples.lengths)), held
+    mean = mean_of(parts[0], sinks)
+    fitted, apart, held_vectors = (WeighedVectors(part, sinks, mean, roots) for part in parts)
+    text, sources = None, [Source(vectors) for vectors in (fitted, apart, held_vectors)]
     if settings.text:
-        rank_of, features = vocabulary(session.loaded, samples.ids)
+        rank_of, features = vocabulary(session.loaded, fitted.ids)
         unwindowed = [layer.layer_idx for layer in session.loaded.geometry.layers if layer.attention == "full"]
-        told_by = unwindowed[0] if unwindowed else None
-        text = fit_text(samples, rank_of[samples.ids], features, roots, inverses, told_by=told_by)
-        samples, fitted_ranks = _unpredicted(samples, text, settings.block)
-        held_out, held_out_ranks = _unpredicted(held_out, text, settings.block)
-        ranks = (fitted_ranks, held_out_ranks)
-    spans = spans_of(samples.layout, settings.scope)
-    decomposed = [basis_of(samples.vectors, *span, roots, inverses) for span in spans]
-    transform = JointTransform(mean, tuple(basis for basis, _ in decomposed), full)
-    session.on_progress("decomposing", 1, 1)
+        stop = spans_of(samples.layout, settings.scope, settings.group)[0][1]
+        text = fit_text(fitted, rank_of, features, stop, told_by=unwindowed[0] if unwindowed else None)
+        ranks = [vectors.ranks(text) for vectors in (fitted, apart, held_vectors)]
+        sources = [
+            Source(s.vectors, r, s.vectors.predicted(text, r, settings.block)) for s, r in zip(sources, ranks, strict=True)
+        ]
+    session.on_progress("preparing the fit", 1, 1)
     return EigenFit(
         settings=settings,
         layout=samples.layout,
-        transform=transform,
-        eigenvalues=torch.cat([values for _, values in decomposed]),
+        inverse_roots=inverses,
         text=text,
         positions=positions,
         sinks=sinks,
-        fitted=Coefficients(transform.encode(samples.vectors, 1.0), ranks[0]),
-        held_out_coefficients=Coefficients(transform.encode(held_out.vectors, 1.0), ranks[1]),
+        fitted=sources[0],
+        apart=sources[1],
+        held=sources[2],
         held_out=calibration.held_out,
         dtype=session.loaded.model.dtype,
+        spread=_spread(fitted),
     )
+
+
+def mean_of(samples: SampledVectors, first: int) -> Tensor:
+    """Return the mean vector [width] in float32 of all but the `first` tokens of every sequence."""
+    rows = rows_after(samples, first)
+    total = sum(samples.vectors[part].sum(0, dtype=torch.float64) for part in rows.split(_ROWS))
+    return (total / len(rows)).float()  # type: ignore[union-attr]
 
 
 def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
     """Return the number of first positions whose mean cost exceeds 4 times the median; only the first 16 are tested.
 
     Args:
-        samples: centered vectors.
-        roots: blocks of M^{α/2} [heads, dim, dim] per part. The cost of a vector is its squared norm in this metric.
+        samples: vectors of whole sequences.
+        roots: blocks of M^{α/2} [heads, dim, dim] per part. The cost of a vector is its squared distance from the mean
+            vector in this metric.
     """
-    costs = torch.cat([block_product(x, roots).double().square().sum(1) for x in samples.vectors.split(8192)])
+    center = samples.mean
+    costs = torch.cat([block_product(x - center, roots).double().square().sum(1) for x in samples.vectors.split(_ROWS)])
     positions = samples.positions
     mean = torch.zeros(int(positions.max()) + 1, dtype=torch.float64).scatter_reduce(
         0, positions, costs, "mean", include_self=False
@@ -248,26 +298,7 @@ def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
     return first.index(False) if False in first else _FIRST
 
 
-def _unpredicted(samples: SampledVectors, text: TokenPredictor, block: int) -> tuple[SampledVectors, Tensor]:
-    """Subtract the prediction from the tokens, and return the ranks of the tokens as encoding finds them [n]."""
-    vectors, ranks = samples.vectors.clone(), []
-    for part in vectors.split(list(samples.lengths)):
-        ranks.append(text.find(part[None]))
-        part.sub_(text.predict(ranks[-1], block)[0])
-    return replace(samples, vectors=vectors), torch.cat(ranks, 1)[0]
-
-
-def _every(coefficients: Coefficients, count: int) -> Coefficients:
-    """Return about `count` coefficients, evenly spaced over the text."""
-    step = max(1, len(coefficients.y) // count)
-    return Coefficients(coefficients.y[::step], None if coefficients.ranks is None else coefficients.ranks[::step])
-
-
-def _restricted(transform: JointTransform, kept: Tensor) -> JointTransform:
-    """Return the transform with the coefficients `kept`, indices in ascending order."""
-    bases, start = [], 0
-    for basis in transform.bases:
-        rows = kept[(kept >= start) & (kept < start + len(basis.rows))] - start
-        start += len(basis.rows)
-        bases.append(replace(basis, rows=basis.rows[rows], scale=basis.scale[rows]))
-    return JointTransform(transform.mean, tuple(bases), transform.metrics)
+def _spread(vectors: WeighedVectors) -> float:
+    parts = torch.arange(len(vectors)).split(_ROWS)
+    total = sum(float(vectors.columns(0, vectors.width, rows).square().sum(dtype=torch.float64)) for rows in parts)
+    return (total / (len(vectors) * vectors.width)) ** 0.5

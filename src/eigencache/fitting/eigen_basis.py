@@ -1,8 +1,4 @@
-"""Karhunen–Loève bases of vectors in a block-diagonal metric, for groups of columns of any width (THEORY 5).
-
-Where a group has more columns than there are vectors, the Gram matrix of the vectors is decomposed instead of the
-covariance. It gives the same leading directions, as many as there are vectors.
-"""
+"""The columns of every stage of `eigen`, and the metric that its vectors are weighed with."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -11,26 +7,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eigencache.codec.eigen.transform import Basis
 from eigencache.codec.layout import Layout
-from eigencache.spectral.metric import block_product, regularized, roots
-from eigencache.spectral.spectrum import eigenbasis_of
+from eigencache.spectral.metric import regularized, roots
 
-JointScope = Literal["head", "layer", "kind", "joint"]
-_ROWS = 8192  # vectors per product in float32; the sums are float64
+EigenScope = Literal["head", "layer", "groups", "joint"]
+_HALF = 500.0  # largest condition of a matrix that is stored in float16, whose relative precision is 1/2048
+_SMALLEST = 1e-3  # smallest singular value of such a matrix; the largest is its inverse
 
 
-def spans_of(layout: Layout, scope: JointScope) -> list[tuple[int, int]]:
-    """Return (start, stop) of the columns that share a basis: each head, each slot of a layer, each kind, or all."""
+def spans_of(layout: Layout, scope: EigenScope, group: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of the columns of every stage: heads, slots of layers, groups of layers, or all columns.
+
+    Args:
+        layout: parts layer by layer.
+        scope: what a stage covers.
+        group: layers of a stage at scope `groups`; the last one may have fewer.
+    """
     spans = layout.spans
     if scope == "joint":
         return [(0, layout.width)]
-    if scope == "kind":
-        slots = groupby(range(len(layout.parts)), key=lambda i: layout.parts[i].slot)
-        members = [list(group) for _, group in slots]
-        return [(spans[group[0]][0], spans[group[-1]][1]) for group in members]
     if scope == "layer":
         return spans
+    if scope == "groups":
+        layers = list(dict.fromkeys(part.layer_idx for part in layout.parts))
+        place = {layer_idx: i // group for i, layer_idx in enumerate(layers)}
+        members = groupby(range(len(spans)), key=lambda i: place[layout.parts[i].layer_idx])
+        groups = [list(indices) for _, indices in members]
+        return [(spans[g[0]][0], spans[g[-1]][1]) for g in groups]
     return [
         (start + i, start + i + part.dim)
         for (start, _), part in zip(spans, layout.parts, strict=True)
@@ -38,60 +41,40 @@ def spans_of(layout: Layout, scope: JointScope) -> list[tuple[int, int]]:
     ]
 
 
-def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tensor, ...], ...]:
-    """Return the blocks of M^α, M^{α/2} and M^{−α/2} in float32, M being regularized with a mean diagonal of 1.
+def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the blocks of M^{α/2} and M^{−α/2} in float32, M being regularized with a mean diagonal of 1.
 
     Args:
         metrics: blocks of M [heads, dim, dim] per part; empty for the Frobenius norm.
         alpha: exponent of the metric.
 
     Returns:
-        Three tuples with one tensor [heads, dim, dim] per part, all empty if `metrics` is.
+        Two tuples with one tensor [heads, dim, dim] per part, all empty if `metrics` is.
     """
     if not metrics:
-        return (), (), ()
+        return (), ()
     diagonal = torch.cat([m.diagonal(dim1=-2, dim2=-1).flatten() for m in metrics]).mean()
     floor = 1e-6 * diagonal  # keeps heads invertible that nothing reads
-    full, root, inverse = [], [], []
+    root, inverse = [], []
     for blocks in metrics:
         size = blocks.shape[-1]
         usable = [regularized((b + floor * torch.eye(size, dtype=b.dtype)) / diagonal) for b in blocks.double().cpu()]
         pairs = [roots(b, alpha) for b in usable]
         root.append(torch.stack([r for r, _ in pairs]))
         inverse.append(torch.stack([i for _, i in pairs]))
-        full.append(root[-1] @ root[-1])
-    return tuple(tuple(m.float() for m in blocks) for blocks in (full, root, inverse))
+    return tuple(m.float() for m in root), tuple(m.float() for m in inverse)
 
 
-def basis_of(
-    vectors: Tensor, start: int, stop: int, root: Sequence[Tensor], inverse: Sequence[Tensor]
-) -> tuple[Basis, Tensor]:
-    """Return the basis of a group of columns and its eigenvalues.
+def stored_inverses(inverses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return blocks of R⁻¹ as they are stored: in float16 if all of them are well conditioned, or else in float32."""
+    singular = [torch.linalg.svdvals(blocks.double()) for blocks in inverses]
+    half = all(
+        bool((s[:, 0] < _HALF * s[:, -1]).all()) and float(s.min()) > _SMALLEST and float(s.max()) < 1 / _SMALLEST
+        for s in singular
+    )
+    return tuple(blocks.half() if half else blocks.float() for blocks in inverses)
 
-    Directions with an eigenvalue below 1e-9 of the largest are left out. Rounding of the float32 products can add
-    directions above that limit. They are orthogonal to the others and do no harm.
 
-    Args:
-        vectors: centered vectors [n, width].
-        start: first column.
-        stop: end of the columns, exclusive.
-        root: blocks of M^{α/2} per part.
-        inverse: blocks of M^{−α/2} per part.
-
-    Returns:
-        The basis, and its eigenvalues in descending order [r] float64.
-    """
-    n, width = len(vectors), stop - start
-    chosen = torch.zeros(vectors.shape[1]).index_fill_(0, torch.arange(start, stop), 1)
-    weighed = lambda rows: block_product(rows * chosen, root)[:, start:stop]  # noqa: E731 - used twice
-    if width <= n:
-        covariance = sum(((z := weighed(rows)).mT @ z).double() for rows in vectors.split(_ROWS)) / n
-        eigenvalues, basis = eigenbasis_of(covariance)  # type: ignore[arg-type]
-    else:
-        z = weighed(vectors)
-        eigenvalues, left = eigenbasis_of((z @ z.mT).double() / n)
-        basis = torch.linalg.qr(z.mT.double() @ left).Q
-    kept = int((eigenvalues > 1e-9 * eigenvalues[0]).sum())
-    wide = torch.zeros(kept, vectors.shape[1])
-    wide[:, start:stop] = basis[:, :kept].mT.float()
-    return Basis.of(start, block_product(wide, inverse)[:, start:stop]), eigenvalues[:kept]
+def inverted(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the inverse of every block in float32, computed in float64."""
+    return tuple(torch.linalg.inv(b.double()).float() for b in blocks)

@@ -142,7 +142,7 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
         raise StatisticsError(f"No sequence is longer than {sinks} sinks. Lower `sinks` or raise `max_length`.")
     chosen, positions = _chosen(source, sinks, reach)
     places = sorted(metrics)
-    _, roots, inverses = scaled_metrics([metrics[place] for place in places], alpha)
+    roots, inverses = scaled_metrics([metrics[place] for place in places], alpha)
     slots = {}
     for place, root, inverse in zip(places, roots, inverses, strict=True):
         layer_idx, slot = place

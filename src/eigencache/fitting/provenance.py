@@ -8,7 +8,7 @@ import numpy as np
 
 from eigencache.codec.pca import PCACodec
 from eigencache.codec.saved.card import CodecOrigin
-from eigencache.codec.saved.eigen import EigenCardSettings
+from eigencache.codec.saved.eigen_card import EigenCardSettings
 from eigencache.codec.saved.live import LiveCardSettings
 from eigencache.codec.saved.pca import PCACardSettings
 from eigencache.corpora.overlap import sketch

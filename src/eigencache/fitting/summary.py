@@ -11,7 +11,7 @@ from eigencache.records.fit import Expected, FittedEigenRecord, FittedLiveRecord
 
 
 def eigen_record(
-    model: str, codec: EigenCodec, expected: Expected, values_per_token: int, warnings: Sequence[str] = ()
+    model: str, codec: EigenCodec, expected: Expected, values_per_token: int, amortize: int, warnings: Sequence[str] = ()
 ) -> FittedEigenRecord:
     """Summarize a fitted `EigenCodec`.
 
@@ -20,6 +20,7 @@ def eigen_record(
         codec: The fitted codec.
         expected: Size and loss on the held-out sequences.
         values_per_token: Numbers that the model caches for one token.
+        amortize: Stored tokens that share the side information.
         warnings: Warnings about the calibration text.
     """
     return FittedEigenRecord(
@@ -27,6 +28,7 @@ def eigen_record(
         sinks=codec.kept.sinks,
         warnings=list(warnings),
         coded_coefficients=codec.transform.coefficients,
+        amortize=amortize,
         window=codec.kept.window,
         kept_bits=codec.kept.bits,
     )

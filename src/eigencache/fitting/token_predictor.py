@@ -1,7 +1,6 @@
-"""Predict cached vectors from the text: ridge regression on features of each token and of the token before it.
+"""Predict the first stage from the text: ridge regression on features of each token and of the token before it.
 
-Features are the input embeddings of the model, scaled to unit mean square as the norm of the first layer does. The
-prediction is restricted to the directions that matter in the metric.
+Features are the input embeddings of the model, scaled to unit mean square as the norm of the first layer does.
 """
 
 from collections.abc import Sequence
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eigencache.calibration.vectors import SampledVectors
-from eigencache.codec.eigen.token_features import EmbeddingFeatures, StoredFeatures, unit_mean_square
+from eigencache.codec.eigen.token_features import EmbeddingFeatures, unit_mean_square
 from eigencache.codec.eigen.token_predictor import TokenPredictor
 from eigencache.codec.layout import Layout
+from eigencache.fitting.weighed_vectors import WeighedVectors
 from eigencache.models.embeddings import embed_of
 from eigencache.models.load import LoadedModel
-from eigencache.spectral.metric import block_product
 from eigencache.spectral.metric import roots as roots_of
 from eigencache.spectral.spectrum import eigenbasis_of
 
@@ -61,38 +59,30 @@ def previous(features: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def fit_text(
-    samples: SampledVectors,
-    ranks: Tensor,
-    features: EmbeddingFeatures | StoredFeatures,
-    roots: Sequence[Tensor],
-    inverses: Sequence[Tensor],
-    *,
-    told_by: int | None = None,
+    vectors: WeighedVectors, rank_of: Tensor, features: EmbeddingFeatures, stop: int, *, told_by: int | None = None
 ) -> TokenPredictor:
-    """Fit the predictor of vectors from tokens. Cost: O(n h width).
+    """Fit the predictor of the first stage from tokens. Cost: O(n h stop).
 
     Directions in which the prediction varies by less than 1 % of the mean residual variance are left out.
 
     Args:
-        samples: centered vectors.
-        ranks: ranks of their tokens [n].
+        vectors: vectors in the metric, with their token ids.
+        rank_of: rank of every token id [vocabulary].
         features: features of the ranks.
-        roots: blocks of M^{1/2} per part.
-        inverses: blocks of M^{−1/2} per part.
+        stop: columns of the first stage.
         told_by: layer whose vectors identify the tokens; by default the first.
     """
-    current = features.of(ranks)
-    pairs = torch.cat([current, previous(current, samples.lengths)], 1)
+    current = features.of(rank_of[vectors.ids])
+    pairs = torch.cat([current, previous(current, vectors.lengths)], 1)
     gram = pairs.mT.double() @ pairs.double() / len(pairs)
-    weights = _ridge(gram, pairs, samples.vectors)
-    weighed = block_product(weights.float(), roots).double()
+    z = vectors.columns(0, stop)
+    weights = _ridge(gram, pairs, z)
     factor = torch.linalg.cholesky(gram + 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
-    _, singular, directions = torch.linalg.svd(factor.mT @ weighed, full_matrices=False)
-    total = sum(float(block_product(x, roots).double().square().sum()) for x in samples.vectors.split(_ROWS)) / len(pairs)
-    residual = max(total - float(singular.square().sum()), 0) / samples.vectors.shape[1]
+    _, singular, directions = torch.linalg.svd(factor.mT @ weights, full_matrices=False)
+    total = float(z.square().sum(dtype=torch.float64)) / len(pairs)
+    residual = max(total - float(singular.square().sum()), 0) / stop
     kept = directions[: max(1, int((singular.square() > _SMALL * residual).sum()))]
-    mix, rows = weighed @ kept.mT, block_product(kept.float(), inverses)
-    return TokenPredictor(features, mix.half(), rows.half(), *_finder(samples, current, gram, told_by))
+    return TokenPredictor(features, (weights @ kept.mT).half(), kept.half(), *_finder(vectors, current, gram, told_by))
 
 
 def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
@@ -102,10 +92,10 @@ def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
     return torch.linalg.solve(gram + penalty, products / len(features))  # type: ignore[operator]
 
 
-def _finder(samples: SampledVectors, current: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _finder(vectors: WeighedVectors, current: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return start column and projections of the layer that identifies tokens, whitened by the residual."""
-    start, stop = _columns_of(samples.layout, layer_idx)
-    seen = samples.vectors[:, start:stop]
+    start, stop = _columns_of(vectors.samples.layout, layer_idx)
+    seen = vectors.samples.vectors[:, start:stop][vectors.rows] - vectors.mean[start:stop]
     h = current.shape[1]
     weights = _ridge(gram[:h, :h], current, seen)
     residual = seen.double() - current.double() @ weights

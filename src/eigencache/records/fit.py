@@ -43,6 +43,7 @@ class FittedEigenRecord(FittedRecord):
     """A fitted `EigenCodec`."""
 
     coded_coefficients: NonNegativeInt  # per token, of all `values_per_token`
+    amortize: PositiveInt  # stored tokens that share the side information
     window: NonNegativeInt  # most recent tokens that are not transformed
     kept_bits: PositiveInt  # bits per value of sinks and window
 

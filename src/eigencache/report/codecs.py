@@ -10,7 +10,9 @@ def codec_table(record: FittedEigenRecord) -> Table:
     """Return the bytes of one sequence by context length for a fitted `EigenCodec`."""
     kept = f"{record.sinks} sinks and a window of {record.window} tokens are stored in {record.kept_bits} bits."
     coded = f"{record.coded_coefficients:,} of {record.values_per_token:,} coefficients per token are coded; {kept}"
-    return _table(record, f"{coded} {_stored_once(record)}")
+    shared = 8 * record.stored_once_nbytes / (record.amortize * record.values_per_token)
+    amortized = f"Shared by {record.amortize:,} stored tokens, it adds {shared:.3f} bits per value."
+    return _table(record, f"{coded} {_stored_once(record)} {amortized}")
 
 
 def live_table(record: FittedLiveRecord) -> Table:

@@ -91,3 +91,29 @@ def block_product(x: Tensor, blocks: Sequence[Tensor]) -> Tensor:
         for part, block in zip(columns, blocks, strict=True)
     ]
     return torch.cat(products, -1)
+
+
+def blocks_between(blocks: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Return the diagonal blocks of the rows start … stop − 1 of a block-diagonal matrix.
+
+    Args:
+        blocks: Its blocks, each [heads, dim, dim], in order. Empty: the identity.
+        start: First row, at the border of a block.
+        stop: End of the rows, exclusive, at the border of a block.
+
+    Returns:
+        Blocks [heads, dim, dim], neighbors of one width in one tensor.
+    """
+    chosen: list[Tensor] = []
+    at = 0
+    for block in blocks:
+        heads, dim = block.shape[:2]
+        first, last = (min(max((edge - at) // dim, 0), heads) for edge in (start, stop))
+        if first < last:
+            part = block[first:last]
+            if chosen and chosen[-1].shape[1] == dim:
+                chosen[-1] = torch.cat([chosen[-1], part])
+            else:
+                chosen.append(part)
+        at += heads * dim
+    return chosen

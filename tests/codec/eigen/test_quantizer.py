@@ -1,5 +1,7 @@
 """The dead-zone quantizer: its error, its rate against the bound, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_at_its_slope_it_costs_no_more_than_rounding_with_ideal_codes(scale):
     y = rng.laplace(size=200_000) * scale
     fit = fit_class(np.abs(y[::2]))
     rate, distortion = rate_and_distortion(y[1::2], fit)
-    plain = type(fit)(0.5, 0.0, 0.0, 0.0, True)
+    plain = replace(fit, dead_zone=0.5, offset=0.0, first=0.0, rest=0.0)
     plain_rate, plain_distortion = rate_and_distortion(y[1::2], plain)
     assert distortion + LAMBDA * rate <= (plain_distortion + LAMBDA * plain_rate) * 1.0005
     if scale <= 0.7:
@@ -48,11 +50,23 @@ def test_centroids_are_the_means_of_their_bins():
     assert 1 - fit.first == pytest.approx(y[q == 1].mean(), abs=0.01)
 
 
-def test_what_saves_less_than_its_bits_is_not_worth_them():
+@pytest.mark.parametrize("scale", [0.3, 0.6, 1.0, 5.0])
+def test_the_gain_of_an_integer_is_what_it_saves_at_lambda_less_its_bits(scale):
+    y = np.abs(np.random.default_rng(3).normal(size=90_000) * scale)
+    fit = fit_class(y)
+    one = quantizer(fit)
+    q = one.quantize(torch.from_numpy(y.astype(np.float32))[:, None])
+    saved = np.square(y).mean() - np.square(one.dequantize(q)[:, 0].numpy() - y).mean()
+    share = torch.unique(q, return_counts=True)[1].double() / len(y)
+    bits = float(-(share * share.log2()).sum() + (q != 0).double().mean())  # with the signs
+    assert fit.gain == pytest.approx(saved / LAMBDA - bits, abs=0.01, rel=1e-4)
+
+
+def test_what_saves_less_than_its_bits_gains_nothing():
     rng = np.random.default_rng(3)
-    assert not fit_class(np.abs(rng.normal(size=50_000) * 0.2)).worth
-    assert fit_class(np.abs(rng.normal(size=50_000))).worth
-    assert not fit_class(np.zeros(1000)).worth
+    assert fit_class(np.abs(rng.normal(size=50_000) * 0.2)).gain < 0
+    assert fit_class(np.abs(rng.normal(size=50_000))).gain > 0
+    assert fit_class(np.zeros(1000)).gain == -np.inf
 
 
 def test_signs_and_zero_are_kept():

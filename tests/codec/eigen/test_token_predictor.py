@@ -6,22 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from eigen_chain import TableFeatures
 from eigencache.codec.eigen import token_predictor as text
-from eigencache.codec.eigen.token_features import Embed, EmbeddingFeatures, StoredFeatures
+from eigencache.codec.eigen.token_features import Embed, EmbeddingFeatures
 from eigencache.codec.eigen.token_predictor import TokenPredictor
 from eigencache.errors import CodecError
 
-VOCABULARY, FEATURES, WIDTH = 50, 6, 24
+VOCABULARY, FEATURES, WIDTH, ALL = 50, 6, 24, 40  # columns of the first stage, and of a vector
 
 
 def predictor(first: int = 8, columns: int = 8, seed: int = 0) -> TokenPredictor:
-    """Columns `first` … show the token itself; all columns are a function of it and the one before."""
+    """Columns `first` … show the token itself; the first stage is a function of it and the one before."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     features, mix, rows = draw(VOCABULARY, FEATURES).half(), draw(2 * FEATURES, 10).half(), draw(10, WIDTH).half()
     places = mix[:FEATURES].float() @ rows.float()[:, first : first + columns]  # what the token alone puts there
     finder = torch.tensor([first], dtype=torch.int32), torch.eye(columns), places
-    return TokenPredictor(StoredFeatures(features), mix, rows, *finder)
+    return TokenPredictor(TableFeatures(features), mix, rows, *finder)  # type: ignore[arg-type]
 
 
 def planted(one: TokenPredictor, ranks: Tensor, block: int) -> Tensor:
@@ -62,10 +63,13 @@ def test_blocks_are_predicted_alone_as_they_are_among_others(block: int) -> None
     )
 
 
-def test_tokens_are_found_where_they_alone_decide_what_the_first_layer_holds() -> None:
-    one, ranks = predictor(), drawn(3, 700)  # more than are looked for at a time
-    x = torch.randn(3, 700, WIDTH) * 100
-    x[..., 8:16] = one.features.of(ranks) @ one.places
+@pytest.mark.parametrize("first", [0, 8, 20, 32])  # in the first stage, across its end, in the last columns
+def test_tokens_are_found_where_they_alone_decide_what_the_first_layer_holds(first: int) -> None:
+    places = torch.randn(FEATURES, 8, generator=torch.Generator().manual_seed(1))
+    one = replace(predictor(), first=torch.tensor([first], dtype=torch.int32), places=places)
+    ranks = drawn(3, 700)  # more than are looked for at a time
+    x = torch.randn(3, 700, ALL) * 100
+    x[..., first : first + 8] = one.features.of(ranks) @ one.places
     assert torch.equal(one.find(x), ranks)
     assert one.find(x).dtype == torch.int64
     noisy = x + 0.05 * torch.randn(x.shape)
@@ -76,19 +80,18 @@ def test_the_nearest_token_is_found_in_distance_and_not_in_angle() -> None:
     features = torch.tensor([[1.0, 0], [3.0, 0], [0, 1.0]]).half()
     zero = torch.zeros(4, 1).half()
     first = torch.tensor([0], dtype=torch.int32)
-    one = TokenPredictor(StoredFeatures(features), zero, zero.T, first, torch.eye(2), torch.eye(2))
+    one = TokenPredictor(TableFeatures(features), zero, zero.T, first, torch.eye(2), torch.eye(2))  # type: ignore[arg-type]
     assert one.find(torch.tensor([[[1.2, 0.1], [2.9, 0.0], [0.1, 7.0]]])).tolist() == [[0, 1, 2]]
 
 
 def test_nothing_is_found_in_nothing() -> None:
-    assert predictor().find(torch.zeros(2, 0, WIDTH)).shape == (2, 0)
+    assert predictor().find(torch.zeros(2, 0, ALL)).shape == (2, 0)
     assert predictor().predict(torch.zeros(2, 0, dtype=torch.int64), 4).shape == (2, 0, WIDTH)
 
 
 def test_what_is_held_is_six_tensors_and_moves_whole() -> None:
     one = predictor()
-    assert isinstance(one.features, StoredFeatures)
-    expected = (one.features.table, one.mix, one.rows, one.first, one.finder, one.places)
+    expected = (*one.features.tensors(), one.mix, one.rows, one.first, one.finder, one.places)
     for tensors in (tuple(one.tensors()), tuple(one.to("cpu").tensors())):
         assert len(tensors) == 6 and all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
@@ -119,7 +122,7 @@ def test_features_are_of_the_models_embeddings_and_only_their_projection_is_held
     torch.testing.assert_close(features.of(ranks).double(), expected[ranks], rtol=1e-5, atol=1e-5)
     held = sum(x.nbytes for x in features.tensors())
     assert held == 4 * VOCABULARY + 2 * 7 * FEATURES + 4 * FEATURES and (features.vocabulary, features.size) == (50, 6)
-    one, stored = (replace(predictor(), features=f) for f in (features, StoredFeatures(expected.float())))
+    one, stored = (replace(predictor(), features=f) for f in (features, TableFeatures(expected.float())))
     for table in (0, 2**24):
         monkeypatch.setattr(text, "_TABLE", table)
         torch.testing.assert_close(one.predict(drawn(2, 9), 4), stored.predict(drawn(2, 9), 4), rtol=1e-4, atol=1e-4)

@@ -1,206 +1,181 @@
-"""The transform of `eigen` against NumPy in float64: its coefficients, their cost, and what is lost with some of them."""
+"""The transform of `eigen` against NumPy in float64: its integers, what they are decoded to, and what is lost."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from eigencache.codec.eigen.transform import Basis, JointTransform
+from eigen_chain import assert_is_chain, block_diagonal, dead_zones, float64, plain, rows_of
+from eigencache.codec.eigen.transform import Stage, StagedTransform
 from eigencache.errors import CodecError
 from eigencache.spectral.metric import block_product
+from staged_transforms import DIM, HEADS, SPANS, WIDTH, inverse_roots, metric, planted, vectors, weighed
 
-HEADS, DIM = (2, 1, 3), (6, 10, 4)  # of three parts
-WIDTH = sum(h * d for h, d in zip(HEADS, DIM, strict=True))
-
-
-def vectors(n: int = 600, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, WIDTH)) * np.geomspace(30, 0.1, WIDTH) @ np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] + 5
+SCOPES = pytest.mark.parametrize("scope", SPANS)
 
 
-def blocks(seed: int = 0) -> list[np.ndarray]:
-    """Metrics [heads, dim, dim] of every part, condition about 100, scales apart by another 100."""
-    rng = np.random.default_rng(seed)
-
-    def one(dim: int) -> np.ndarray:
-        turn = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-        return (turn * np.geomspace(1, 0.01, dim)) @ turn.T * 10 ** rng.uniform(-1, 1)
-
-    return [np.stack([one(d) for _ in range(h)]) for h, d in zip(HEADS, DIM, strict=True)]
-
-
-def block_diagonal(metrics: list[np.ndarray]) -> np.ndarray:
-    whole, at = np.zeros((WIDTH, WIDTH)), 0
-    for block in (b for part in metrics for b in part):
-        whole[at : at + len(block), at : at + len(block)] = block
-        at += len(block)
-    return whole
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("chained", [False, True])
+@SCOPES
+def test_integers_and_what_they_are_decoded_to_are_those_of_numpy_in_float64(
+    scope: str, chained: bool, share: float, told: bool
+) -> None:
+    transform = planted(scope, chained, share=share)[0]
+    z = weighed(transform)
+    first = z[:, slice(*SPANS[scope][0])].roll(1, 0) * 0.7 if told else None
+    integers = assert_is_chain(transform, z, 0.5, dead_zones(transform.coefficients), first)
+    assert transform.coefficients == integers.shape[1] == sum(len(rows_of(stage)) for stage in transform.stages)
+    assert bool((integers.abs().amax(0) > 0).any())
 
 
-def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    values, basis = np.linalg.eigh(matrix)
-    return (basis * values**exponent) @ basis.T
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_vectors_are_weighed_by_the_inverse_of_the_blocks_that_are_stored(dtype: torch.dtype) -> None:
+    blocks = inverse_roots(dtype)
+    transform = replace(planted("joint")[0], inverse_roots=blocks)
+    x = torch.from_numpy(vectors(seed=1)).float() - transform.mean
+    z = transform.weighed(x)
+    expected = float64(x) @ np.linalg.inv(block_diagonal(blocks))
+    assert z.dtype == transform.centered(z).dtype == torch.float32
+    np.testing.assert_allclose(z.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(transform.centered(z).numpy(), x.numpy(), atol=1e-5 * float(x.abs().max()))
+    product = float64(z) @ block_diagonal(blocks)
+    np.testing.assert_allclose(transform.centered(z).numpy(), product, atol=1e-5 * np.abs(product).max())
 
 
-def planted(spans: list[tuple[int, int]], weighed: bool = True) -> tuple[JointTransform, np.ndarray, np.ndarray, np.ndarray]:
-    """A transform made in float64, with Uᵀ M^{1/2}, Λ and M."""
-    x = vectors()
-    metric = block_diagonal(blocks()) if weighed else np.eye(WIDTH)
-    root, inverse = power(metric, 0.5), power(metric, -0.5)
-    covariance = root @ np.cov(x.T, bias=True) @ root
-    bases, encoder, spectrum = [], np.zeros((0, WIDTH)), []
-    for a, b in spans:
-        values, u = np.linalg.eigh(covariance[a:b, a:b])
-        decoder = np.zeros((b - a, WIDTH))
-        decoder[:, a:b] = u.T[::-1]
-        bases.append(Basis.of(a, torch.from_numpy((decoder @ inverse)[:, a:b])))
-        encoder = np.concatenate([encoder, decoder @ root])
-        spectrum.append(values[::-1])
-    metrics = tuple(torch.from_numpy(m).float() for m in blocks()) if weighed else ()
-    mean = torch.from_numpy(x.mean(0)).float()
-    return JointTransform(mean, tuple(bases), metrics), encoder, np.concatenate(spectrum), metric
+def test_blocks_of_one_width_are_multiplied_as_blocks_of_many() -> None:
+    square = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0)) + 4 * torch.eye(4)
+    apart = StagedTransform(torch.zeros(12), (Stage.of(0, torch.eye(12)),), (square[:1], square[1:]))
+    x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
+    expected = float64(x) @ np.linalg.inv(block_diagonal([square]))
+    np.testing.assert_allclose(apart.weighed(x).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(apart.centered(apart.weighed(x)).numpy(), x.numpy(), atol=1e-5)
 
 
-SPANS = {
-    "joint": [(0, WIDTH)],
-    "layer": [(0, 12), (12, 22), (22, WIDTH)],
-    "head": [(0, 6), (6, 12), (12, 22), (22, 26), (26, 30), (30, WIDTH)],
-}
+def test_without_a_metric_vectors_are_what_they_are() -> None:
+    transform = planted("layer", weighed=False)[0]
+    x = torch.from_numpy(vectors(seed=1)).float()
+    assert transform.weighed(x) is x and transform.centered(x) is x
 
 
-def centered(transform: JointTransform, seed: int = 1) -> Tensor:
-    return torch.from_numpy(vectors(seed=seed)).float() - transform.mean
+@SCOPES
+def test_the_square_of_an_error_in_the_metric_is_its_cost(scope: str) -> None:
+    transform = planted(scope)[0]
+    x = torch.from_numpy(vectors(seed=1)).float() - transform.mean
+    whole = block_diagonal([torch.from_numpy(m) for m in metric()])
+    cost = np.einsum("ni,ij,nj->n", float64(x), whole, float64(x))
+    assert transform.weighed(x).square().sum(1).numpy() == pytest.approx(cost, rel=1e-4)
+    count = transform.coefficients
+    integers = transform.quantize(transform.weighed(x), 1e-3, plain(count))
+    assert (1e-3 * integers.double()).square().sum(1).numpy() == pytest.approx(cost, rel=2e-2)  # rows are near length 1
 
 
-@pytest.mark.parametrize("weighed", [True, False])
-@pytest.mark.parametrize("scope", SPANS)
-def test_coefficients_are_those_of_numpy_in_float64(scope: str, weighed: bool) -> None:
-    transform, encoder, _, _ = planted(SPANS[scope], weighed)
-    x = centered(transform)
-    y, expected = transform.encode(x, 0.5), torch.from_numpy(x.double().numpy() @ encoder.T) / 0.5
-    assert y.shape[1] == transform.coefficients == WIDTH
-    error = (y - expected).square().mean(0).sqrt() / expected.square().mean().sqrt()
-    assert float(error.max()) < 2e-3
+@pytest.mark.parametrize("chained", [False, True])
+@SCOPES
+def test_a_full_basis_loses_the_rounding_of_integers_alone(scope: str, chained: bool) -> None:
+    transform = planted(scope, chained, fine=0)[0]
+    z = weighed(transform)
+    for step in (1e-3, 0.03, 1.0):
+        q = transform.quantize(z, step, plain(WIDTH))
+        error = (transform.dequantize(q, step, plain(WIDTH)) - z).square().mean(0)
+        assert float(error.max()) < 1.3 * (step**2 / 12 + float(z.abs().max() * 1e-7) ** 2)
 
 
-@pytest.mark.parametrize("weighed", [True, False])
-@pytest.mark.parametrize("scope", SPANS)
-def test_a_full_basis_loses_float16_rounding_alone(scope: str, weighed: bool) -> None:
-    transform, _, _, metric = planted(SPANS[scope], weighed)
-    x = centered(transform)
-    error = (transform.decode(transform.encode(x, 0.03), 0.03) - x).double().numpy()
-    whole = x.double().numpy()
-    cost, total = (np.einsum("ni,ij,nj->n", e, metric, e).mean() for e in (error, whole))
-    assert cost < (2**-10) ** 2 * 10 * total
-    assert np.square(error).mean() < 1e-4 * np.square(whole).mean()
+@pytest.mark.parametrize("chained", [False, True])
+@SCOPES
+def test_what_a_stage_leaves_is_least_among_all_coefficients(scope: str, chained: bool) -> None:
+    transform = planted(scope, chained, share=0.5)[0]
+    z, fine = weighed(transform), plain(transform.coefficients)
+    decoded = transform.dequantize(transform.quantize(z, 1e-4, fine), 1e-4, fine)
+    for stage in transform.stages:
+        left = float64(z - decoded)[:, stage.start : stage.stop]
+        assert np.abs(left @ rows_of(stage).T).max() < 3e-4 + 1e-5 * float(z.abs().max())
+        assert np.square(left).sum() > 0
 
 
-@pytest.mark.parametrize("weighed", [True, False])
-@pytest.mark.parametrize("scope", SPANS)
-def test_rounding_of_the_basis_is_solved_for_and_not_ignored(scope: str, weighed: bool) -> None:
-    transform, encoder, _, metric = planted(SPANS[scope], weighed)
-    x = centered(transform)
-    rows = np.zeros((WIDTH, WIDTH))
-    at = 0
-    for basis in transform.bases:
-        rows[at : at + len(basis.rows), basis.start : basis.stop] = basis.decoder(1.0).numpy()
-        at += len(basis.rows)
-    best = np.linalg.solve(rows @ metric @ rows.T, rows @ metric @ x.double().numpy().T).T
-
-    def cost(y: np.ndarray) -> float:
-        error = x.double().numpy() - y @ rows
-        return float(np.einsum("ni,ij,nj->n", error, metric, error).mean())
-
-    ignored = cost(x.double().numpy() @ encoder.T)
-    assert cost(transform.encode(x, 1.0).double().numpy()) < 1e-3 * ignored
-    np.testing.assert_allclose(transform.encode(x, 1.0).numpy(), best, atol=2e-5 * np.abs(best).max())
+@pytest.mark.parametrize("fine", [0, 3, WIDTH])
+@SCOPES
+def test_without_some_coefficients_the_cost_is_their_eigenvalues(scope: str, fine: int) -> None:
+    transform, spectrum = planted(scope, fine=fine, share=0.5)
+    dropped = sum(spectrum[a + len(stage) : b].sum() for (a, b), stage in zip(SPANS[scope], transform.stages, strict=True))
+    z, step = weighed(transform, seed=0), 1e-3  # what it was made of
+    q = transform.quantize(z, step, plain(transform.coefficients))
+    error = float64(transform.centered(transform.dequantize(q, step, plain(transform.coefficients)) - z))
+    whole = block_diagonal([torch.from_numpy(m) for m in metric()])
+    cost = np.einsum("ni,ij,nj->n", error, whole, error).mean()
+    assert 0.999 * dropped < cost < (1.05 if fine == 0 else 1.01) * dropped  # rounded rows span a little less
 
 
-def test_rows_that_depend_on_each_other_are_refused_by_the_encoder_alone() -> None:
-    transform = planted(SPANS["joint"])[0]
-    (basis,) = transform.bases
-    twice = Basis(0, WIDTH, basis.rows[[0, 1, 0]], basis.scale[[0, 1, 0]])
-    harmed = JointTransform(transform.mean, (twice,), transform.metrics)
-    assert harmed.decode(torch.ones(2, 3), 1.0).isfinite().all()
-    with pytest.raises(CodecError, match="linearly dependent rows"):
-        harmed.encode(centered(transform), 1.0)
+@pytest.mark.parametrize("column", [0, 15, WIDTH - 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e12])
+def test_what_is_no_number_or_too_large_is_refused_in_any_stage(column: int, bad: float) -> None:
+    transform = planted("layer", chained=True)[0]
+    z = weighed(transform)
+    z[7, column] = bad
+    with pytest.raises(CodecError, match="the cache holds NaN or is of another model"):
+        transform.quantize(z, 0.5, plain(WIDTH))
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-def test_what_is_made_at_the_first_call_is_of_no_mode(mode) -> None:
-    transform, x = planted(SPANS["joint"])[0], centered(planted(SPANS["joint"])[0])
+@pytest.mark.parametrize("decoded_first", [False, True])
+def test_what_is_made_at_the_first_call_is_of_no_mode(decoded_first: bool, mode) -> None:
+    transform, same = (
+        replace(planted("layer", chained=True)[0], inverse_roots=inverse_roots(torch.float16)) for _ in range(2)
+    )
+    x = torch.from_numpy(vectors(seed=1)).float() - transform.mean
+    quantizer = dead_zones(WIDTH)
+    integers = same.quantize(same.weighed(x), 0.5, quantizer)
     with mode():
-        transform.encode(x, 1.0)
-    again = transform.encode(x.requires_grad_(), 1.0)
-    again.sum().backward()
-    assert torch.equal(again.detach(), planted(SPANS["joint"])[0].encode(x.detach(), 1.0))
+        if decoded_first:
+            transform.centered(transform.dequantize(integers, 0.5, quantizer))
+        transform.quantize(transform.weighed(x), 0.5, quantizer)
+    q = transform.quantize(transform.weighed(x), 0.5, quantizer)
+    assert torch.equal(q, integers)
+    decoded = transform.dequantize(q, 0.5, quantizer)
+    assert torch.equal(decoded, same.dequantize(q, 0.5, quantizer))
+    assert torch.equal(transform.centered(decoded), same.centered(decoded))
+    transform.centered(transform.weighed(x.requires_grad_())).sum().backward()
+    (transform.weighed(x)[:, :12] @ transform.stages[0].encoder @ transform.stages[0].rows).sum().backward()
+    cached = [t for s in transform.stages for t in (s.rows, s.encoder)] + [*transform._roots, *transform._inverses]
+    cached += [s.prediction.weights for s in transform.stages if s.prediction is not None]
+    assert not any(t.is_inference() or t.requires_grad or t.dtype != torch.float32 for t in cached)
 
 
-@pytest.mark.parametrize("scope", SPANS)
-def test_the_square_of_the_coefficients_is_the_cost_of_the_vector(scope: str) -> None:
-    transform, _, _, metric = planted(SPANS[scope])
-    x = centered(transform)
-    cost = np.einsum("ni,ij,nj->n", x.double().numpy(), metric, x.double().numpy())
-    assert transform.encode(x, 1.0).square().sum(1).numpy() == pytest.approx(cost, rel=5e-3)
+def test_vectors_and_steps_scale_together_and_leading_dimensions_do_not_matter() -> None:
+    transform = planted("layer", chained=True)[0]
+    z, quantizer = weighed(transform), dead_zones(WIDTH)
+    q = transform.quantize(z, 0.5, quantizer)
+    assert torch.equal(transform.quantize(8 * z, 4.0, quantizer), q)
+    decoded = transform.dequantize(q, 0.5, quantizer)
+    assert torch.equal(transform.dequantize(q, 4.0, quantizer), 8 * decoded)
+    folded, first = z.view(20, 30, WIDTH), z[:, :12].roll(1, 0)
+    for told in (None, first):
+        flat = transform.quantize(z, 0.5, quantizer, told)
+        again = transform.quantize(folded, 0.5, quantizer, None if told is None else told.view(20, 30, 12))
+        assert again.shape == (20, 30, WIDTH)
+        assert float((again.view(600, -1) != flat).float().mean()) < 1e-3
+        back = transform.dequantize(flat.view(20, 30, -1), 0.5, quantizer, None if told is None else told.view(20, 30, 12))
+        torch.testing.assert_close(
+            back.view(600, -1), transform.dequantize(flat, 0.5, quantizer, told), rtol=1e-5, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("scope", SPANS)
-def test_without_some_coefficients_the_cost_is_their_eigenvalues(scope: str) -> None:
-    transform, _, spectrum, metric = planted(SPANS[scope])
-    dropped, bases, at = 0.0, [], 0
-    for basis in transform.bases:
-        kept = len(basis.rows) // 2
-        bases.append(Basis(basis.start, basis.stop, basis.rows[:kept], basis.scale[:kept]))
-        dropped += spectrum[at + kept : at + len(basis.rows)].sum()
-        at += len(basis.rows)
-    restricted = JointTransform(transform.mean, tuple(bases), transform.metrics)
-    x = torch.from_numpy(vectors()).float() - transform.mean  # what it was made of
-    error = (restricted.decode(restricted.encode(x, 1.0), 1.0) - x).double().numpy()
-    assert np.einsum("ni,ij,nj->n", error, metric, error).mean() == pytest.approx(dropped, rel=1e-2)
-
-
-def test_a_group_may_be_left_without_coefficients() -> None:
-    transform = planted(SPANS["layer"])[0]
-    first, *rest = transform.bases
-    empty = Basis(first.start, first.stop, first.rows[:0], first.scale[:0])
-    restricted = JointTransform(transform.mean, (empty, *rest), transform.metrics)
-    x = centered(transform)
-    y = restricted.encode(x, 1.0)
-    assert y.shape[1] == restricted.coefficients == WIDTH - 12
-    assert torch.equal(y, transform.encode(x, 1.0)[:, 12:])
-    assert not restricted.decode(y, 1.0)[:, :12].any()
-
-
-def test_steps_scale_both_ways_and_leading_dimensions_do_not_matter() -> None:
-    transform = planted(SPANS["joint"])[0]
-    x = centered(transform)
-    torch.testing.assert_close(transform.encode(x, 8.0), transform.encode(x, 1.0) / 8, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(transform.decode(x, 8.0), transform.decode(x, 1.0) * 8, rtol=1e-5, atol=1e-3)
-    folded = transform.encode(x.view(20, 30, WIDTH), 1.0)
-    torch.testing.assert_close(folded.view(600, -1), transform.encode(x, 1.0), rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e6, 1e30])
-def test_rows_of_any_size_fit_into_float16_with_their_scale(size: float) -> None:
-    decoder = torch.randn(5, 40, dtype=torch.float64) * size * torch.tensor([1, 10, 100, 1e3, 1e4])[:, None]
-    basis = Basis.of(3, decoder)
-    assert (basis.start, basis.stop) == (3, 43) and basis.rows.dtype == torch.float16
-    assert float(basis.rows.abs().amax(1).min()) == 1.0
-    again = basis.decoder(1.0).double()
-    assert bool(((again - decoder).abs() <= decoder.abs() * 2**-11 * 1.01 + decoder.abs().amax(1, True) * 2**-24).all())
-    assert not Basis.of(0, torch.zeros(1, 4)).decoder(1.0).any()
-
-
-def test_what_is_held_is_mean_rows_scales_and_metrics() -> None:
-    transform = planted(SPANS["layer"])[0]
-    held = sum(t.nbytes for t in transform.tensors())
-    rows = sum((b - a) ** 2 for a, b in SPANS["layer"])
-    metrics = sum(h * d * d for h, d in zip(HEADS, DIM, strict=True))
-    assert held == 4 * WIDTH + 2 * rows + 4 * WIDTH + 4 * metrics
+def test_what_is_held_is_mean_stages_and_blocks() -> None:
+    transform = planted("layer", chained=True)[0]
+    for one in (transform, transform.to("cpu")):
+        rows = sum((b - a) ** 2 for a, b in SPANS["layer"])
+        fine = sum(3 * (b - a) for a, b in SPANS["layer"])
+        predictions = (12 * 10 + 4 * 10 + 4 * 12) + (10 * 12 + 4 * 12 + 4 * 10)
+        blocks = 4 * sum(h * d * d for h, d in zip(HEADS, DIM, strict=True))
+        assert sum(t.nbytes for t in one.tensors()) == 4 * WIDTH + (rows + fine) + 4 * WIDTH + predictions + blocks
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), transform.tensors(), strict=True))
+    turned = tuple(b.mT.contiguous().mT for b in transform.inverse_roots)
+    assert all(b.is_contiguous() for b in replace(transform, inverse_roots=turned).inverse_roots)
 
 
 def test_no_blocks_are_the_identity_and_blocks_a_block_diagonal_product() -> None:
     x = torch.from_numpy(vectors(7))
     assert block_product(x, ()) is x
-    product = block_product(x, [torch.from_numpy(m) for m in blocks()])
-    torch.testing.assert_close(product, x @ torch.from_numpy(block_diagonal(blocks())))
+    blocks = [torch.from_numpy(m) for m in metric()]
+    torch.testing.assert_close(block_product(x, blocks), x @ torch.from_numpy(block_diagonal(blocks)))

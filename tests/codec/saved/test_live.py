@@ -19,7 +19,7 @@ from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.live.packed_heads import PackedHeads
 from eigencache.codec.live.rotated_mean import KeyMean
 from eigencache.codec.pca import Part, PCACodec, PCAGroup
-from eigencache.codec.saved.eigen import EigenCardSettings
+from eigencache.codec.saved.eigen_card import EigenCardSettings
 from eigencache.codec.saved.folder import CARD, LIVE, TENSORS, check_replaceable, load_codec, load_live, save_codec
 from eigencache.codec.saved.live import LiveCard, LiveCardSettings
 from eigencache.codec.saved.pca import PCACardSettings
@@ -45,7 +45,8 @@ EXPECTED = Expected(
 ABOUT = LiveCardSettings(alpha=0.75, shared=128, sinks=None, window=3)
 
 SETTINGS_OF_EIGEN: dict[str, Any] = {
-    "scope": "joint", "metric": "fisher", "alpha": 1, "text": False, "sinks": 0, "window": 0, "kept_bits": 8, "block": 64,
+    "scope": "joint", "group": 3, "metric": "fisher", "alpha": 1, "text": False, "sinks": 0, "window": 0, "kept_bits": 8,
+    "block": 64, "amortize": 1000,
 }  # fmt: skip
 
 

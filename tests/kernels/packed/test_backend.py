@@ -218,16 +218,19 @@ def test_the_number_of_threads_changes_no_bit(batch: int, backend: PackedBackend
 
 
 @pytest.mark.parametrize(
-    ("device", "rows", "expected"),
+    ("device", "rows", "compiled", "expected"),
     [
-        ("cpu", 1, COMPILED[-1]),
-        ("cpu", 64, COMPILED[-1]),
-        ("cpu", 65, REFERENCE),
-        ("cpu", 9999, REFERENCE),
-        ("mps", 1, REFERENCE),
+        ("cpu", 1, True, VNNI),
+        ("cpu", 9999, True, VNNI),
+        ("cpu", 64, False, CPU),
+        ("cpu", 65, False, REFERENCE),
+        ("mps", 1, True, REFERENCE),
     ],
 )
-def test_few_queries_on_a_cpu_go_to_compiled_code_and_others_to_a_matrix_product(device, rows, expected) -> None:
+def test_few_queries_on_a_cpu_without_compiled_products_go_to_numba_and_others_to_a_matrix_product(
+    device: str, rows: int, compiled: bool, expected: PackedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend.vnni, "unavailable", lambda: None if compiled else "no such instructions")
     x = SimpleNamespace(device=torch.device(device), requires_grad=False)
     assert packed_backend(x, rows) is expected  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
 from eigencache.codec.eigen.entropy_coder import RansCoder
 from eigencache.codec.eigen.entropy_tables import MAX_HALF, EntropyTables, fit_tables
 from eigencache.codec.eigen.quantizer import DeadZone
-from eigencache.codec.eigen.transform import Basis, JointTransform
+from eigencache.codec.eigen.transform import Prediction, Stage, StagedTransform
 from eigencache.codec.layout import Layout, Part
 from eigencache.errors import CodecError
 from eigencache.kernels.rans.cpu import PRECISION, SLOTS
@@ -86,7 +86,9 @@ def small_codec() -> tuple[EigenCodec, EncodedBytes]:
     """Return a codec of one layer with one head of 4 numbers, and two encoded rows of 23 tokens in blocks of 8."""
     x = torch.randn(2, 23, 8, generator=torch.Generator().manual_seed(0))
     layout = Layout((Part(0, 0, (0, 1), 4), Part(0, 1, (0, 1), 4)), {})
-    transform = JointTransform(torch.zeros(8), (Basis.of(0, torch.eye(8)),), ())
+    prediction = Prediction.of(torch.eye(4) / 4, torch.ones(4))
+    stages = Stage.of(0, torch.eye(4), 2), Stage.of(4, torch.eye(4), 2, prediction)
+    transform = StagedTransform(torch.zeros(8), stages)
     quantizer = DeadZone(*(torch.full((8,), number) for number in (0.6, 0.1, 0.05, 0.02)))
     tables = fit_tables(np.rint(x[0].T.numpy() / 0.1).astype(np.int32), np.arange(8) // 4)
     codec = EigenCodec("small", layout, transform, 0.1, quantizer, tables, 8, SinksAndWindow(2, 3, 16), 8, torch.float32)

@@ -127,7 +127,7 @@ def principal_components(vectors: Tensor, rank: int | None = None) -> tuple[Tens
         The mean [width] and orthonormal components [width, r] in float32, by falling variance, with r ≤ rank, width and
         n − 1. Components whose variance is below 10⁻⁹ of the largest are left out, except the first.
     """
-    mean = vectors.double().mean(0)
+    mean = vectors.mean(0, dtype=torch.float64)
     n, width = vectors.shape
     matrix = torch.zeros(2 * [min(n, width)], dtype=torch.float64, device=vectors.device)
     if width < n:

@@ -1,9 +1,9 @@
-"""The stored codec `eigen`: a transform in the metric of the loss, one quantization step, static entropy tables, blocks.
+"""The stored codec `eigen`: stages in the metric of the loss, one quantization step, static entropy tables, blocks.
 
-The keys before rotation and the values of all layers form one vector x per token. y = Uᵀ M^{1/2} (x − μ) is quantized with
-one step for all coefficients of all layers (THEORY 5, 6), and the integers are coded with static tables (THEORY 7). A
-sequence becomes one container (docs/format.md): first tokens and a recent window raw, the rest in blocks that decode
-independently.
+The keys before rotation and the values of all layers form one vector per token. Each stage of it is predicted from the
+decoded stage before, the first one from the token, and what remains is transformed and quantized with one step for all
+coefficients (`transform.py`; THEORY 5, 6). The integers are coded with static tables (THEORY 7). A sequence becomes one
+container (docs/format.md): first tokens and a recent window raw, the rest in blocks that decode independently.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from eigencache.codec.eigen.raw_tokens import ends_of, raw_bytes, raw_nbytes, ra
 from eigencache.codec.eigen.threads import parallel
 from eigencache.codec.eigen.token_features import Embed
 from eigencache.codec.eigen.token_predictor import TokenPredictor
-from eigencache.codec.eigen.transform import JointTransform
+from eigencache.codec.eigen.transform import StagedTransform
 from eigencache.codec.layout import Layout, Slots, by_layer
 from eigencache.codec.sinks_and_window import FIRST_EXACT, middle_of
 from eigencache.errors import CodecError
@@ -59,14 +59,14 @@ class EigenCodec:
         kept: Which tokens are stored raw, and in how many bits.
         block: Tokens per block.
         dtype: The model's.
-        text: Predicts vectors from tokens; None: no prediction.
+        text: Predicts the first stage from tokens; None: no prediction.
         positions: The mean vector of every position, for learned positions; None: no such means.
         backend: What decodes blocks (`kernels/rans/backend.py`); None chooses by the device. The result is the same.
     """
 
     name: str
     layout: Layout
-    transform: JointTransform
+    transform: StagedTransform
     step: float
     quantizer: DeadZone
     tables: EntropyTables
@@ -90,10 +90,9 @@ class EigenCodec:
     @cached_property
     def sha256(self) -> bytes:
         """SHA-256 of everything that decides what bytes mean; a container names its codec by it."""
-        columns = [(basis.start, basis.stop) for basis in self.transform.bases]
-        said = (self.layout.parts, columns, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
-        text = repr(said if self.positions is None else (*said, self.positions.places.shape))
-        digest = sha256(text.replace("SinksAndWindow(", "Kept(").encode())  # its name when the format was frozen
+        stages = [(s.start, s.stop, len(s.fine), s.prediction is None) for s in self.transform.stages]
+        said = (self.layout.parts, stages, self.step, self.lanes, self.kept, self.block, str(self.dtype), self.text is None)
+        digest = sha256(repr((*said, self.positions and self.positions.places.shape)).encode())
         for layer_idx, (slot, rotation) in sorted(self.layout.rotations.items()):
             digest.update(repr((layer_idx, slot, rotation.scale, rotation.pairing)).encode())
             digest.update(rotation.frequencies.cpu().numpy().astype("<f8").tobytes())
@@ -138,7 +137,8 @@ class EigenCodec:
         x = self._stored(cached, start)
         if not x.isfinite().all():  # a head without coefficients would hide it
             raise CodecError("the cache holds NaN or infinite values")
-        symbols = self._symbols(self._completed(x[:, sinks:stop], missing, sinks)).cpu().numpy()
+        lacking = {i: count - sinks for i, count in missing.items() if count > sinks}
+        symbols = self._symbols(x[:, sinks:stop], lacking).cpu().numpy()
         header = ContainerHeader(
             self.sha256, start, tokens, sinks, tokens - stop, self.kept.bits, self.block, tuple(sorted(missing.items()))
         )
@@ -225,35 +225,35 @@ class EigenCodec:
         """Return the means of positions start, start + 1, … [tokens, width]."""
         return 0.0 if self.positions is None else self.positions.at(torch.arange(start, start + tokens))
 
-    def _expected(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the digits of the tokens of vectors x, if they are coded, and the prediction of x without coefficients."""
-        if self.text is None:
-            return None, self.transform.mean
-        ranks = self.text.find(x - self.transform.mean)
-        return self.text.digits.split(ranks), self.transform.mean + self.text.predict(ranks, self.block)
+    def _symbols(self, x: Tensor, missing: dict[int, int]) -> Tensor:
+        """Return the integers int32 [batch, seq, rows]: digits of the tokens, if they are coded, and coefficients.
 
-    def _completed(self, x: Tensor, missing: dict[int, int], sinks: int) -> Tensor:
-        """Return the vectors of coded tokens, with the columns filled that layers lack."""
-        missing = {i: count - sinks for i, count in missing.items() if count > sinks}
-        if not missing:
-            return x
-        variances = torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(x)
-        return fill_missing(x, self._expected(x)[1], missing, self.layout, self.transform, self.step, variances)
-
-    def _symbols(self, x: Tensor) -> Tensor:
-        """Return the integers int32 [batch, seq, rows] of vectors [batch, seq, width]: digits, if any, and coefficients."""
-        digits, expected = self._expected(x)
-        q = self.quantizer.quantize(self.transform.encode(x - expected, self.step))
-        return q if digits is None else torch.cat([digits, q], -1)
+        Args:
+            x: Vectors [batch, seq, width] of the coded tokens.
+            missing: Layer → how many of the first of these tokens it lacks.
+        """
+        centered = x - self.transform.mean
+        ranks = None if self.text is None else self.text.find(centered)
+        first = self._first(ranks)
+        z = self.transform.weighed(centered)
+        if missing:
+            variances = 12 * torch.from_numpy(self.tables.variances()[-self.transform.coefficients :]).to(z)
+            z = fill_missing(z, first, missing, self.layout, self.transform, variances)
+        q = self.transform.quantize(z, self.step, self.quantizer, first)
+        return q if self.text is None or ranks is None else torch.cat([self.text.digits.split(ranks), q], -1)
 
     def _vectors(self, symbols: Tensor) -> Tensor:
         """Return the vectors [batch, seq, width] of integers that begin with the first token of a block."""
-        predicted = self.transform.mean
+        ranks = None
         if self.text is not None:
-            digits = self.text.digits
-            ranks, symbols = digits.joined(symbols[..., : digits.count]), symbols[..., digits.count :]
-            predicted = predicted + self.text.predict(ranks, self.block)
-        return predicted + self.transform.decode(self.quantizer.dequantize(symbols), self.step)
+            count = self.text.digits.count
+            ranks, symbols = self.text.digits.joined(symbols[..., :count]), symbols[..., count:]
+        z = self.transform.dequantize(symbols, self.step, self.quantizer, self._first(ranks))
+        return self.transform.mean + self.transform.centered(z)
+
+    def _first(self, ranks: Tensor | None) -> Tensor | None:
+        """Return what the tokens predict for the first stage."""
+        return None if self.text is None or ranks is None else self.text.predict(ranks, self.block)
 
     @cached_property
     def _coder(self) -> RansCoder:
@@ -282,9 +282,8 @@ class EigenCodec:
         blocks = decode_blocks(self._coder, data, tokens, self.backend, device)
         symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(device)
         first = header.tokens_of(sections[0]).start
-        x = self._vectors(symbols)[:, span.start - first : span.stop - first]
-        start = header.start + span.start
-        return self.layout.slots(x + self._from_position(start, len(span)), start)
+        x = self._vectors(symbols) + self._from_position(header.start + first, symbols.shape[1])
+        return self.layout.slots(x[:, span.start - first : span.stop - first], header.start + span.start)
 
     def _tensors(self) -> Iterable[Tensor]:
         yield from self.transform.tensors()

@@ -1,7 +1,8 @@
 """Tokens that some layers no longer hold: a sliding-window layer has dropped them, and the other layers predict them.
 
-The transform needs a whole vector per token. The columns of missing layers are filled with the values whose coefficients
-are the most likely ones, given the columns that are present; they are not returned when the container is decoded.
+The transform needs a whole vector per token. Stage by stage, the columns of missing layers are filled with the values whose
+coefficients are the most likely ones, given the stage before and the columns that are present. They are not returned when
+the container is decoded.
 """
 
 from collections.abc import Mapping
@@ -10,44 +11,45 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from eigencache.codec.eigen.transform import JointTransform
+from eigencache.codec.eigen.transform import StagedTransform
 from eigencache.codec.layout import Layout
 
 
 def fill_missing(
-    x: Tensor,
-    expected: Tensor,
+    z: Tensor,
+    first: Tensor | None,
     missing: Mapping[int, int],
     layout: Layout,
-    transform: JointTransform,
-    step: float,
+    transform: StagedTransform,
     variances: Tensor,
 ) -> Tensor:
-    """Fill the columns of layers that lack first tokens, by least squares in the metric with a Gaussian prior.
+    """Fill the columns of layers that lack first tokens, by least squares with a Gaussian prior.
 
     Args:
-        x: Vectors [batch, seq, width]; overwritten.
-        expected: The vectors predicted without coefficients, broadcastable to x.
+        z: Vectors in the metric [batch, seq, width]; overwritten.
+        first: What is predicted for the columns of the first stage [batch, seq, columns]; None: nothing.
         missing: Layer → how many of the first tokens it lacks.
         layout: Which columns belong to which layer.
         transform: The transform of the codec.
-        step: Its quantization step.
-        variances: Mean square of every quantized coefficient [coefficients]: the variance of the prior.
+        variances: Variance of every coefficient over that of rounding it [coefficients]: the prior.
 
     Returns:
-        x, with what layers lack replaced.
+        z, with what layers lack replaced.
     """
-    expected = expected.expand_as(x)
-    prior = torch.diag(1 / (12 * variances))  # variance of rounding to integers over that of the coefficient
-    rows = transform.decode(torch.eye(transform.coefficients, device=x.device), step)
-    for first, stop in pairwise(sorted({0, *missing.values()})):
-        present = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device)
+    for begin, end in pairwise(sorted({0, *missing.values()})):
+        present = torch.ones(z.shape[-1], dtype=torch.bool, device=z.device)
         for columns, part in zip(layout.spans, layout.parts, strict=True):
-            present[slice(*columns)] = missing.get(part.layer_idx, 0) <= first
-        gram = transform.encode(rows * present, step)
-        known = (x[:, first:stop] - expected[:, first:stop]) * present
-        fitted = transform.encode(known, step)
-        y = torch.linalg.solve(gram.mT + prior, fitted.mT).mT
-        filled = expected[:, first:stop] + transform.decode(y, step)
-        x[:, first:stop] = torch.where(present, x[:, first:stop], filled)
-    return x
+            present[slice(*columns)] = missing.get(part.layer_idx, 0) <= begin
+        tokens = z[:, begin:end]
+        expected: Tensor | float = 0.0 if first is None else first[:, begin:end]
+        for i, (stage, prior) in enumerate(
+            zip(transform.stages, variances.split([len(stage) for stage in transform.stages]), strict=True)
+        ):
+            here, columns = present[stage.start : stage.stop], tokens[..., stage.start : stage.stop]
+            if i:
+                expected = stage.expected(tokens[..., transform.stages[i - 1].start : transform.stages[i - 1].stop])
+            if not here.all():
+                gram = (stage.rows * here) @ stage.encoder + torch.diag(1 / prior)
+                y = torch.linalg.solve(gram.mT, (((columns - expected) * here) @ stage.encoder).mT).mT
+                columns.copy_(torch.where(here, columns, expected + y @ stage.rows))
+    return z

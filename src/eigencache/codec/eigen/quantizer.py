@@ -7,6 +7,7 @@ quantizer at high rate. A coefficient whose bits cost more than they save is dro
 a class and share these numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,11 @@ class DeadZone:
         shift = torch.where(magnitude == 1, self.first, self.rest)
         return (magnitude - shift).mul_(y.sign())
 
+    def split(self, counts: Sequence[int]) -> list["DeadZone"]:
+        """Return the quantizers of consecutive coefficients, `counts` of them each."""
+        pieces = (x.split(list(counts)) for x in (self.dead_zone, self.offset, self.first, self.rest))
+        return [DeadZone(*parts) for parts in zip(*pieces, strict=True)]
+
     def to(self, device: str | torch.device) -> "DeadZone":
         """Return the quantizer on `device`."""
         return DeadZone(*(x.to(device) for x in (self.dead_zone, self.offset, self.first, self.rest)))
@@ -59,13 +65,16 @@ class DeadZone:
 
 @dataclass(frozen=True)
 class ClassFit:
-    """The numbers of one class of coefficients; `worth`: whether its bits save more distortion than they cost."""
+    """The numbers of one class of coefficients.
+
+    `gain`: by how many bits per integer the distortion that it saves exceeds what it costs, at λ; −∞ if all are 0.
+    """
 
     dead_zone: float
     offset: float
     first: float
     rest: float
-    worth: bool
+    gain: float
 
 
 def fit_class(magnitudes: np.ndarray) -> ClassFit:
@@ -89,7 +98,7 @@ def fit_class(magnitudes: np.ndarray) -> ClassFit:
     decoded = q - np.where(q == 0, 0, np.where(q == 1, first, rest))
     saved = (v**2).mean() - ((v - decoded) ** 2).mean()
     share, bits = _costs(q)
-    return ClassFit(dead_zone, offset, first, rest, bool(q.any()) and saved > LAMBDA * float(share @ bits))
+    return ClassFit(dead_zone, offset, first, rest, saved / LAMBDA - float(share @ bits) if q.any() else -np.inf)
 
 
 def _quantized(v: np.ndarray, dead_zone: float, offset: float) -> np.ndarray:

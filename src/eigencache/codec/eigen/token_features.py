@@ -14,7 +14,7 @@ Embed = Callable[[Tensor], Tensor]  # token ids [n] → embeddings [n, d] float3
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingFeatures(RowMajor):
-    """Features from embeddings: normalized to unit mean square, @ `projection`, − `shift`.
+    """Features of every token, from its embedding: normalized to unit mean square, @ `projection`, − `shift`.
 
     Args:
         order: Token of every rank, int32 [vocabulary].
@@ -56,31 +56,6 @@ class EmbeddingFeatures(RowMajor):
         if (size := embed(self.order[:1].long()).shape[-1]) != len(self.projection):
             raise CodecError(f"the model's embeddings have size {size}, the codec expects {len(self.projection)}")
         return replace(self, embed=embed)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredFeatures(RowMajor):
-    """Features of every rank in a `table` [vocabulary, h] float16, as codecs of earlier versions store them."""
-
-    table: Tensor
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-        return len(self.table)
-
-    @property
-    def size(self) -> int:
-        """Number of features."""
-        return self.table.shape[1]
-
-    def of(self, ranks: Tensor) -> Tensor:
-        """Return the features [n, h] in float32 of ranks [n]."""
-        return self.table[ranks].float()
-
-    def of_model(self, embed: Embed) -> "StoredFeatures":
-        """Return self: stored features need no model."""
-        return self
 
 
 def unit_mean_square(embeddings: Tensor) -> Tensor:

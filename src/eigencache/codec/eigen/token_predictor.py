@@ -1,4 +1,4 @@
-"""Token prediction: every vector is predicted linearly from its token and the previous one, and only the rest is coded.
+"""Token prediction: the first stage of a vector is predicted linearly from its token and the previous one.
 
 The previous token's features are zero at the first token of a block, so that blocks decode independently. The tokens are
 coded too, as ranks by frequency (`token_digits.py`). The encoder needs no text: what the first layer stores depends on the
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eigencache.codec.eigen.token_digits import TokenDigits, token_digits
-from eigencache.codec.eigen.token_features import EmbeddingFeatures, StoredFeatures
+from eigencache.codec.eigen.token_features import EmbeddingFeatures
 from eigencache.codec.row_major import RowMajor
 from eigencache.modes import constant
 
@@ -30,13 +30,13 @@ class TokenPredictor(RowMajor):
     Args:
         features: h features of every token, by rank.
         mix: Float16 [2h, k].
-        rows: Float16 [k, width].
+        rows: Float16 [k, columns of the first stage], in the metric.
         first: First column of a vector that the search uses, int32 [1].
         finder: Maps those columns to the space of the search, float32 [columns, n].
         places: Maps features to that space, float32 [h, n].
     """
 
-    features: EmbeddingFeatures | StoredFeatures
+    features: EmbeddingFeatures
     mix: Tensor
     rows: Tensor
     first: Tensor
@@ -51,14 +51,14 @@ class TokenPredictor(RowMajor):
         return torch.cat(ranks).view(x.shape[:2]) if ranks else x.new_zeros(x.shape[:2], dtype=torch.int64)
 
     def predict(self, ranks: Tensor, block: int) -> Tensor:
-        """Return the predicted centered vectors.
+        """Return what is predicted for the first stage.
 
         Args:
             ranks: Ranks [batch, seq] of tokens that begin with the first token of a block.
             block: Tokens per block.
 
         Returns:
-            Float32 [batch, seq, width].
+            Float32 [batch, seq, columns of the first stage], in the metric.
         """
         if self.features.vocabulary * self.rows.shape[1] > _TABLE:
             here = self.features.of(ranks.flatten()).view(*ranks.shape, -1)
@@ -74,7 +74,7 @@ class TokenPredictor(RowMajor):
     @cached_property
     @constant
     def _predictions(self) -> tuple[Tensor, Tensor]:
-        """What a token contributes to its own vector [vocabulary, width], and to the next one [1 + vocabulary, width].
+        """What a token contributes to its own vector [vocabulary, columns], and to the next one [1 + vocabulary, columns].
 
         Row 0 of the second is "no token". A look-up takes a tenth of the time of the products.
         """

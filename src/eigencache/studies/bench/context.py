@@ -73,10 +73,9 @@ class BenchContext:
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
             rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
-            spans = [
-                span for part, span in zip(samples.layout.parts, samples.layout.spans, strict=True) if part.slot == slot
-            ]
-            slots.append((Layout(parts, rotations), vectors[:, spans[0][0] : spans[-1][1]]))
+            spans = zip(samples.layout.parts, samples.layout.spans, strict=True)
+            columns = torch.cat([torch.arange(*span) for part, span in spans if part.slot == slot])
+            slots.append((Layout(parts, rotations), vectors[:, columns]))
         return slots
 
     @cached_property

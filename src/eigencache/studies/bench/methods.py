@@ -108,7 +108,7 @@ def _baselines(*names: str) -> dict[str, Method]:
 
 
 METHODS: dict[str, Method] = {
-    "eigen": Method("this project: joint basis, Fisher metric, token prediction", _eigen(EigenSettings())),
+    "eigen": Method("this project: layers predicted from layers and tokens, Fisher metric", _eigen(EigenSettings())),
     "eigen-no-text": Method("eigen without token prediction", _eigen(EigenSettings(text=False))),
     "live": Method("this project's CompressedCache: bit-packed, one basis per head, attention on packed blocks", _live),
     **_baselines("kvtc", "kvtc-sinks", "kvtc-no-window"),
