@@ -7,7 +7,8 @@ import torch
 from eigencache.calibration.attention_metric import attention_metrics, lag_weights
 from eigencache.calibration.fisher_metric import fisher_metrics
 from eigencache.calibration.session import Session
-from eigencache.errors import UnsupportedArchitectureError
+from eigencache.codec.sinks_and_window import FIRST_EXACT
+from eigencache.errors import StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import Capture
 from eigencache.models.gradients import cache_gradients
 from eigencache.models.rope_detection import rotations_of
@@ -105,7 +106,9 @@ def test_a_latent_error_costs_both_of_its_ways(name, loaded, sequences) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "deepseek_v2"])
-def test_the_fisher_metric_is_the_mean_square_of_the_gradient_along_an_error(name, loaded, sequences) -> None:
+def test_the_fisher_metric_is_the_mean_square_of_the_gradient_along_an_error_after_the_first_tokens(
+    name, loaded, sequences
+) -> None:
     one, text = loaded(name), sequences(*LENGTHS)
     rotations = rotations_of(one)
     metrics = fisher_metrics(
@@ -131,7 +134,14 @@ def test_the_fisher_metric_is_the_mean_square_of_the_gradient_along_an_error(nam
     for kind, rows in along.items():
         metric = metrics[kind][1][0]
         error = draw(len(metric))
-        assert float(error @ metric @ error) == pytest.approx(float(torch.cat(rows).square().mean()), rel=1e-3)
+        assert float(error @ metric @ error) == pytest.approx(
+            float(torch.cat([row[FIRST_EXACT:] for row in rows]).square().mean()), rel=1e-3
+        )
+
+
+def test_sequences_of_first_tokens_alone_have_no_fisher_metric(loaded, sequences) -> None:
+    with pytest.raises(StatisticsError, match="No sequence is longer than the 4 first tokens"):
+        fisher_metrics(Session(loaded("llama")), sequences(FIRST_EXACT, 2), {})
 
 
 def test_queries_that_cannot_be_captured_are_named(loaded, sequences) -> None:
