@@ -9,9 +9,10 @@ from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.transform import Stage
 from eigencache.codec.layout import Layout, Part
 from eigencache.errors import StatisticsError
-from eigencache.fitting.eigen_basis import inverted, scaled_metrics, spans_of, stored_inverses
+from eigencache.fitting.eigen_basis import scaled_metrics, spans_of, stored_inverses
 from eigencache.fitting.eigen_stage import basis_of
 from eigencache.fitting.weighed_vectors import WeighedVectors
+from eigencache.spectral.metric import inverted
 
 LAYOUT = Layout(tuple(Part(i, slot, (0, 2), (6, 4)[slot]) for i in range(2) for slot in (0, 1)), {})  # widths 12 8 12 8
 WIDTH = LAYOUT.width

@@ -11,8 +11,9 @@ from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.layout import Layout, Part, by_layer
 from eigencache.fitting.eigen import EigenFit, EigenSettings, Source
-from eigencache.fitting.eigen_basis import inverted, stored_inverses
+from eigencache.fitting.eigen_basis import stored_inverses
 from eigencache.fitting.weighed_vectors import WeighedVectors
+from eigencache.spectral.metric import inverted
 
 LAYOUT = Layout(tuple(Part(i, slot, (0, 2), 6) for i in range(2) for slot in (0, 1)), {})
 WIDTH = LAYOUT.width

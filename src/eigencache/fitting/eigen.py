@@ -22,17 +22,17 @@ from eigencache.codec.layout import Layout
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
-from eigencache.fitting.eigen_basis import EigenScope, inverted, scaled_metrics, spans_of, stored_inverses
+from eigencache.fitting.eigen_basis import EigenScope, scaled_metrics, spans_of, stored_inverses
 from eigencache.fitting.eigen_stage import FittedStage, Halves, basis_of, fit_stage, joined
 from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
 from eigencache.fitting.weighed_vectors import WeighedVectors, rows_after
 from eigencache.memory import release
-from eigencache.spectral.metric import block_product
+from eigencache.spectral.metric import block_product, inverted
 
 _LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
 _SINK, _FIRST = 4.0, 16  # a sink costs more than 4 times the median position; only the first 16 positions are tested
-_APART = 8  # one sequence of this many is kept from the basis, for the quantizer and the tables
+_APART = 8  # one of eight calibration sequences fits the quantizer and the tables, and the basis does not see it
 _ROWS = 4096  # vectors at a time
 
 
@@ -51,8 +51,8 @@ class EigenSettings:
         kept_bits: bits per value of sinks and window, 8 or 16.
         block: tokens that are decoded together.
         group: layers of a group.
-        amortize: stored tokens that share the side information. A row that costs more bits than it saves over so many is
-            left out.
+        amortize: stored tokens that share the side information. A row is left out if it costs more bits than it saves
+            over that number of tokens.
 
     Raises:
         CodecError: `group` or `amortize` is below 1.
@@ -164,10 +164,9 @@ class EigenFit:
             raise StatisticsError(
                 f"{self.settings.describe()}: no coefficient is worth a bit at the step {step:g}. Use more `bits`."
             )
-        if self.text is not None and self.apart.ranks is not None:
-            count = self.text.digits.count
-            symbols = torch.cat([self.text.digits.split(self.apart.ranks), symbols], 1)
-            table_of = torch.cat([torch.arange(count), table_of + count])
+        symbols = self._with_digits(self.apart.ranks, symbols)
+        digits = symbols.shape[1] - len(table_of)
+        table_of = torch.cat([torch.arange(digits), table_of + digits])
         codec = EigenCodec(
             name=name or self.settings.describe(),
             layout=self.layout,
@@ -216,10 +215,15 @@ class EigenFit:
             z = held.vectors.columns(0, self.layout.width, rows)
             first = None if held.first is None else held.first[rows]
             symbols = codec.transform.quantize(z, codec.step, codec.quantizer, first)
-            if codec.text is not None and held.ranks is not None:
-                symbols = torch.cat([codec.text.digits.split(held.ranks[rows]), symbols], 1)
-            bits += codec.tables.bits(symbols.T.numpy())
+            ranks = None if held.ranks is None else held.ranks[rows]
+            bits += codec.tables.bits(self._with_digits(ranks, symbols).T.numpy())
         return bits / len(held.vectors)
+
+    def _with_digits(self, ranks: Tensor | None, symbols: Tensor) -> Tensor:
+        """Put the digits of the tokens, if they are coded, before the integers of their coefficients [n, r]."""
+        if self.text is None or ranks is None:
+            return symbols
+        return torch.cat([self.text.digits.split(ranks), symbols], 1)
 
 
 @torch.no_grad()

@@ -73,8 +73,3 @@ def stored_inverses(inverses: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for s in singular
     )
     return tuple(blocks.half() if half else blocks.float() for blocks in inverses)
-
-
-def inverted(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the inverse of every block in float32, computed in float64."""
-    return tuple(torch.linalg.inv(b.double()).float() for b in blocks)

@@ -16,9 +16,7 @@ from eigencache.spectral.spectrum import eigenbasis_of
 
 _PER_OCTAVE = 4  # classes of coefficients per octave of their deviation
 _NARROWEST = -4  # octaves below the step; all narrower coefficients share one class
-_FINE = (
-    8.0  # steps of deviation from which rounding a row to 8 bits would cost more than a twentieth of the quantizer's error
-)
+_FINE = 8.0  # deviation in steps from which rounding a row to 8 bits adds more than a twentieth to the quantizer's error
 _RIDGE = 1e-3  # penalty, as a share of the variance of a column that predicts
 _ROWS = 8192  # vectors per product in float32; the sums are float64
 _QUANTIZER_BITS = 4 * 32 + 32  # stored with a row: four numbers of the quantizer, and its scale
@@ -38,7 +36,7 @@ class FittedStage(NamedTuple):
         stage: prediction and basis.
         quantizer: thresholds and reconstruction points [r].
         classes: class of every coefficient [r], the same in all stages: quarters of an octave of the deviation in steps.
-        symbols: integers of the vectors that are kept apart, int32 [n, r].
+        symbols: integers of the vectors that the basis has not seen, int32 [n, r].
         decoded: the decoded columns of both halves, for the next stage.
     """
 

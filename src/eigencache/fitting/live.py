@@ -20,9 +20,10 @@ from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.live.packed_heads import PackedHeads
 from eigencache.codec.sinks_and_window import FIRST_EXACT
-from eigencache.errors import BudgetError, StatisticsError
+from eigencache.errors import BudgetError
 from eigencache.fitting.eigen_basis import scaled_metrics
 from eigencache.fitting.live_slot import FittedSlot, fit_slot
+from eigencache.fitting.weighed_vectors import rows_after
 from eigencache.kernels.packed.format import GROUP
 from eigencache.memory import release
 from eigencache.spectral.rope import Rotation, rotate
@@ -136,11 +137,9 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
     longest = max(source.samples.lengths)
     reach = settings.reach or getattr(source.session.loaded.model.config, "max_position_embeddings", None) or REACH
     reach = reach if source.samples.layout.rotations else longest
-    metrics = _stored_metric(source, reach)
     sinks = settings.sinks
-    if sinks >= longest:
-        raise StatisticsError(f"No sequence is longer than {sinks} sinks. Lower `sinks` or raise `max_length`.")
     chosen, positions = _chosen(source, sinks, reach)
+    metrics = _stored_metric(source, reach)
     places = sorted(metrics)
     roots, inverses = scaled_metrics([metrics[place] for place in places], alpha)
     slots = {}
@@ -173,7 +172,7 @@ def _chosen(source: CalibrationSet, sinks: int, reach: int) -> tuple[Tensor, Ten
     With rotation, every sequence begins at a random position such that it ends below `reach`.
     """
     samples = source.samples
-    rows = (samples.positions >= sinks).nonzero().flatten()
+    rows = rows_after(samples, sinks)
     rows = rows[:: max(1, len(rows) // VECTORS)]
     generator, positions = torch.Generator().manual_seed(0), samples.positions.clone()
     for sequence in positions.split(list(samples.lengths)) if samples.layout.rotations else ():

@@ -117,3 +117,8 @@ def blocks_between(blocks: Sequence[Tensor], start: int, stop: int) -> list[Tens
                 chosen.append(part)
         at += heads * dim
     return chosen
+
+
+def inverted(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the inverse of every block in float32, computed in float64."""
+    return tuple(torch.linalg.inv(b.double()).float() for b in blocks)

@@ -19,7 +19,7 @@ from eigencache.codec.eigen.quantizer import DeadZone
 from eigencache.codec.row_major import RowMajor
 from eigencache.errors import CodecError
 from eigencache.modes import constant
-from eigencache.spectral.metric import block_product
+from eigencache.spectral.metric import block_product, inverted
 
 _DEPENDENT = 1e-3  # of the largest pivot of D Dᵀ, which is near I
 _INT8 = 127
@@ -207,7 +207,7 @@ class StagedTransform:
     @cached_property
     @constant
     def _roots(self) -> tuple[Tensor, ...]:
-        return tuple(torch.linalg.inv(blocks.double()).float() for blocks in self._inverses)
+        return inverted(self._inverses)
 
 
 def _joined(blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
