@@ -240,6 +240,7 @@ def test_a_loss_is_kept_on_the_held_out_sequences_and_a_size_comes_with_its_loss
     fine, coarse = (fit_target(fit, Session(loaded), max_nll=allowed, context=40) for allowed in (1e-3, 0.05))
     assert fine.codec.step < coarse.codec.step and fine.expected.bits_per_value > coarse.expected.bits_per_value
     assert fine.expected.delta_nll <= 1e-3 and coarse.expected.delta_nll <= 0.05
+    assert fine.expected.kl <= 1e-3 and coarse.expected.kl <= 0.05
     scored = sum(len(ids) // 2 - 1 for ids in fit.held_out.ids)
     assert fine.expected.tokens == scored and fine.expected.context == 40
     sized = fit_target(fit, Session(loaded), bits=coarse.expected.bits_per_value, context=40)

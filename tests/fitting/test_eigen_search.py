@@ -115,13 +115,15 @@ def test_known_steps_that_tell_little_do_not_mislead_the_search(finer: float) ->
 # Loss
 
 
-def stubbed(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float]) -> list[float]:
-    """Scores that are a function of the step; the steps that were scored."""
+def stubbed(
+    monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], kl: Callable[[float], float] = lambda _: 0.0
+) -> list[float]:
+    """Scores that are functions of the step; the steps that were scored."""
     seen: list[float] = []
 
     def score(_loaded, _apart, codecs: dict[str, EigenCodec], *_rest):
         seen.extend(codec.step for codec in codecs.values())
-        return {name: SimpleNamespace(delta_nll=loss(codec.step)) for name, codec in codecs.items()}
+        return {name: SimpleNamespace(delta_nll=loss(codec.step), kl=kl(codec.step)) for name, codec in codecs.items()}
 
     monkeypatch.setattr(eigen_search, "score_held_out", score)
     return seen
@@ -133,6 +135,12 @@ def test_the_coarsest_step_within_a_loss_is_found_to_a_quarter_of_an_octave(monk
     step = at_loss(fresh(), Session(None), allowed).codec.step  # type: ignore[arg-type]
     assert step <= allowed < step * 2**0.25 * 1.001
     assert len(seen) <= (12 if allowed > 0.01 else 20)
+
+
+def test_a_loss_is_kept_by_the_divergence_too(monkeypatch) -> None:
+    """By chance a codec may predict a few thousand tokens as well as the model, and predict otherwise all the same."""
+    stubbed(monkeypatch, lambda step: -step, lambda step: step)
+    assert at_loss(fresh(), Session(None), 0.1).codec.step == pytest.approx(0.1, rel=0.2)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_even_the_coarsest_step_keeps_gets_it(monkeypatch) -> None:

@@ -361,25 +361,31 @@ def test_of_text_that_was_not_fitted_on_little_is_lost_at_8_bits_and_more_at_few
 
 
 class Scored:
-    """Stands for scoring: `loss` of bits per value; remembers what it was given."""
+    """Stands for scoring: `loss` and `kl` of bits per value; remembers what it was given."""
 
-    def __init__(self, loss: Callable[[float], float]) -> None:
-        self.loss = loss
+    def __init__(self, loss: Callable[[float], float], kl: Callable[[float], float]) -> None:
+        self.loss, self.kl = loss, kl
         self.codecs: Mapping[str, LiveCodec] = {}
         self.session: Session | None = None
         self.held_out: Sequences | None = None
 
     def __call__(self, session: Session, held_out: Sequences, codecs: Mapping[str, LiveCodec]) -> dict[str, Any]:
         self.session, self.held_out, self.codecs = session, held_out, codecs
-        quality = {"tokens": 100, "delta_nll_interval": (-0.5, 0.5), "kl": 0.25, "top1_agreement": 0.75}
-        return {n: SimpleNamespace(delta_nll=self.loss(c.bits_per_value), **quality) for n, c in codecs.items()}
+        same = {"tokens": 100, "delta_nll_interval": (-0.5, 0.5), "top1_agreement": 0.75}
+        bits = {name: codec.bits_per_value for name, codec in codecs.items()}
+        return {name: SimpleNamespace(delta_nll=self.loss(b), kl=self.kl(b), **same) for name, b in bits.items()}
 
 
 AT_BITS = functools.cache(LiveFit.at_bits)  # the same for every loss
 
 
-def reached(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], **goal: Any):
-    scored = Scored(loss)
+def reached(
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Callable[[float], float],
+    kl: Callable[[float], float] = lambda _: 0.0,
+    **goal: Any,
+):
+    scored = Scored(loss, kl)
     monkeypatch.setattr(LiveFit, "at_bits", AT_BITS)
     monkeypatch.setattr(live_search, "score_held_out", scored)
     own = source("llama")
@@ -406,7 +412,7 @@ def test_bits_and_safety_are_scored_once_and_taken_whatever_they_lose(monkeypatc
 
 
 def test_the_promise_is_what_was_scored_and_the_bytes_of_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    (codec, expected), _ = reached(monkeypatch, lambda _: 0.125, bits=3.0)
+    (codec, expected), _ = reached(monkeypatch, lambda _: 0.125, lambda _: 0.25, bits=3.0)
     values = 3 * 2 * 2 * 16
     assert expected.model_dump() == {
         "context": 1000,
@@ -429,6 +435,14 @@ def test_the_smallest_codec_within_the_loss_is_taken(goal: dict[str, float], mon
     assert len(sizes) >= 10 and sizes[0] <= 1.5 and sizes[-1] <= 8
     assert codec.bits_per_value == min(b for b in sizes if 4.0**-b <= limit)
     assert expected.delta_nll == 4.0**-codec.bits_per_value
+
+
+def test_a_loss_is_kept_by_the_divergence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By chance a codec may predict a few thousand tokens as well as the model, and predict otherwise all the same."""
+    codec = reached(monkeypatch, lambda _: -0.5, lambda bits: 4.0**-bits)[0].codec
+    assert codec.bits_per_value > 3.25
+    with pytest.raises(BudgetError, match=r"`max_nll`=0\.02 nats cannot be met: 8 bits lose 0\.0500 nats"):
+        reached(monkeypatch, lambda _: -0.5, lambda _: 0.05, max_nll=0.02)
 
 
 def test_a_codec_below_one_that_loses_more_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

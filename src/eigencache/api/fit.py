@@ -46,7 +46,7 @@ def fit(
 ) -> CacheCodec:
     """Fit codecs to the cache of a model: `eigen`, which stores caches as bytes, the codec of `CompressedCache`, or both.
 
-    Without `bits`, `ratio` and `max_nll` the smallest codec that loses at most 0.01 nats per token is fitted.
+    Without `bits`, `ratio` and `max_nll` the smallest codec whose ΔNLL and KL are at most 0.01 nats per token is fitted.
 
     Args:
         model: a name or folder, or a loaded model, which needs its `tokenizer`.
@@ -54,7 +54,7 @@ def fit(
         text: the calibration text, as for `probe`.
         bits: bits per value of `eigen` at `context` tokens, everything counted.
         ratio: 16 over those bits.
-        max_nll: nats per token that a codec may lose.
+        max_nll: nats per token that ΔNLL and KL on held-out text may reach.
         tokens: tokens of the text at most; None for all.
         max_length: tokens per sequence. Default: 512, or all positions that a model has learned.
         context: context length, in tokens, at which `bits` and `ratio` are evaluated.

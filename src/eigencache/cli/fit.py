@@ -43,7 +43,8 @@ def run(
         typer.Option("--ratio", help="Target ratio: bytes of the 16-bit cache / bytes of the compressed cache."),
     ] = None,
     max_nll: Annotated[
-        float | None, typer.Option("--max-nll", help="Loss budget in nats per token; default without a size: 0.01.")
+        float | None,
+        typer.Option("--max-nll", help="Budget in nats per token for both ΔNLL and KL; default without a size: 0.01."),
     ] = None,
     context: Annotated[
         int, typer.Option("--context", min=1, help="Context length at which --bits and --ratio are evaluated.")

@@ -7,12 +7,12 @@ from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.errors import BudgetError, CodecError, StatisticsError
 from eigencache.fitting.eigen import EigenFit, Point
-from eigencache.fitting.heldout_score import CONTEXT, expected_of, score_held_out
+from eigencache.fitting.heldout_score import CONTEXT, expected_of, loss_of, score_held_out
 from eigencache.records.fit import Expected
 
 _CLOSE = 0.005  # relative tolerance of the bits
 _ROUNDS = 30
-_JUMP = 1e-3  # octaves between steps of sizes that differ by more than `_CLOSE`: a class of coefficients comes or goes
+_JUMP = 1e-3  # octaves between steps of sizes that differ by more than the tolerance: a class of coefficients comes or goes
 _FINEST, _COARSEST = -20, 12  # octaves of the step from the spread of the vectors: the finest coefficients fit 32 bits
 _OCTAVES = 4  # steps that are scored together for a loss, an octave apart
 _FIRST = 1  # octaves of the coarsest of them in the first round
@@ -35,7 +35,7 @@ def fit_target(
         fit: the fitted transform.
         session: the model and how it is run.
         bits: bits per value at `context` tokens.
-        max_nll: largest increase of the NLL, in nats per token. Give either `bits` or `max_nll`.
+        max_nll: largest ΔNLL and largest KL, in nats per token. Give either `bits` or `max_nll`.
         context: context length, in tokens, at which a size is evaluated.
 
     Raises:
@@ -52,14 +52,17 @@ def fit_target(
     return Fitted(point.codec, expected_of(quality, context, fit.bits_per_value(point, context), point.coded_bits))
 
 
-def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | None = None) -> Point:
-    """Return the codec that takes `bits` per value, to half a percent, or the next smaller one where sizes jump.
+def at_bits(
+    fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | None = None, tolerance: float = _CLOSE
+) -> Point:
+    """Return the codec that takes `bits` per value, within the tolerance, or the next smaller one where sizes jump.
 
     Args:
         fit: the fitted transform.
         bits: bits per value; sinks, window and headers are included.
         context: context length, in tokens, at which the size is evaluated.
         name: name of the codec; by default its settings.
+        tolerance: relative tolerance of the bits. Every step that is tried fits quantizer and tables again.
 
     Raises:
         BudgetError: no step gives this size.
@@ -77,7 +80,7 @@ def at_bits(fit: EigenFit, bits: float, *, context: int = CONTEXT, name: str | N
         else:
             reached = fit.bits_per_value(point, context)
             excess = math.log(reached / bits)
-            if abs(excess) < _CLOSE:
+            if abs(excess) < tolerance:
                 return point
             if excess > 0:
                 low, over = octaves, excess
@@ -126,7 +129,7 @@ def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:
     Args:
         fit: the fitted transform.
         session: the model and how it is run.
-        max_nll: largest ΔNLL on the held-out sequences, in nats per token.
+        max_nll: largest ΔNLL and largest KL on the held-out sequences, in nats per token.
 
     Raises:
         BudgetError: even the finest step loses more.
@@ -152,7 +155,7 @@ def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:
 
 
 def _scored(fit: EigenFit, session: Session, steps: list[float]) -> list[tuple[Point, float]]:
-    """Return the codecs of these steps with their ΔNLL, without those too coarse to code anything or too fine."""
+    """Return the codecs of these steps with their loss, without those too coarse to code anything or too fine."""
     points: dict[str, Point] = {}
     for step in steps:
         try:
@@ -163,4 +166,4 @@ def _scored(fit: EigenFit, session: Session, steps: list[float]) -> list[tuple[P
         return []
     codecs = {name: point.codec for name, point in points.items()}
     quality = score_held_out(session, fit.held_out, codecs)
-    return [(point, quality[name].delta_nll) for name, point in points.items()]
+    return [(point, loss_of(quality[name])) for name, point in points.items()]

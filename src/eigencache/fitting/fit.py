@@ -37,7 +37,7 @@ class Goal:
         Args:
             bits: bits per value.
             ratio: bytes of the 16-bit cache over bytes of the compressed one.
-            max_nll: largest increase of the NLL, in nats per token.
+            max_nll: largest ΔNLL and largest KL, in nats per token.
 
         Raises:
             BudgetError: several targets are given, or one is not a number above 0.
@@ -62,7 +62,7 @@ class LiveGoal:
 
     Args:
         bits: bits per packed value.
-        max_nll: largest increase of the NLL, in nats per token.
+        max_nll: largest ΔNLL and largest KL, in nats per token.
         safe: take the codec of 6.9 bits per packed value.
         settings: settings of the fit.
 

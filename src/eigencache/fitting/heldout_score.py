@@ -34,6 +34,18 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
     )
 
 
+def loss_of(quality: Quality) -> float:
+    """Return the loss that a budget is compared with, in nats per token: ΔNLL or KL, whichever is larger.
+
+    A few thousand tokens determine a ΔNLL of 0.01 nats poorly, and it can be negative although predictions change. The KL is
+    determined by the same tokens several times better.
+
+    Args:
+        quality: scores of a codec on the held-out sequences.
+    """
+    return max(quality.delta_nll, quality.kl)
+
+
 def score_held_out(session: Session, held_out: Sequences, codecs: Mapping[str, Any]) -> dict[str, Quality]:
     """Score codecs on held-out sequences: each codec compresses a prefix of half the length and predicts the rest.
 

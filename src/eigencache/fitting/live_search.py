@@ -7,7 +7,7 @@ from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
-from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, score_held_out
+from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, loss_of, score_held_out
 from eigencache.fitting.live import LiveFit
 from eigencache.kernels.packed.format import BLOCK
 from eigencache.records.fit import Expected
@@ -39,7 +39,7 @@ def fit_live_target(
         session: the model and how it is run.
         held_out: sequences that the loss is measured on.
         bits: bits per packed value.
-        max_nll: largest increase of the NLL, in nats per token; 0.01 by default.
+        max_nll: largest ΔNLL and largest KL, in nats per token; 0.01 by default.
         safe: take the codec of 6.9 bits per packed value.
         context: context length, in tokens, at which the size is evaluated.
 
@@ -66,9 +66,9 @@ def fit_live_target(
         name = next(iter(names))
     else:
         ordered = sorted(names, key=float)
-        within = [i for i in range(len(ordered)) if all(quality[n].delta_nll <= limit for n in ordered[i:])]
+        within = [i for i in range(len(ordered)) if all(loss_of(quality[n]) <= limit for n in ordered[i:])]
         if not within:
-            least = quality[ordered[-1]].delta_nll
+            least = loss_of(quality[ordered[-1]])
             raise BudgetError(
                 f"`max_nll`={limit:g} nats cannot be met: 8 bits lose {least:.4f} nats. Use a larger `max_nll`."
             )

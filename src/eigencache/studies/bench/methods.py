@@ -20,6 +20,7 @@ from eigencache.models.load import LoadedModel
 from eigencache.studies.bench.context import BenchContext
 
 Codecs = dict[str, Compressor]  # operating point → codec
+_TOLERANCE = 0.1  # of the rate of a point: what it holds is counted, and losses are interpolated between points
 
 
 def _supported(_: LoadedModel) -> str | None:
@@ -48,7 +49,7 @@ def _eigen(settings: EigenSettings) -> Callable[[BenchContext], Codecs]:
         fit, made = bench.eigen(settings), Codecs()
         for bits in bench.rates:
             with suppress(BudgetError):  # the lowest rates may be below the cost of storing the tokens
-                made[f"{bits:g}"] = at_bits(fit, bits).codec
+                made[f"{bits:g}"] = at_bits(fit, bits, tolerance=_TOLERANCE).codec
         return made
 
     return codecs
