@@ -68,7 +68,7 @@ def cache_of(fit: EigenFit, tokens: int, dtype: torch.dtype) -> Cached:
         dtype: Dtype of the cache.
     """
     held = fit.held.vectors
-    x = held.samples.vectors[held.rows[:tokens]]
+    x = held.samples.vectors(held.rows[:tokens])
     if fit.positions is not None:
         x = x + fit.positions.at(torch.arange(fit.sinks, fit.sinks + len(x)))
     return by_layer(fit.layout.slots(x[None], fit.sinks), dtype)

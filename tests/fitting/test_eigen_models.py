@@ -133,7 +133,7 @@ def test_basis_predictions_and_text_are_fitted_on_some_sequences_and_quantizer_a
         expected = np.concatenate([one[FIRST_EXACT:] for one in part])
         assert source.vectors.ids.tolist() == expected.tolist() and len(source.vectors) == len(expected)
         assert source.vectors.mean is fit.fitted.vectors.mean
-    mean = fit.fitted.vectors.samples.vectors[fit.fitted.vectors.rows].double().mean(0).float()
+    mean = fit.fitted.vectors.samples.vectors(fit.fitted.vectors.rows).double().mean(0).float()
     torch.testing.assert_close(fit.fitted.vectors.mean, mean, rtol=0, atol=1e-5)
     changed = replace(fit, apart=fit.held, sizes={}, _bases={}).at_step(fit.spread / 4).codec
     codec = fit.at_step(fit.spread / 4).codec

@@ -27,7 +27,7 @@ def test_sinks_are_the_first_positions_that_stand_out_without_a_gap(sizes: list[
 
 def test_what_costs_nothing_does_not_stand_out() -> None:
     samples = samples_with([])
-    samples.vectors[samples.positions == 0, :6] *= 100
+    samples.stored[samples.positions == 0, :6] *= 100
     cheap = torch.eye(6).expand(2, 6, 6).clone()
     cheap[0] *= 1e-3
     rest = torch.eye(6).expand(2, 6, 6)
@@ -41,7 +41,7 @@ def test_sequences_may_differ_in_length() -> None:
 
 def test_the_mean_is_that_of_all_but_the_sinks() -> None:
     samples = samples_with([50, 50], (60, 3, 1, 40, 2))
-    samples.vectors[samples.positions < 2] += 1000
-    expected = torch.cat([x[2:] for x in samples.vectors.split([60, 3, 1, 40, 2])]).double().mean(0)
+    samples.stored[samples.positions < 2] += 1000
+    expected = torch.cat([x[2:] for x in samples.stored.split([60, 3, 1, 40, 2])]).double().mean(0)
     torch.testing.assert_close(mean_of(samples, 2), expected.float(), rtol=0, atol=1e-5)
     assert mean_of(samples, 2).shape == (WIDTH,)

@@ -52,7 +52,7 @@ def test_planted_means_are_found_in_their_directions(weighed: bool) -> None:
     error = means.at(torch.arange(POSITIONS)) - planted
     assert float(error.square().mean()) < 2 / SEQUENCES * 2 / LAYOUT.width * 2  # two of the directions carry noise
     assert torch.equal(means.at(torch.tensor([POSITIONS + 5])), means.at(torch.tensor([POSITIONS - 1])))
-    left = samples.less_positions(means).vectors.view(SEQUENCES, POSITIONS, -1).mean(0)
+    left = samples.less_positions(means).vectors().view(SEQUENCES, POSITIONS, -1).mean(0)
     assert block_product(left, blocks).abs().max() < 1.5
 
 

@@ -1,6 +1,7 @@
 """A model loaded from a GGUF file has the spectra of the original; an unread rotation is reported."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def llama() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def write_gguf(model: PreTrainedModel, path: Path, *, stretched: bool = False) -> None:
+def write_gguf(
+    model: PreTrainedModel, path: Path, *, frequency_factor: float | None = None, scaling: str | None = None
+) -> None:
     """Write a model in the format of llama.cpp, with the rows of queries and keys in its order."""
     gguf = pytest.importorskip("gguf")
     config, weights = model.config, model.state_dict()
@@ -57,9 +60,13 @@ def write_gguf(model: PreTrainedModel, path: Path, *, stretched: bool = False) -
             heads = array.shape[0] // config.head_dim
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(array))
-    if stretched:  # like files of Llama 3 and of models with YaRN
-        writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, dtype=np.float32))
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if frequency_factor is not None:  # like files of Llama 3
+        factors = np.ones(config.head_dim // 2, dtype=np.float32)
+        factors[-1] = frequency_factor
+        writer.add_tensor("rope_freqs.weight", factors)
+    if scaling is not None:  # like files of models with YaRN
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(1.0 if scaling == "none" else 4.0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -89,16 +96,22 @@ def test_the_header_of_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: p
     assert [str(tmp_path)] == [source for source, *_ in parsed if source == str(tmp_path)]
 
 
-def test_what_a_gguf_file_states_about_its_rotation_and_is_not_read_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name, stretched in (("plain.gguf", False), ("stretched.gguf", True)):
-        write_gguf(llama(), tmp_path / name, stretched=stretched)
-        load(str(tmp_path / name), tokenizer="ref-llama")
-    (said,) = (record.getMessage() for record in caplog.records if record.name == "eigencache.models.gguf")
-    assert said.startswith(
-        "stretched.gguf: transformers does not read rope_freqs.weight, llama.rope.scaling.type and rotates"
-    )
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"frequency_factor": 8.0}, r"\(rope_freqs\.weight\)"),
+        ({"scaling": "yarn"}, r"\(llama\.rope\.scaling\.type = yarn, llama\.rope\.scaling\.factor = 4\.0\)"),
+    ],
+)
+def test_a_rotation_that_would_not_be_read_is_refused(options: dict[str, Any], found: str, tmp_path: Path) -> None:
+    write_gguf(llama(), tmp_path / "long.gguf", **options)
+    with pytest.raises(ModelError, match=rf"long\.gguf: scales its rotation {found}, which transformers does not read"):
+        load(str(tmp_path / "long.gguf"), tokenizer="ref-llama")
+
+
+def test_a_rotation_that_is_scaled_by_one_is_read(tmp_path: Path) -> None:
+    write_gguf(llama(), tmp_path / "plain.gguf", frequency_factor=1.0, scaling="none")
+    assert load(str(tmp_path / "plain.gguf"), tokenizer="ref-llama").geometry.rope is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF" + bytes(60), b"no model at all"])

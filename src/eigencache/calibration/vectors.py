@@ -3,6 +3,7 @@
 A codec encodes with the same code that brings these vectors into their layout.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -19,6 +20,34 @@ from eigencache.memory import release
 from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import Rotation
 
+_ROWS = 4096  # vectors at a time
+_LEAST_UNIT = 1e-3  # of the largest deviation of a column; columns that deviate less lose nothing in float16 down to 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Numbers in float16: x = offset + unit · h. Half the memory of float32, with 11 bits of the distance from the offset.
+
+    Args:
+        offset: what is subtracted from every column [width].
+        unit: what it is divided by [width], about its standard deviation.
+    """
+
+    offset: Tensor
+    unit: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Units":
+        """Return units for vectors like `x` [n, width]: the mean and the standard deviation of every column."""
+        deviation = x.double().std(0, correction=0)
+        least = _LEAST_UNIT * float(deviation.max()) or 1.0
+        return cls(x.mean(0, dtype=torch.float64).float(), deviation.clamp_min(least).float())
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return h in float16 of x [n, width]; beyond 65,504 units it is the largest number of float16."""
+        largest = torch.finfo(torch.float16).max
+        return ((x - self.offset) / self.unit).clamp_(-largest, largest).half()
+
 
 @dataclass(frozen=True, eq=False)
 class SampledVectors:
@@ -26,15 +55,40 @@ class SampledVectors:
 
     Args:
         layout: heads and layers of the columns.
-        vectors: one row per token [n, width] float32, sequence after sequence.
+        stored: one row per token [n, width], sequence after sequence: float32, or float16 in `units`.
         ids: token ids [n].
         lengths: tokens of each sequence.
+        units: units of `stored`; None: it holds the vectors as they are.
     """
 
     layout: Layout
-    vectors: Tensor
+    stored: Tensor
     ids: Tensor
     lengths: tuple[int, ...]
+    units: Units | None = None
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
+
+    def vectors(self, rows: Tensor | slice = slice(None), start: int = 0, stop: int | None = None) -> Tensor:
+        """Return a copy of vectors in float32.
+
+        Args:
+            rows: which tokens [m].
+            start: first column.
+            stop: end of the columns, exclusive; None: all.
+
+        Returns:
+            [m, stop − start].
+        """
+        x = self.stored[:, start:stop][rows].to(torch.float32, copy=True)
+        return x if self.units is None else x.mul_(self.units.unit[start:stop]).add_(self.units.offset[start:stop])
+
+    def parts(self) -> Iterator[Tensor]:
+        """Yield all vectors in float32, some thousands at a time."""
+        for first in range(0, len(self), _ROWS):
+            yield self.vectors(slice(first, first + _ROWS))
 
     @property
     def positions(self) -> Tensor:
@@ -44,26 +98,24 @@ class SampledVectors:
     @property
     def mean(self) -> Tensor:
         """Mean vector [width] float32."""
-        return self.vectors.mean(0, dtype=torch.float64).float()
+        total = sum(x.sum(0, dtype=torch.float64) for x in self.parts())
+        return (total / len(self)).float()  # type: ignore[union-attr]
 
     def sequences(self, first: int, stop: int) -> "SampledVectors":
         """Return the sequences first … stop − 1; their tensors are views of these."""
         edges = [0, *accumulate(self.lengths)]
         tokens = slice(edges[first], edges[stop])
-        return replace(self, vectors=self.vectors[tokens], ids=self.ids[tokens], lengths=self.lengths[first:stop])
-
-    def less_mean(self, mean: Tensor) -> "SampledVectors":
-        """Return the samples with `mean` [width] subtracted."""
-        return replace(self, vectors=self.vectors - mean)
+        return replace(self, stored=self.stored[tokens], ids=self.ids[tokens], lengths=self.lengths[first:stop])
 
     def less_positions(self, means: PositionMeans | None) -> "SampledVectors":
         """Return the samples with the means by position subtracted. The sequences must be whole, first tokens included."""
         if means is None:
             return self
-        vectors = self.vectors.clone()
-        for part in vectors.split(list(self.lengths)):
-            part.sub_(means.at(torch.arange(len(part))))
-        return replace(self, vectors=vectors)
+        stored, rows = torch.empty_like(self.stored), torch.arange(len(self)).split(list(self.lengths))
+        for part in rows:
+            x = self.vectors(part) - means.at(torch.arange(len(part)))
+            stored[part] = x if self.units is None else self.units.rounded(x)
+        return replace(self, stored=stored)
 
 
 @torch.no_grad()
@@ -84,25 +136,27 @@ def sample_vectors(
     """
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     sequences = _affordable(session, sequences)
-    layout, vectors, lengths = None, torch.empty(0), [len(ids) for ids in sequences.ids]
+    layout = units = None
+    stored, lengths = torch.empty(0), [len(ids) for ids in sequences.ids]
     filled = 0
     for input_ids, _, indices in sequences.batches(session.batch_size, pad_id=0):
-        cache, stored = tapped_cache(session.loaded.model)
+        cache, slots = tapped_cache(session.loaded.model)
         session.loaded.model.base_model(input_ids=input_ids.to(session.loaded.device), past_key_values=cache, use_cache=True)
-        _check_finite(stored)
+        _check_finite(slots)
         if layout is None:
-            layout = layout_of(stored, rotations, mla=session.loaded.geometry.mla is not None)
-            vectors = torch.empty(sum(lengths), layout.width)  # filled in place: a concatenation would hold it twice
-        batch = layout.vectors(stored, 0)
-        for row, index in enumerate(indices):
-            vectors[filled : filled + lengths[index]] = batch[row, : lengths[index]]
-            filled += lengths[index]
-        del cache, stored, batch
+            layout = layout_of(slots, rotations, mla=session.loaded.geometry.mla is not None)
+            stored = torch.empty(sum(lengths), layout.width, dtype=torch.float16)  # filled in place: no second copy
+        batch = layout.vectors(slots, 0)
+        rows = torch.cat([batch[row, : lengths[index]] for row, index in enumerate(indices)])
+        units = units or Units.of(rows[: lengths[0]])  # of one sequence, so that they do not depend on the batches
+        stored[filled : filled + len(rows)] = units.rounded(rows)
+        filled += len(rows)
+        del cache, slots, batch, rows
         release()
         session.on_progress(what, indices[-1] + 1, len(lengths))
     assert layout is not None  # `pack` never gives an empty text
     ids = torch.cat([torch.from_numpy(x) for x in sequences.ids])
-    return SampledVectors(layout, vectors, ids, tuple(lengths))
+    return SampledVectors(layout, stored, ids, tuple(lengths), units)
 
 
 def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rotation], *, mla: bool) -> Layout:
@@ -139,7 +193,7 @@ def tensor_names(layout: Layout, *, mla: bool) -> list[str]:
 
 
 def _affordable(session: Session, sequences: Sequences) -> Sequences:
-    budget = session.memory // (4 * session.loaded.geometry.values_per_token)
+    budget = session.memory // (2 * session.loaded.geometry.values_per_token)
     if budget < max(map(len, sequences.ids)):
         raise StatisticsError(
             f"{session.loaded.name} caches {session.loaded.geometry.values_per_token:,} numbers per token, so a `memory` of "

@@ -205,7 +205,8 @@ class EigenFit:
             if stages:  # only the decoded columns of the last stage are needed
                 stages[-1] = stages[-1]._replace(decoded=Halves(torch.empty(0), torch.empty(0)))
             known = self._bases[start] if before is None else None
-            stages.append(fit_stage(start, columns, told, before, step, self.settings.amortize, known))
+            predicts = chained and stop < self.layout.width
+            stages.append(fit_stage(start, columns, told, before, step, self.settings.amortize, known, decode=predicts))
         return stages
 
     def _coded_bits(self, codec: EigenCodec) -> float:
@@ -239,7 +240,7 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
     session.on_progress("preparing the fit", 0, 1)
     positions = None
     if not samples.layout.rotations:
-        positions = fit_positions(samples.less_mean(samples.mean), roots, inverses)
+        positions = fit_positions(samples, roots, inverses)
         samples, held = samples.less_positions(positions), held.less_positions(positions)
     inverses = stored_inverses(inverses)
     roots = inverted(inverses)
@@ -280,7 +281,7 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
 def mean_of(samples: SampledVectors, first: int) -> Tensor:
     """Return the mean vector [width] in float32 of all but the `first` tokens of every sequence."""
     rows = rows_after(samples, first)
-    total = sum(samples.vectors[part].sum(0, dtype=torch.float64) for part in rows.split(_ROWS))
+    total = sum(samples.vectors(part).sum(0, dtype=torch.float64) for part in rows.split(_ROWS))
     return (total / len(rows)).float()  # type: ignore[union-attr]
 
 
@@ -293,7 +294,7 @@ def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
             vector in this metric.
     """
     center = samples.mean
-    costs = torch.cat([block_product(x - center, roots).double().square().sum(1) for x in samples.vectors.split(_ROWS)])
+    costs = torch.cat([block_product(x - center, roots).double().square().sum(1) for x in samples.parts()])
     positions = samples.positions
     mean = torch.zeros(int(positions.max()) + 1, dtype=torch.float64).scatter_reduce(
         0, positions, costs, "mean", include_self=False

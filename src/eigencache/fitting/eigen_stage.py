@@ -37,7 +37,7 @@ class FittedStage(NamedTuple):
         quantizer: thresholds and reconstruction points [r].
         classes: class of every coefficient [r], the same in all stages: quarters of an octave of the deviation in steps.
         symbols: integers of the vectors that the basis has not seen, int32 [n, r].
-        decoded: the decoded columns of both halves, for the next stage.
+        decoded: the decoded columns of both halves, for the next stage; empty if they are not wanted.
     """
 
     stage: Stage
@@ -55,6 +55,8 @@ def fit_stage(
     step: float,
     tokens: int,
     basis: Tensor | None = None,
+    *,
+    decode: bool = True,
 ) -> FittedStage:
     """Fit a stage.
 
@@ -66,6 +68,7 @@ def fit_stage(
         step: quantization step.
         tokens: number of stored tokens that share the cost of a row.
         basis: basis of the columns if it is known already; it must not depend on the step.
+        decode: decode the columns, for a stage that they predict.
     """
     prediction = None if before is None else _prediction(before.fitted, columns.fitted)
     expected = told
@@ -85,11 +88,21 @@ def fit_stage(
     wide = (deviations[kept] > _FINE).nonzero().flatten()
     fine = int(wide[-1]) + 1 if len(wide) else 0
     stage = Stage.of(start, basis[:, kept].mT, fine, prediction)
-    integers = [quantizer.quantize(x @ stage.encoder / step) for x in rest]
-    decoded = [(quantizer.dequantize(q) * step) @ stage.rows for q in integers]
-    if expected is not None:
-        decoded = [d.add_(e) for d, e in zip(decoded, expected, strict=True)]
-    return FittedStage(stage, quantizer, classes[kept], integers[1], Halves(*decoded))
+    symbols = quantizer.quantize(rest.apart @ stage.encoder / step)
+    decoded = Halves(torch.empty(0), torch.empty(0))
+    if decode:
+        decoded = Halves(*(_decoded(stage, quantizer, step, x) for x in rest))
+        if expected is not None:
+            decoded = Halves(*(x.add_(e) for x, e in zip(decoded, expected, strict=True)))
+    return FittedStage(stage, quantizer, classes[kept], symbols, decoded)
+
+
+def _decoded(stage: Stage, quantizer: DeadZone, step: float, rest: Tensor) -> Tensor:
+    """Return what is left of `rest` [n, columns] after quantization, some thousand vectors at a time."""
+    decoded = torch.empty_like(rest)
+    for x, out in zip(rest.split(_ROWS), decoded.split(_ROWS), strict=True):
+        torch.mm(quantizer.dequantize(quantizer.quantize(x @ stage.encoder / step)) * step, stage.rows, out=out)
+    return decoded
 
 
 def basis_of(vectors: Tensor) -> Tensor:

@@ -186,5 +186,5 @@ def _stored(
     """Return the cached vectors [heads, n, dim] of the slot at `place`, (layer, slot), rotated to `positions` [n]."""
     spans = zip(samples.layout.parts, samples.layout.spans, strict=True)
     part, (first, stop) = next((part, span) for part, span in spans if (part.layer_idx, part.slot) == place)
-    x = samples.vectors[:, first:stop][rows].unflatten(-1, (-1, part.dim)).transpose(0, 1)
+    x = samples.vectors(rows, first, stop).unflatten(-1, (-1, part.dim)).transpose(0, 1)
     return x if rotation is None else rotate(x[None], rotation.angles(positions), rotation.pairing)[0]

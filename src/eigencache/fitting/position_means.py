@@ -17,17 +17,22 @@ def fit_positions(samples: SampledVectors, roots: Sequence[Tensor], inverses: Se
     """Fit the means by position, or return None if they do not exceed sampling noise. Cost: O(n width).
 
     Args:
-        samples: centered vectors of whole sequences.
+        samples: vectors of whole sequences.
         roots: blocks of M^{1/2} per part.
         inverses: blocks of M^{−1/2} per part.
     """
     positions, count = samples.positions, max(samples.lengths)
     seen = torch.bincount(positions, minlength=count)[:, None]
-    means = torch.zeros(count, samples.layout.width).index_add_(0, positions, samples.vectors) / seen
+    center, means = samples.mean, torch.zeros(count, samples.layout.width)
+    pieces = torch.arange(len(samples)).split(_ROWS)
+    for rows in pieces:
+        means.index_add_(0, positions[rows], samples.vectors(rows) - center)
+    means /= seen
     left, singular, directions = torch.linalg.svd(block_product(means, roots).double(), full_matrices=False)
     residual = torch.zeros_like(singular)
-    for x, places in zip(samples.vectors.split(_ROWS), positions.split(_ROWS), strict=True):
-        residual += (block_product(x - means[places], roots) @ directions.mT.float()).double().square().sum(0)
+    for rows in pieces:
+        x = samples.vectors(rows) - center - means[positions[rows]]
+        residual += (block_product(x, roots) @ directions.mT.float()).double().square().sum(0)
     noise = residual / max(1, len(positions) - count) * float((1 / seen).sum())
     kept = singular.square() > _NOISE * noise
     if not kept.any():

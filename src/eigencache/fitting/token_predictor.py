@@ -95,7 +95,7 @@ def _ridge(gram: Tensor, features: Tensor, vectors: Tensor) -> Tensor:
 def _finder(vectors: WeighedVectors, current: Tensor, gram: Tensor, layer_idx: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return start column and projections of the layer that identifies tokens, whitened by the residual."""
     start, stop = _columns_of(vectors.samples.layout, layer_idx)
-    seen = vectors.samples.vectors[:, start:stop][vectors.rows] - vectors.mean[start:stop]
+    seen = vectors.samples.vectors(vectors.rows, start, stop).sub_(vectors.mean[start:stop])
     h = current.shape[1]
     weights = _ridge(gram[:h, :h], current, seen)
     residual = seen.double() - current.double() @ weights

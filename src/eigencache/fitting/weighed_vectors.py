@@ -36,7 +36,7 @@ class WeighedVectors:
     @property
     def width(self) -> int:
         """Numbers of a vector."""
-        return self.samples.vectors.shape[1]
+        return self.samples.layout.width
 
     @cached_property
     def rows(self) -> Tensor:
@@ -64,13 +64,13 @@ class WeighedVectors:
         Returns:
             [m or n, stop − start].
         """
-        x = self.samples.vectors[:, start:stop][self.rows if tokens is None else self.rows[tokens]]
+        x = self.samples.vectors(self.rows if tokens is None else self.rows[tokens], start, stop)
         return block_product(x.sub_(self.mean[start:stop]), blocks_between(self.roots, start, stop))
 
     def centered(self) -> Iterator[Tensor]:
         """Yield x − μ [tokens, width] of every sequence."""
         for rows in self.rows.split(self.lengths):
-            yield self.samples.vectors[rows] - self.mean
+            yield self.samples.vectors(rows).sub_(self.mean)
 
     def ranks(self, text: TokenPredictor) -> Tensor:
         """Return the ranks of the tokens [n] as encoding finds them."""

@@ -1,15 +1,14 @@
-"""GGUF files: options with which transformers reads them, one parse of the header, and a warning for unread rotations."""
+"""GGUF files: options with which transformers reads them, one parse of the header, and rotations that it does not read."""
 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-_LOG = getLogger(__name__)
+from eigencache.errors import ModelError
 
 
 def gguf_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -39,17 +38,25 @@ def header_parsed_once() -> Iterator[None]:
         gguf.GGUFReader = reader  # type: ignore[misc]
 
 
-def warn_of_dropped_rotation(path: Path) -> None:
-    """Log a warning if a GGUF file scales its rotation, because transformers ignores this and uses the base only."""
+def require_plain_rotation(path: Path) -> None:
+    """Refuse a GGUF file that scales its rotation: transformers rotates keys by the base alone, which is another model.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModelError: The file has frequency factors other than 1, or a scaling of its rotation.
+    """
     from gguf import GGUFReader  # optional; installed wherever transformers has just read this file
 
     reader = GGUFReader(str(path))
-    names = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    names += [key for key in reader.fields if ".rope.scaling." in key]
-    if names:
-        _LOG.warning(
-            "%s: transformers does not read %s and rotates keys by the base alone, so logits and spectra differ from those "
-            "of the original model: load the original model by folder or hub name for its figures",
-            path.name,
-            ", ".join(names),
+    found = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_") and bool((tensor.data != 1).any())]
+    for key, plain in (("type", "none"), ("factor", 1.0)):
+        for name, entry in reader.fields.items():
+            if name.endswith(f".rope.scaling.{key}") and (value := entry.contents()) != plain:
+                found.append(f"{name} = {value}")
+    if found:
+        raise ModelError(
+            f"{path.name}: scales its rotation ({', '.join(found)}), which transformers does not read from a GGUF file, so "
+            "keys would be rotated by other angles than in the original model. Load that by folder or hub name."
         )

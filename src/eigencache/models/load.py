@@ -32,7 +32,7 @@ from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.geometry import KVGeometry, geometry_from_config
 from eigencache.models.adapters import adapter_for
 from eigencache.models.devices import device_of
-from eigencache.models.gguf import gguf_options, header_parsed_once, model_options, warn_of_dropped_rotation
+from eigencache.models.gguf import gguf_options, header_parsed_once, model_options, require_plain_rotation
 from eigencache.models.identity import known_fingerprint
 from eigencache.models.sources import NAMES, did_you_mean, source_of
 from eigencache.records.run import Model
@@ -125,6 +125,8 @@ def _load(spec: str, source: str, options: dict[str, Any], device: str, dtype: A
     with _one_line(spec):
         config = AutoConfig.from_pretrained(source, **gguf_options(options))
     geometry = geometry_from_config(config)
+    if "gguf_file" in options and geometry.rope is not None and geometry.rope.rope_type == "default":
+        require_plain_rotation(Path(source) / options["gguf_file"])
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if spec in NAMES:
@@ -147,8 +149,6 @@ def _load(spec: str, source: str, options: dict[str, Any], device: str, dtype: A
             raise ModelError(
                 f"{spec}: {len(names)} weights are {what} the checkpoint, such as {names[0]}: use a complete checkpoint"
             )
-    if "gguf_file" in options and geometry.rope is not None and geometry.rope.rope_type == "default":
-        warn_of_dropped_rotation(Path(source) / options["gguf_file"])
     if device != "auto":
         model.to(device)
     check_tokenizer(tokens, model)

@@ -67,15 +67,15 @@ class BenchContext:
     @cached_property
     def by_slot(self) -> list[tuple[Layout, Tensor]]:
         """Layout and vectors [n, width] of keys (before RoPE) and of values; with MLA, of latents and of rotary keys."""
-        samples = self.source.samples
-        vectors = torch.cat([samples.vectors, self.source.held_out_samples.vectors])  # baselines hold nothing out
+        samples, held = self.source.samples, self.source.held_out_samples  # baselines hold nothing out
         slots = []
         for slot in (0, 1):
             parts = tuple(part for part in samples.layout.parts if part.slot == slot)
             rotations = {i: (s, r) for i, (s, r) in samples.layout.rotations.items() if s == slot}
             spans = zip(samples.layout.parts, samples.layout.spans, strict=True)
-            columns = torch.cat([torch.arange(*span) for part, span in spans if part.slot == slot])
-            slots.append((Layout(parts, rotations), vectors[:, columns]))
+            own = [span for part, span in spans if part.slot == slot]
+            columns = torch.cat([torch.cat([s.vectors(slice(None), *span) for s in (samples, held)]) for span in own], 1)
+            slots.append((Layout(parts, rotations), columns))
         return slots
 
     @cached_property
