@@ -3,13 +3,29 @@
 import gc
 import sys
 import weakref
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from eigencache import memory
 from eigencache.models.tapped_cache import tapped_cache
 from tiny_models import tiny
+
+
+def test_a_container_limits_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = memory.free_memory()
+    assert 0 < whole <= psutil.virtual_memory().total
+    limit, use = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "_LIMITS", ((str(limit), str(use)),))
+    use.write_text("300\n")
+    for written, free in (("1000\n", 700), ("200\n", 0)):
+        limit.write_text(written)
+        assert memory.free_memory() == free
+        assert memory.default_memory() == int(0.6 * free)
+    limit.write_text("max\n")
+    assert memory.free_memory() > 1000
 
 
 def test_release_is_harmless_with_any_c_library(monkeypatch: pytest.MonkeyPatch) -> None:

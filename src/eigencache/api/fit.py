@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from eigencache.api.codec import CacheCodec
 from eigencache.api.opening import TEXT, TOKENS, opened, packed
 from eigencache.calibration.calibration_set import calibration_length
-from eigencache.calibration.session import MEMORY
 from eigencache.corpora.text import Text
 from eigencache.errors import BudgetError, ModelError
 from eigencache.fitting.eigen import EigenSettings
@@ -41,7 +40,7 @@ def fit(
     dtype: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
     on_progress: Progress = silent,
 ) -> CacheCodec:
     """Fit codecs to the cache of a model: `eigen`, which stores caches as bytes, the codec of `CompressedCache`, or both.
@@ -65,7 +64,7 @@ def fit(
         dtype: number format to load a model in.
         batch_size: sequences per forward pass.
         seed: recorded with the codec.
-        memory: bytes for sampled vectors.
+        memory: bytes that the fit may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
 
     Raises:

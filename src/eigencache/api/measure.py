@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from eigencache.api.opening import HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
 from eigencache.api.probe import Probe
 from eigencache.calibration.moments import gather
-from eigencache.calibration.session import MEMORY, Session
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Text
 from eigencache.errors import EigencacheError
@@ -38,7 +38,7 @@ def probe(
     dtype: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
     on_progress: Progress = silent,
 ) -> Probe:
     """Probe the KV cache of a model on a text. The model's weights, hooks and modes are as before afterwards.
@@ -55,7 +55,7 @@ def probe(
         dtype: number format to load a model in.
         batch_size: sequences per forward pass.
         seed: seed of the bootstrap.
-        memory: bytes for moments; scopes that need more are left out.
+        memory: bytes that the work may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
 
     Raises:
@@ -129,6 +129,7 @@ def report(
     dtype: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    memory: int | None = None,
     on_progress: Progress = silent,
 ) -> ReportRecord:
     """Probe models and measure what compressing their caches costs, for one report.
@@ -145,6 +146,7 @@ def report(
         dtype: number format to load models in.
         batch_size: sequences per forward pass.
         seed: seed of everything random.
+        memory: bytes that the work may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
 
     Returns:
@@ -152,8 +154,9 @@ def report(
     """
     source, scored = text_of(text), None if held_out is None else text_of(held_out)
     budget, settings, record = budget or Budget.of_ppl(DEFAULT_PPL), ProbeSettings(), ReportRecord(probes=[])
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size, "seed": seed, "memory": memory}
     for model in models:
-        with opened(model, device=device, dtype=dtype, batch_size=batch_size, seed=seed, on_progress=on_progress) as session:
+        with opened(model, on_progress=on_progress, **options) as session:
             session = session.named(session.loaded.name) if len(models) > 1 else session
             sequences = packed(session, source, tokens, max_length or session.loaded.default_length)
             gathered = gather(session, sequences, settings.scopes)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from eigencache.calibration.session import MEMORY, Session
+from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.corpora.text import Text
 from eigencache.inputs import model_of
+from eigencache.memory import default_memory
 from eigencache.modes import own_modes
 from eigencache.progress import Progress, silent
 
@@ -35,7 +36,7 @@ def opened(
     dtype: str | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    memory: int = MEMORY,
+    memory: int | None = None,
     on_progress: Progress = silent,
 ) -> Iterator[Session]:
     """Yield a session with the model in eval mode; afterwards its modules are in training mode again where they were.
@@ -47,12 +48,12 @@ def opened(
         dtype: `float32`, `bfloat16`, `float16` or None for the default.
         batch_size: sequences per forward pass.
         seed: seed of everything random.
-        memory: bytes for moments and sampled vectors.
+        memory: bytes that the work may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
     """
     with own_modes(), evaluating(model):
         loaded = model_of(model, tokenizer, device=device, dtype=dtype)
-        yield Session(loaded, batch_size, seed, on_progress, memory)
+        yield Session(loaded, batch_size, seed, on_progress, default_memory() if memory is None else memory)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ class CalibrationSet:
     Args:
         session: the model and how it is run.
         sequences: the calibration text.
-        most_vectors: about as many tokens, evenly spaced over the text, have their vectors sampled; None for all.
+        most_vectors: largest number of tokens whose vectors are sampled, held-out ones included, in sequences evenly spaced
+            over the text; None: no limit but the session's memory.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -71,8 +72,7 @@ class CalibrationSet:
     @cached_property
     def samples(self) -> SampledVectors:
         """The vectors that everything is fitted on."""
-        text = self.fitted_on
-        return self._sampled(text if self.most_vectors is None else spread_out(text, self.most_vectors), "vectors")
+        return self._sampled(self.fitted_on, "vectors")
 
     @cached_property
     def held_out_samples(self) -> SampledVectors:
@@ -111,7 +111,8 @@ class CalibrationSet:
 
     def _sampled(self, sequences: Sequences, what: str) -> SampledVectors:
         session = replace(self.session, memory=self.session.memory // 2)
-        return sample_vectors(session, sequences, self.rotations, what=what)
+        step = 1 if self.most_vectors is None else -(-sum(map(len, self.sequences.ids)) // self.most_vectors)
+        return sample_vectors(session, replace(sequences, ids=sequences.ids[::step]), self.rotations, what=what)
 
 
 def _trace(blocks: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eigencache.calibration.metrics import Metrics, metric
+from eigencache.calibration.pass_memory import BACKWARD_TOKENS
 from eigencache.calibration.session import Session
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
@@ -20,8 +21,6 @@ from eigencache.geometry import Layer
 from eigencache.memory import release
 from eigencache.models.gradients import cache_gradients
 from eigencache.spectral.rope import Rotation, unrotate
-
-_BACKWARD_TOKENS = 512  # tokens of a backward pass, which keeps the activations of all layers
 
 
 @metric("fisher", common_scale=True)
@@ -45,7 +44,7 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
         )
     sums: Metrics = {}
     done = 0
-    rows = min(session.batch_size, max(1, _BACKWARD_TOKENS // max(map(len, sequences.ids))))
+    rows = min(session.batch_size, max(1, BACKWARD_TOKENS // max(map(len, sequences.ids))))
     for input_ids, attention_mask, indices in sequences.batches(rows, pad_id=0):
         padded = bool((attention_mask == 0).any())
         mask = attention_mask.to(session.loaded.device) if padded else None

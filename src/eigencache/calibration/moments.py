@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from eigencache.calibration.accumulator import Accumulator, Columns, shapes_of
+from eigencache.calibration.pass_memory import beside_a_pass
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import ModelError, NonFiniteError, TokenizerMismatchError
@@ -49,7 +50,7 @@ def gather(
     """Capture a text and return its moments. Progress is reported as "capturing" after each batch.
 
     Args:
-        session: the model and how it is run; `memory` limits the moments.
+        session: the model and how it is run; `memory` limits the moments and a pass together.
         sequences: the text.
         scopes: scopes of the moments.
         layers: layers to capture; by default all that have a cache.
@@ -61,9 +62,10 @@ def gather(
         NoCacheError: the model has no cache.
         TokenizerMismatchError: the model does not embed all token ids.
         ModelError: the sequences are longer than the positions of the model.
-        StatisticsError: the moments exceed `memory`.
+        StatisticsError: a pass or the moments exceed `memory`.
     """
     watch = Stopwatch()
+    left = beside_a_pass(session, sequences)
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     accumulator, columns, done = None, {}, 0
     with Capture(session.loaded.model, session.loaded.geometry, layers=layers) as capture:
@@ -78,7 +80,7 @@ def gather(
             tensors = {n: t for n, t in captured_by_name(captured).items() if kind_and_frame(n)[0] in kinds}
             if accumulator is None:
                 columns = shapes_of(tensors)
-                accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=session.memory)
+                accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=left)
             accumulator.add(tensors, indices, lengths)
             del captured, tensors
             release()

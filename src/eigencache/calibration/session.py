@@ -19,7 +19,7 @@ class Session:
         batch_size: sequences per forward pass.
         seed: seed of everything random.
         on_progress: called with the name of the work, the units done and the total of units.
-        memory: bytes that moments and sampled vectors may take.
+        memory: bytes that the work may take beside the model.
     """
 
     loaded: LoadedModel

@@ -146,12 +146,13 @@ def sample_vectors(
         if layout is None:
             layout = layout_of(slots, rotations, mla=session.loaded.geometry.mla is not None)
             stored = torch.empty(sum(lengths), layout.width, dtype=torch.float16)  # filled in place: no second copy
-        batch = layout.vectors(slots, 0)
-        rows = torch.cat([batch[row, : lengths[index]] for row, index in enumerate(indices)])
-        units = units or Units.of(rows[: lengths[0]])  # of one sequence, so that they do not depend on the batches
-        stored[filled : filled + len(rows)] = units.rounded(rows)
-        filled += len(rows)
-        del cache, slots, batch, rows
+        for row, index in enumerate(indices):  # one sequence at a time, to hold no copy of the batch
+            alone = {i: (keys[row : row + 1], values[row : row + 1]) for i, (keys, values) in slots.items()}
+            x = layout.vectors(alone, 0)[0, : lengths[index]]
+            units = units or Units.of(x)  # of the first sequence, so that they do not depend on the batches
+            stored[filled : filled + len(x)] = units.rounded(x)
+            filled += len(x)
+        del cache, slots, alone, x
         release()
         session.on_progress(what, indices[-1] + 1, len(lengths))
     assert layout is not None  # `pack` never gives an empty text

@@ -13,6 +13,7 @@ from eigencache.cli.options import (
     Force,
     HeldOutLength,
     HeldOutTokens,
+    Memory,
     OutputJson,
     Plot,
     Prefix,
@@ -20,6 +21,7 @@ from eigencache.cli.options import (
     Text,
     check_plot,
     check_writable,
+    in_bytes,
     layer_numbers,
     print_written,
     rank_numbers,
@@ -97,6 +99,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Train residual adapters on values or keys, analyze them as operators, and score their truncation beside PCA."""
     check_writable(output)
@@ -134,6 +137,7 @@ def run(
             force=force,
             device=device,
             dtype=dtype,
+            memory=in_bytes(memory),
             on_progress=on_progress,
         )
     if output:

@@ -11,8 +11,10 @@ from eigencache.cli.options import (
     Device,
     Dtype,
     Force,
+    Memory,
     Text,
     check_folder,
+    in_bytes,
     length_numbers,
     positive_numbers,
     print_written,
@@ -71,6 +73,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
+    memory: Memory = None,
 ) -> None:
     """Compare methods by the bytes they hold at equal loss through the cache, with intervals.
 
@@ -122,6 +125,7 @@ def run(
                     device=device,
                     dtype=dtype,
                     batch_size=batch_size,
+                    memory=in_bytes(memory),
                     on_progress=on_progress,
                 )
             )

@@ -18,6 +18,7 @@ from eigencache.cli.options import (
     Frame,
     HeldOutLength,
     HeldOutTokens,
+    Memory,
     Metric,
     Model,
     OneFrame,
@@ -31,6 +32,7 @@ from eigencache.cli.options import (
     check_folder,
     check_writable,
     finish,
+    in_bytes,
     length_numbers,
     partial_of,
     print_written,
@@ -100,6 +102,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Evaluate one compression setting: likelihood through the cache, generation, retrieval and bytes.
 
@@ -146,6 +149,7 @@ def run(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
         )

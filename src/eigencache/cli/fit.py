@@ -10,12 +10,14 @@ from eigencache.cli.options import (
     Device,
     Dtype,
     MaxLength,
+    Memory,
     Metric,
     Model,
     Seed,
     Text,
     Tokens,
     check_folder,
+    in_bytes,
     print_written,
 )
 
@@ -90,6 +92,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Fit the codec `eigen`: transform, step and entropy tables, for a size or for a loss, and save it in a folder.
 
@@ -148,6 +151,7 @@ def run(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
         )

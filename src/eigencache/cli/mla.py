@@ -13,11 +13,13 @@ from eigencache.cli.options import (
     Dtype,
     HeldOutLength,
     HeldOutTokens,
+    Memory,
     Scope,
     ScopeName,
     Seed,
     Text,
     check_writable,
+    in_bytes,
     print_written,
 )
 
@@ -45,6 +47,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Measure MLA: bytes and logits of both caches, low rank of the latent in three metrics, of K or V alone expanded."""
     check_writable(output)
@@ -69,6 +72,7 @@ def run(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
         )

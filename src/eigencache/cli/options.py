@@ -27,6 +27,10 @@ CalibrationTokens = Annotated[
     int, typer.Option("--calibration-tokens", min=1, help="Tokens of the calibration text at most.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Score a text that overlaps the calibration text as well.")]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.001, help="GiB the work may take beside the model; default: 60 % of what is free."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 
 
@@ -168,6 +172,11 @@ def _writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def in_bytes(memory: float | None) -> int | None:
+    """Return GiB as bytes; None stays None, the default."""
+    return None if memory is None else int(memory * 2**30)
 
 
 def unique(names: Iterable[str]) -> list[str]:

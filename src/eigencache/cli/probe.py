@@ -11,6 +11,7 @@ from eigencache.cli.options import (
     Dtype,
     FrameName,
     MaxLength,
+    Memory,
     OutputJson,
     Plot,
     ScopeName,
@@ -19,6 +20,7 @@ from eigencache.cli.options import (
     Tokens,
     check_plot,
     check_writable,
+    in_bytes,
     layer_numbers,
     print_written,
 )
@@ -63,9 +65,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
-    memory: Annotated[
-        float, typer.Option("--memory", min=0.001, help="GiB for moments; scopes that need more are left out.")
-    ] = 4.0,
+    memory: Memory = None,
 ) -> None:
     """Measure the spectra of cached keys, values and latents: effective ranks, energies and their statistical support."""
     check_writable(output)
@@ -98,7 +98,7 @@ def run(
             dtype=dtype,
             batch_size=batch_size,
             seed=seed,
-            memory=int(memory * 2**30),
+            memory=in_bytes(memory),
             on_progress=on_progress,
         ).record
     if output:

@@ -13,11 +13,13 @@ from eigencache.cli.options import (
     Force,
     HeldOutLength,
     HeldOutTokens,
+    Memory,
     OutputJson,
     Prefix,
     Seed,
     Text,
     check_writable,
+    in_bytes,
     partial_of,
     print_written,
 )
@@ -45,6 +47,7 @@ _MEASURING = (
     "dtype",
     "batch_size",
     "seed",
+    "memory",
 )
 
 
@@ -76,6 +79,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Recommend a compression setting that stays within a loss budget.
 
@@ -115,6 +119,7 @@ def run(
                 device=device,
                 dtype=dtype,
                 batch_size=batch_size,
+                memory=in_bytes(memory),
                 seed=seed,
                 on_progress=on_progress,
             )

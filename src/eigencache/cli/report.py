@@ -10,9 +10,11 @@ from eigencache.cli.options import (
     Device,
     Dtype,
     MaxLength,
+    Memory,
     Seed,
     Tokens,
     check_folder,
+    in_bytes,
     unique,
 )
 from eigencache.cli.options import Text as TextOption
@@ -47,6 +49,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Probe models, measure what compressing their cache costs, and write report.html (offline) and report.json.
 
@@ -81,6 +84,7 @@ def run(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
         )

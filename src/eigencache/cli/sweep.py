@@ -16,6 +16,7 @@ from eigencache.cli.options import (
     Frame,
     HeldOutLength,
     HeldOutTokens,
+    Memory,
     Metric,
     Model,
     OneFrame,
@@ -30,6 +31,7 @@ from eigencache.cli.options import (
     check_plot,
     check_writable,
     finish,
+    in_bytes,
     partial_of,
     print_written,
     rank_numbers,
@@ -78,6 +80,7 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Measure the loss of low-rank compression through the cache, by tensor, rank and bytes.
 
@@ -117,6 +120,7 @@ def run(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
         )

@@ -14,6 +14,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import fit_target
+from eigencache.fitting.fit_memory import fit_memory
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
 from eigencache.fitting.live import VECTORS, LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
@@ -119,7 +120,9 @@ def fit_codec(
         StatisticsError: too little text.
     """
     watch = Stopwatch()
-    calibration = CalibrationSet(session, sequences)
+    memory = fit_memory(session, sequences, settings)
+    session.on_progress(memory.describe(), 0, 1)
+    calibration = CalibrationSet(session, sequences, most_vectors=memory.sampled)
     fit = fit_eigen(calibration, settings)
     codec, expected = fit_target(fit, session, bits=goal.bits, max_nll=goal.max_nll, context=context)
     fitting = eigen_fitting_of(settings, expected, session.loaded, sequences, _run(watch, session))

@@ -1,0 +1,66 @@
+"""Predict the memory of passes through a model, beside its weights.
+
+The numbers of tensors that are held at a time were counted in the code and checked against measured peaks (LOG.md,
+2026-11-27).
+"""
+
+from eigencache.calibration.session import Session
+from eigencache.corpora.sequences import Sequences
+from eigencache.errors import StatisticsError
+from eigencache.memory import LOGITS
+from eigencache.models.load import LoadedModel
+
+BACKWARD_TOKENS = 512  # of a backward pass, which keeps the activations of all layers
+_FLOAT = 4  # bytes
+_CACHES, _HIDDENS, _INNERS = 2, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
+_SAVED_HIDDENS, _SAVED_INNERS = 12, 4  # kept of every layer for a backward pass
+_LOGITS = 4  # logits, and what a loss makes of them
+
+
+def forward_nbytes(loaded: LoadedModel, tokens: int) -> int:
+    """Return the bytes of a forward pass without logits.
+
+    Args:
+        loaded: the model.
+        tokens: tokens of the pass, of all sequences together.
+    """
+    hidden, inner = _widths(loaded)
+    cached = loaded.geometry.values_per_token
+    return _FLOAT * tokens * (_CACHES * cached + _HIDDENS * hidden + _INNERS * inner)
+
+
+def beside_a_pass(session: Session, sequences: Sequences) -> int:
+    """Return the bytes of the session's memory that a forward pass of a batch leaves.
+
+    Args:
+        session: the model, the size of its batches, and the memory that is allowed.
+        sequences: the text.
+
+    Raises:
+        StatisticsError: a pass needs more than is allowed.
+    """
+    longest = max(map(len, sequences.ids))
+    batch = min(session.batch_size, len(sequences.ids))
+    needed = forward_nbytes(session.loaded, batch * longest)
+    if needed > session.memory:
+        raise StatisticsError(
+            f"A pass of {batch} sequences of {longest:,} tokens needs about {needed / 2**30:.2g} GiB beside the model, more "
+            f"than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory`, or lower `batch_size` or `max_length`."
+        )
+    return session.memory - needed
+
+
+def backward_nbytes(loaded: LoadedModel, tokens: int = BACKWARD_TOKENS) -> int:
+    """Return the bytes of a forward and a backward pass with logits; arguments as above."""
+    hidden, inner = _widths(loaded)
+    layers = loaded.geometry.num_hidden_layers
+    saved = layers * (_SAVED_HIDDENS * hidden + _SAVED_INNERS * inner) + _CACHES * loaded.geometry.values_per_token
+    logits = min(LOGITS, tokens * loaded.embedded_ids)
+    return _FLOAT * (tokens * saved + _LOGITS * logits)
+
+
+def _widths(loaded: LoadedModel) -> tuple[int, int]:
+    """Return the width of the hidden state and of the inner state of an MLP."""
+    hidden = loaded.geometry.hidden_size
+    inner = getattr(loaded.model.config.get_text_config(), "intermediate_size", None)
+    return hidden, inner if isinstance(inner, int) else 4 * hidden
