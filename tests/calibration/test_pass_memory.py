@@ -2,7 +2,7 @@
 
 import pytest
 
-from eigencache.calibration.pass_memory import backward_nbytes, beside_a_pass, forward_nbytes
+from eigencache.calibration.pass_memory import backward_nbytes, beside_a_pass, forward_nbytes, scoring_nbytes
 from eigencache.calibration.session import Session
 from eigencache.errors import StatisticsError
 from stub_codecs import random_sequences, tiny_loaded
@@ -19,6 +19,14 @@ def test_logits_are_bounded_in_a_backward_pass() -> None:
     loaded = tiny_loaded("llama")
     per_token = [backward_nbytes(loaded, n) / n for n in (10**4, 10**6, 10**7)]
     assert per_token[0] > per_token[1] > per_token[2]
+
+
+def test_scoring_takes_as_many_sequences_as_their_logits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded("llama")
+    monkeypatch.setattr("eigencache.calibration.pass_memory.LOGITS", 3 * 20 * loaded.embedded_ids)
+    sizes = [scoring_nbytes(loaded, batch, 40) for batch in (1, 2, 3, 8)]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == sizes[3] == 3 * sizes[0]
+    assert scoring_nbytes(loaded, 8, 400) > 10 * sizes[0] / 2  # one sequence at least
 
 
 def test_what_a_pass_leaves_is_for_statistics() -> None:

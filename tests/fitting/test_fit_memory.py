@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from eigencache.calibration.pass_memory import backward_nbytes, forward_nbytes
+from eigencache.calibration.pass_memory import backward_nbytes, forward_nbytes, scoring_nbytes
 from eigencache.calibration.session import Session
 from eigencache.errors import StatisticsError
 from eigencache.fitting.eigen import EigenSettings
@@ -41,11 +41,13 @@ def test_wider_stages_take_more() -> None:
     assert of(10**9, group=100).per_token == sizes["joint"]
 
 
-def test_the_largest_pass_is_part_of_it() -> None:
+def test_the_largest_pass_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_loaded("llama")
-    assert of(10**9, scope="head").fixed == max(forward_nbytes(loaded, 320), backward_nbytes(loaded, 40))
-    assert of(10**9, scope="head", metric="frobenius").fixed == forward_nbytes(loaded, 320)
-    assert of(10**9, scope="joint").fixed > of(10**9, scope="head").fixed  # matrices of all columns
+    passes = forward_nbytes(loaded, 320), backward_nbytes(loaded, 40), scoring_nbytes(loaded, 8, 40)
+    assert of(10**9, scope="head").fixed == max(passes)
+    assert of(10**9, scope="head", metric="frobenius").fixed == max(passes[0], passes[2])
+    monkeypatch.setattr("eigencache.fitting.fit_memory._SQUARES", 10**6)
+    assert of(10**9, scope="joint").fixed > of(10**9, scope="head").fixed > max(passes)  # matrices of the columns
 
 
 @pytest.mark.parametrize("name", ["gpt2", "deepseek_v3", "gemma3_text"])

@@ -12,9 +12,10 @@ from eigencache.models.load import LoadedModel
 
 BACKWARD_TOKENS = 512  # of a backward pass, which keeps the activations of all layers
 _FLOAT = 4  # bytes
-_CACHES, _HIDDENS, _INNERS = 2, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
-_SAVED_HIDDENS, _SAVED_INNERS = 12, 4  # kept of every layer for a backward pass
-_LOGITS = 4  # logits, and what a loss makes of them
+_CACHES, _HIDDENS, _INNERS = 3, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
+_SAVED_HIDDENS, _SAVED_INNERS = 8, 4  # kept of every layer for a backward pass
+_LOGITS = 2  # logits, and what a loss makes of them
+_COMPARED = 10  # logits, those of the reference, and what a comparison makes of both
 
 
 def forward_nbytes(loaded: LoadedModel, tokens: int) -> int:
@@ -57,6 +58,18 @@ def backward_nbytes(loaded: LoadedModel, tokens: int = BACKWARD_TOKENS) -> int:
     saved = layers * (_SAVED_HIDDENS * hidden + _SAVED_INNERS * inner) + _CACHES * loaded.geometry.values_per_token
     logits = min(LOGITS, tokens * loaded.embedded_ids)
     return _FLOAT * (tokens * saved + _LOGITS * logits)
+
+
+def scoring_nbytes(loaded: LoadedModel, batch: int, length: int) -> int:
+    """Return the bytes of scoring a codec on the second halves of sequences, of as many at a time as the logits allow.
+
+    Args:
+        loaded: the model.
+        batch: most sequences of a pass.
+        length: tokens of a sequence.
+    """
+    tokens = length * max(1, min(batch, LOGITS // (length // 2 * loaded.embedded_ids)))
+    return forward_nbytes(loaded, tokens) + _FLOAT * _COMPARED * tokens // 2 * loaded.embedded_ids
 
 
 def _widths(loaded: LoadedModel) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from eigencache.memory import release
 from eigencache.models.tapped_cache import tapped_cache
 from eigencache.spectral.rope import Rotation
 
-_ROWS = 4096  # vectors at a time
+_ROWS = 1024  # vectors at a time
 _LEAST_UNIT = 1e-3  # of the largest deviation of a column; columns that deviate less lose nothing in float16 down to 1e-7
 
 

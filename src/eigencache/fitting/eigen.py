@@ -33,7 +33,7 @@ from eigencache.spectral.metric import block_product, inverted
 _LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
 _SINK, _FIRST = 4.0, 16  # a sink costs more than 4 times the median position; only the first 16 positions are tested
 _APART = 8  # one of eight calibration sequences fits the quantizer and the tables, and the basis does not see it
-_ROWS = 4096  # vectors at a time
+_ROWS = 1024  # vectors at a time
 
 
 @dataclass(frozen=True)

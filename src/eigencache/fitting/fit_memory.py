@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eigencache.calibration.pass_memory import backward_nbytes, forward_nbytes
+from eigencache.calibration.pass_memory import backward_nbytes, forward_nbytes, scoring_nbytes
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
@@ -66,6 +66,7 @@ def fit_memory(session: Session, sequences: Sequences, settings: EigenSettings) 
         fixed=max(
             forward_nbytes(loaded, min(session.batch_size * longest, tokens)),
             backward_nbytes(loaded, longest) if settings.metric != "frobenius" else 0,
+            scoring_nbytes(loaded, session.batch_size, longest),
             _SQUARES * _DOUBLE * stage**2,
         ),
         per_token=2 * loaded.geometry.values_per_token + _STAGES * _FLOAT * stage,
