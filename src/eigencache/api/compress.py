@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
+from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed, recipe_of
 from eigencache.calibration.calibration_set import calibration_length
 from eigencache.codec.pca import CoefficientBits
 from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
@@ -18,12 +18,12 @@ from eigencache.fitting.provenance import fitting_of
 from eigencache.inputs import text_of
 from eigencache.models.codec_check import codec_for
 from eigencache.progress import Progress, silent
-from eigencache.records.advice import DEFAULT_PPL, Advice, Budget
+from eigencache.records.advice import DEFAULT_PPL, FAMILIES, Advice, Budget, Family
 from eigencache.records.bench import BenchRecord
 from eigencache.records.quality import EvaluationRecord, ReadingProtocol, SweepRecord
 from eigencache.studies.bench.run import BenchSettings, bench_model
 from eigencache.studies.evaluation import evaluate_codecs
-from eigencache.studies.recommend.recommend import recommend_model, recommend_sweep
+from eigencache.studies.recommend.recommend import check_families, recommend_model, recommend_sweep
 from eigencache.studies.recommend.subject import check_same_model, read_subject
 from eigencache.studies.sweep import (
     Plan,
@@ -207,6 +207,7 @@ def recommend(
     calibration_text: TextLike = TEXT,
     *,
     budget: Budget | None = None,
+    families: Sequence[Family] = FAMILIES,
     model: str | None = None,
     tokens: int = 40_960,
     calibration_tokens: int = TOKENS,
@@ -214,18 +215,20 @@ def recommend(
     prefix: int | None = None,
     force: bool = False,
     partial: Path | None = None,
+    device: str | None = None,
     dtype: str | None = None,
     on_progress: Progress = silent,
     **options: Any,
 ) -> Advice:
-    """Recommend a compression setting that stays within a loss budget.
+    """Recommend, for each use, what compresses a cache within a loss budget, with the command that makes the codec.
 
     Args:
         subject: the name of a model, or the JSON file that `probe`, `report` or `sweep` wrote. A sweep is advised from
             without measuring anything.
         text: the held-out text; settings are chosen on one half of it, their loss is stated on the other.
-        calibration_text: the text that bases are fitted on.
+        calibration_text: the text that codecs are fitted on.
         budget: the loss that is allowed. Default: 1 % of perplexity.
+        families: what to measure: `pca`, `eigen` (the stored codec) and `live` (the cache while generating). Default: all.
         model: the model to use where the JSON of a report holds several.
         tokens: tokens of `text` at most.
         calibration_tokens: tokens of `calibration_text` at most.
@@ -233,30 +236,49 @@ def recommend(
         prefix: tokens held compressed. Default: half of a sequence.
         force: score a text that overlaps the calibration text as well.
         partial: name of the files that results are kept in while the search runs, so that it can be resumed.
+        device: device to load the model to.
         dtype: number format to load the model in. Default: that of the probe, where there is one.
         on_progress: called with the name of the work, the units done and the units in all.
-        **options: device, batch_size, seed and memory, as for `probe`.
+        **options: batch_size, seed and memory, as for `probe`.
 
     Raises:
         EigencacheError: one of `eigencache.errors`, such as `RecordError` for a file of another kind.
     """
+    check_families(families)
     budget, name = budget or Budget.of_ppl(DEFAULT_PPL), str(subject)
     found = read_subject(name, model)
     if isinstance(found, SweepRecord):
-        if options or dtype:
-            raise RecordError(f"{subject} is a sweep, so nothing is measured: leave out {', '.join(options) or 'dtype'}")
+        unused = options | {name: x for name, x in (("device", device), ("dtype", dtype)) if x}
+        if unused:
+            raise RecordError(f"{subject} is a sweep, so nothing is measured: leave out {', '.join(unused)}")
         return recommend_sweep(found, budget, name)
     probed = None if isinstance(found, str) else found
     dtype = dtype or (probed.model.dtype if probed else None)  # the hash of the model depends on it
     source, calibration_source = text_of(text), text_of(calibration_text)
-    with opened(probed.model.name if probed else name, dtype=dtype, on_progress=on_progress, **options) as session:
+    named = probed.model.name if probed else name
+    with opened(named, device=device, dtype=dtype, on_progress=on_progress, **options) as session:
         held_out = packed(session, source, tokens, max_length)
         if probed:
             check_same_model(session.loaded, probed, name)
         fitted_on = packed(session, calibration_source, calibration_tokens, min(CALIBRATION_LENGTH, max_length))
-        protocol = ReadingProtocol(kind="prefix", length=prefix or max_length // 2)
+        learned = session.loaded.learned_positions  # their codec stores a mean for every position
+        length = learned or min(calibration_length(session.loaded), max_length)
+        alike = length == fitted_on.corpus.max_length
         return recommend_model(
-            session, held_out, fitted_on, budget, protocol, force=force, probe=probed, subject=name, partial=partial
+            session,
+            held_out,
+            fitted_on,
+            budget,
+            ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
+            recipe_of(
+                session, calibration_text, calibration_source.name, calibration_tokens, length, device=device, dtype=dtype
+            ),
+            families=families,
+            codec_sequences=fitted_on if alike else packed(session, calibration_source, calibration_tokens, length),
+            force=force,
+            probe=probed,
+            subject=name,
+            partial=partial,
         )
 
 

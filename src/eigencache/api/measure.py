@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eigencache.api.opening import HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
+from eigencache.api.opening import HELD_OUT_TEXT, TEXT, TOKENS, opened, packed, recipe_of
 from eigencache.api.probe import Probe
 from eigencache.calibration.moments import gather
 from eigencache.calibration.session import Session
@@ -20,6 +20,7 @@ from eigencache.report.core.table import Table
 from eigencache.report.probe.comparison import compare_table
 from eigencache.studies.model_quality import score_model
 from eigencache.studies.probe import ProbeSettings, probe_gathered, probe_model
+from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.verdict import judge
 
 if TYPE_CHECKING:
@@ -162,15 +163,17 @@ def report(
             gathered = gather(session, sequences, settings.scopes)
             record.probes.append(probe_gathered(session, gathered, settings))
             if scored:
-                record.verdicts.append(_judged(session, gathered, scored, held_out_tokens, budget))
+                length = sequences.corpus.max_length
+                recipe = recipe_of(session, text, source.name, tokens, length, device=device, dtype=dtype)
+                record.verdicts.append(_judged(session, gathered, scored, held_out_tokens, budget, recipe))
     return record
 
 
-def _judged(session: Session, gathered: Any, scored: Text, tokens: int, budget: Budget) -> Verdict:
+def _judged(session: Session, gathered: Any, scored: Text, tokens: int, budget: Budget, recipe: Recipe) -> Verdict:
     """Return advice, or the reason why this model or text allows none: the probe is worth its report without it."""
     try:
         max_length = gathered.sequences.corpus.max_length
         held_out = pack(scored, session.loaded.tokenizer, tokens=tokens, max_length=max_length)
-        return Verdict(advice=judge(session, gathered, held_out, budget))
+        return Verdict(advice=judge(session, gathered, held_out, budget, recipe))
     except EigencacheError as error:
         return Verdict(reason=str(error))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from eigencache.inputs import model_of
 from eigencache.memory import default_memory
 from eigencache.modes import own_modes
 from eigencache.progress import Progress, silent
+from eigencache.studies.recommend.commands import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +67,21 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def recipe_of(session: Session, text: Any, name: str, tokens: int, max_length: int, **options: str | None) -> Recipe:
+    """Return what the commands of recommended codecs share.
+
+    Args:
+        session: the model.
+        text: the calibration text, as its user gave it.
+        name: name of that text, for texts that have no specification.
+        tokens: tokens of that text at most.
+        max_length: tokens per calibration sequence.
+        **options: `device` and `dtype`, as their user gave them.
+    """
+    given = str(text) if isinstance(text, Path) or (isinstance(text, str) and "\n" not in text) else name
+    return Recipe(session.loaded.name, given, tokens, max_length, **options)
 
 
 def packed(session: Session, text: Text, tokens: int | None, max_length: int) -> Sequences:

@@ -54,6 +54,17 @@ class CalibrationSet:
                 "Calibrate on more tokens or lower `max_length`."
             )
 
+    def resampled(self, session: Session, most_vectors: int | None = None) -> "CalibrationSet":
+        """Return a set of the same text that samples its own vectors. Metrics are shared: each is measured once.
+
+        Args:
+            session: the same model, and how it is run.
+            most_vectors: about as many tokens have their vectors sampled; None for all.
+        """
+        other = replace(self, session=session, most_vectors=most_vectors)
+        other.__dict__["_metrics"] = self._metrics
+        return other
+
     @property
     def fitted_on(self) -> Sequences:
         """All but the last eighth of the text. Held-out sequences from within it would share documents with these."""

@@ -1,4 +1,4 @@
-"""`eigencache recommend MODEL|REPORT.json`: which way to compress a cache within a budget, measured, with the evidence."""
+"""`eigencache recommend MODEL|REPORT.json`: what compresses a cache within a budget, for each use, with the evidence."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +22,7 @@ from eigencache.cli.options import (
     in_bytes,
     partial_of,
     print_written,
+    unique,
 )
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ EXAMPLES = """
   eigencache recommend ref-llama\n
   eigencache recommend ref-qwen2 --budget-nll 0.02 --output advice.json\n
   eigencache recommend report/report.json --model ref-deepseek --budget-ppl 5%\n
+  eigencache recommend smollm2 --families eigen,live --calibration-tokens 32768 -o advice.json\n
   eigencache recommend sweep.json --budget-ppl 0.5%\n
   eigencache recommend Qwen/Qwen2.5-0.5B --text wikitext2 --tokens 98304 --max-length 2048
 """
 _MEASURING = (
+    "families",
     "text",
     "tokens",
     "max_length",
@@ -64,6 +67,14 @@ def run(
         str | None,
         typer.Option("--budget-ppl", help="Loss budget as a share of perplexity, such as 1% or 0.01; default: 1%."),
     ] = None,
+    families: Annotated[
+        str,
+        typer.Option(
+            "--families",
+            help="What to measure, with commas between: eigen (stored caches), live (the cache while generating) and pca "
+            "(low rank, for research; the slowest).",
+        ),
+    ] = "pca,eigen,live",
     model: Annotated[
         str | None, typer.Option("--model", help="Model to use when the JSON of a report contains several.")
     ] = None,
@@ -81,10 +92,12 @@ def run(
     seed: Seed = 0,
     memory: Memory = None,
 ) -> None:
-    """Recommend a compression setting that stays within a loss budget.
+    """Recommend what compresses a cache within a loss budget, with the command that makes the codec.
 
-    The way is chosen on one half of the held-out sequences and its loss is stated on the other half. The JSON of a sweep
-    is used without measuring anything. With --output, an interrupted run resumes when it is started again.
+    There is one recommendation for each use: a codec for caches that are stored, a live cache to generate with, and low
+    rank for research. A setting is chosen on one half of the held-out sequences and its loss is stated on the other half.
+    The JSON of a sweep is used without measuring anything. With --output, an interrupted run resumes when it is started
+    again.
     """
     check_writable(output)
     budget = _budget(budget_nll, budget_ppl)
@@ -107,8 +120,9 @@ def run(
             advice = recommend(
                 subject,
                 text=read_text(text),
-                calibration_text=read_text(calibration_text),
+                calibration_text=calibration_text,
                 budget=budget,
+                families=unique(name.strip() for name in families.split(",")),  # type: ignore[arg-type] - checked there
                 model=model,
                 tokens=tokens,
                 calibration_tokens=calibration_tokens,
@@ -129,7 +143,7 @@ def run(
         path.unlink(missing_ok=True)
     console = Console()
     for line in advice_lines(advice):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in advice_tables(advice):
         console.print(table)
     for line in evidence_lines(advice):

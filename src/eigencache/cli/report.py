@@ -93,7 +93,7 @@ def run(
         took = f"probe {probe.run.wall_s:.1f} s"
         advice = record.verdicts[index].advice if record.verdicts else None
         if advice:
-            took += f", verdict {advice.sweeps['given'].run.wall_s:.1f} s"
+            took += f", verdict {advice.run.wall_s:.1f} s"
         console.print(f"{probe.model.name}: {took}", markup=False, highlight=False)
     page, data = output / "report.html", output / "report.json"
     write_report(record, page)

@@ -1,4 +1,4 @@
-"""Summarize losses per sequence as ΔNLL with a paired bootstrap interval over sequences (THEORY 10)."""
+"""Summarize losses per sequence as ΔNLL and KL with paired bootstrap intervals over sequences (THEORY 10)."""
 
 from collections.abc import Sequence
 
@@ -35,6 +35,7 @@ def summarize(
         seed: Seed of the bootstrap.
     """
     tokens = sum(loss.tokens for loss in losses)
+    scored = np.array([loss.tokens for loss in losses])
     differences = np.array([a.nll - b.nll for a, b in zip(losses, uncompressed, strict=True)])
     return Quality(
         codec=codec,
@@ -42,8 +43,9 @@ def summarize(
         sequences=len(losses),
         nll=sum(loss.nll for loss in losses) / tokens,
         delta_nll=float(differences.sum() / tokens),
-        delta_nll_interval=paired_interval(differences, np.array([loss.tokens for loss in losses]), seed),
+        delta_nll_interval=paired_interval(differences, scored, seed),
         kl=sum(loss.kl for loss in losses) / tokens,
+        kl_interval=paired_interval(np.array([loss.kl for loss in losses]), scored, seed),
         top1_agreement=sum(loss.agree for loss in losses) / tokens,
         encoded_tokens=encoded_tokens,
         encoded_nbytes=encoded_nbytes,
@@ -56,7 +58,7 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray, seed: int = 0) 
     """Return the 95 % bootstrap percentile interval of Σ differences / Σ tokens over sequences.
 
     Args:
-        differences: Loss differences per sequence in nats [sequences].
+        differences: Loss differences, or KL divergences, per sequence in nats [sequences].
         tokens: Scored tokens per sequence [sequences].
         seed: Seed of the bootstrap.
 

@@ -1,21 +1,25 @@
-"""Records of recommendations: the compression setting for a loss budget, the evidence, and the limitations.
+"""Records of recommendations: what compresses a cache within a loss budget, by use, the evidence, and the limitations.
 
-A setting is chosen by the upper end of its interval on one part of the text; its loss is stated on a held-out part.
+A setting is chosen by the upper end of its interval on one part of the text; its loss is stated on a held-out part. The
+families are `eigen` for caches that are stored, `live` for the cache that a model generates with, and PCA for research.
 """
 
 import math
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field
 
 from eigencache.errors import BudgetError
 from eigencache.records.base import Centered, Record, StoredRecord
 from eigencache.records.probe import ProbeRecord
-from eigencache.records.quality import Quality, ReadingProtocol, SweepPoint, SweepRecord, SweepSeries
+from eigencache.records.quality import LedgerRow, Quality, ReadingProtocol, SweepPoint, SweepRecord, SweepSeries
 from eigencache.records.run import Corpus, Model, Run
 
 DEFAULT_PPL = "1%"
 WORDS = {"k": "K", "v": "V", "kv": "K and V", "latent": "the latent", "key_rope": "the rotary key"}
+Family = Literal["pca", "eigen", "live"]
+CodecFamily = Literal["eigen", "live"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
 _FRAMES = {"pre": " before rotation", "post": " after rotation", "none": ""}
 _SCOPES = {"head": "one basis per head", "layer": "one basis per layer", "all": "one basis for all layers"}
 
@@ -64,10 +68,40 @@ def _number(text: str, message: str) -> float:
     return number
 
 
-class Candidate(Record):
-    """One compression setting at one rank, with its loss on the part for choosing and on the held-out part."""
+class Measured(Record):
+    """A codec with its loss on the part for choosing and on the held-out part, and the command that makes it."""
 
     name: str
+    choosing: Quality  # on the part that the choice used
+    stating: Quality | None = None  # on the held-out part
+    command: str = ""  # empty: no command makes it, or the record is of an earlier version
+
+    @property
+    def upper_nats(self) -> float:
+        """Upper end of the interval on the part for choosing; infinite if there are too few sequences for an interval."""
+        interval = self.choosing.delta_nll_interval
+        return interval[1] if interval else math.inf
+
+    @property
+    def nbytes_per_token(self) -> float:
+        """Bytes of the compressed cache per token, without the basis."""
+        return self.choosing.encoded_nbytes / self.choosing.encoded_tokens
+
+    @property
+    def sixteen_bit_nbytes_per_token(self) -> float:
+        """Bytes of the 16-bit cache per token."""
+        return self.choosing.sixteen_bit_nbytes / self.choosing.encoded_tokens
+
+    def holds(self, budget: Budget) -> bool | None:
+        """Return whether the held-out interval is within the budget; None if there is no interval."""
+        if self.stating is None or self.stating.delta_nll_interval is None:
+            return None
+        return self.stating.delta_nll_interval[1] <= budget.nats
+
+
+class Candidate(Measured):
+    """One PCA setting at one rank."""
+
     target: str
     scope: str
     frame: str  # of keys: `pre` or `post` rotation; `none` if no compressed tensor is rotated
@@ -77,8 +111,6 @@ class Candidate(Record):
     rank: int  # coefficients per head, layer or all layers, depending on the scope
     width: int  # full rank
     target_ratio: float  # bytes of the target in 16 bits / bytes of its coefficients
-    choosing: Quality  # on the part that the choice used
-    stating: Quality | None = None  # on the held-out part
 
     @classmethod
     def of(cls, series: SweepSeries, point: SweepPoint, rotated: bool) -> Self:
@@ -108,26 +140,35 @@ class Candidate(Record):
         return f"{target}, {_SCOPES[self.scope]}, metric {self.metric}{centering}, {rank} in {self.bits} bits"
 
     @property
-    def upper_nats(self) -> float:
-        """Upper end of the interval on the part for choosing; infinite if there are too few sequences for an interval."""
-        interval = self.choosing.delta_nll_interval
-        return interval[1] if interval else math.inf
-
-    @property
-    def nbytes_per_token(self) -> float:
-        """Bytes of the compressed cache per token, without the basis."""
-        return self.choosing.encoded_nbytes / self.choosing.encoded_tokens
-
-    @property
-    def sixteen_bit_nbytes_per_token(self) -> float:
-        """Bytes of the 16-bit cache per token."""
-        return self.choosing.sixteen_bit_nbytes / self.choosing.encoded_tokens
-
-    @property
     def break_even_context(self) -> int | None:
         """Context length in tokens whose saved bytes equal the basis; None if nothing is saved."""
         saved = self.sixteen_bit_nbytes_per_token - self.nbytes_per_token
         return math.ceil(self.choosing.basis_nbytes / saved) if saved > 0 else None
+
+
+class CodecCandidate(Measured):
+    """A codec of one family at one rate."""
+
+    family: CodecFamily
+    rate: float  # bits per value of `eigen` at the context of `longer`, or bits per packed value of `live`
+    longer: LedgerRow  # bytes of one sequence of 2,048 tokens: first tokens in 16 bits weigh less than in a short prefix
+    break_even_context: int | None  # tokens; None if no sequence is long enough
+
+    def describe(self) -> str:
+        """Return a phrase such as `eigen, 0.5 bits per value` or `live, 2.5 bits per packed value`."""
+        return f"{self.family}, {self.rate:g} bits per {'' if self.family == 'eigen' else 'packed '}value"
+
+
+class CodecAdvice(Record):
+    """The codecs of one family at all rates, and the smallest within the budget."""
+
+    family: CodecFamily
+    candidates: list[CodecCandidate]  # ascending rates
+    chosen: CodecCandidate | None  # None: none is within the budget
+    nearest: CodecCandidate | None  # if none is: the one with the lowest upper end
+    calibration: Corpus | None  # None: nothing was fitted
+    uncompressed_nll: float | None  # nats per token, on the part for choosing
+    left_out: list[str]  # rates that were not measured, or the whole family, each with its reason
 
 
 class Evidence(Record):
@@ -168,7 +209,10 @@ class Keys(Record):
 
 
 class Advice(StoredRecord):
-    """The recommended compression setting for a loss budget; `chosen` None: no measured setting meets it."""
+    """What compresses a cache within a loss budget: a codec for each use, and the PCA setting `chosen`.
+
+    Where `chosen` is None, no measured PCA setting meets the budget. Where `sweeps` is empty, PCA was not measured.
+    """
 
     schema_version: Literal["eigencache.advice/1"] = "eigencache.advice/1"
     subject: str  # the model, or the file of a record
@@ -183,6 +227,8 @@ class Advice(StoredRecord):
     others: list[Candidate]  # the best within the budget of every other target
     nearest: Candidate | None  # if no setting meets the budget: the one with the lowest upper end
     keys: Keys | None  # None: no key biases, or not measured
+    codecs: list[CodecAdvice] = []  # of the families `eigen` and `live`; none in records of earlier versions
+    pca_refusal: str = ""  # why PCA could not be measured
     evidence: list[Evidence]
     unknown: list[str]  # limitations
     sweeps: dict[str, SweepRecord]  # all measured points, by pass
@@ -191,11 +237,8 @@ class Advice(StoredRecord):
 
     @property
     def holds(self) -> bool | None:
-        """Whether the held-out interval of the chosen setting is within the budget; None if there is no interval."""
-        held_out = self.chosen.stating if self.chosen else None
-        if held_out is None or held_out.delta_nll_interval is None:
-            return None
-        return held_out.delta_nll_interval[1] <= self.budget.nats
+        """Whether the held-out interval of the chosen PCA setting is within the budget; None if there is no interval."""
+        return self.chosen.holds(self.budget) if self.chosen else None
 
 
 class Verdict(Record):

@@ -52,6 +52,7 @@ class Quality(Record):
     delta_nll: float  # nats per token above the uncompressed cache
     delta_nll_interval: Interval | None  # None with fewer than 8 sequences
     kl: float  # nats per token
+    kl_interval: Interval | None = None  # None with fewer than 8 sequences, and in records of earlier versions
     top1_agreement: float  # share of tokens with the same most likely token
     encoded_tokens: int  # that were compressed, over all sequences
     encoded_nbytes: int  # of their compressed cache

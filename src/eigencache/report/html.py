@@ -175,15 +175,19 @@ def _verdict(name: str, verdict: Shown | None) -> str:
     if verdict is None:
         return ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in verdict.lines)
-    if not verdict.figure:
+    if not verdict.advice:
         return f"<h3>Compressibility</h3>{lines}"
-    safe, *points = (table.html() for table in verdict.compressible)
     ways, *behind = (table.html() for table in verdict.advice)
-    return (
-        f"<h3>Compression ratio and loss</h3>{safe}{_grid([verdict.figure], f'{name}-')}"
-        f"<details><summary>All measured points</summary>{''.join(points)}</details>"
+    advice = (
         f"<h3>Recommendation</h3>{lines}{ways}"
         f"<details><summary>Evidence and limitations</summary>{''.join(behind)}</details>"
+    )
+    if not verdict.figure:
+        return advice
+    safe, *points = (table.html() for table in verdict.compressible)
+    return (
+        f"{advice}<h3>Compression ratio and loss</h3>{safe}{_grid([verdict.figure], f'{name}-')}"
+        f"<details><summary>All measured points</summary>{''.join(points)}</details>"
     )
 
 

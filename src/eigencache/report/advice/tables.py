@@ -1,43 +1,49 @@
-"""Sentences and tables of a recommendation: the setting, its bytes and loss, the evidence, and the limitations."""
+"""Sentences and tables of a recommendation: what to use, its bytes and loss, the evidence, and the limitations."""
 
 from eigencache.records.advice import Advice, Candidate
 from eigencache.records.quality import Quality
+from eigencache.report.advice.codecs import codec_lines, codec_table, command_lines, loss_line
 from eigencache.report.core.measured import ABSENT, factor
 from eigencache.report.core.table import Table
 from eigencache.report.quality.sweep_table import interval_cell
 
+_RESEARCH = "Research (PCA, low rank)"
+
 
 def advice_lines(advice: Advice) -> list[str]:
-    """Return the recommendation in a few sentences: setting, bytes, loss; or that no setting meets the budget."""
+    """Return the recommendation in a few sentences: for each use the codec, its bytes, its loss and its command."""
     budget = f"{advice.budget.given}, {advice.budget.nats:.5f} nats per token"
-    if advice.chosen is None:
-        lines = [f"{advice.model.name}: no measured setting meets the budget ({budget})."]
+    if not advice.codecs:
+        return _pca_lines(advice, f"{advice.model.name}: compress", f"{advice.model.name}: no measured setting", budget)
+    lines = [f"{advice.model.name}: one recommendation for each use (budget {budget}).", *codec_lines(advice)]
+    if advice.sweeps:
+        return lines + _pca_lines(advice, f"{_RESEARCH}: compress", f"{_RESEARCH}: no measured setting", "")
+    return lines + ([f"{_RESEARCH}: not measured. {advice.pca_refusal}"] if advice.pca_refusal else [])
+
+
+def _pca_lines(advice: Advice, chosen_start: str, none_start: str, budget: str) -> list[str]:
+    """Return the sentences on PCA: the setting, its bytes, loss and command; or that none meets the budget."""
+    chosen = advice.chosen
+    if chosen is None:
+        lines = [f"{none_start} meets the budget{f' ({budget})' if budget else ''}."]
         if advice.nearest:
             lines.append(f"Nearest: {advice.nearest.describe()}, ΔNLL {interval_cell(advice.nearest.choosing)}.")
         return lines
-    chosen = advice.chosen
-    lines = [
-        f"{advice.model.name}: compress {chosen.describe()} (budget {budget}).",
+    return [
+        f"{chosen_start} {chosen.describe()}{f' (budget {budget})' if budget else ''}.",
         f"Bytes: {chosen.sixteen_bit_nbytes_per_token:,.0f} → {chosen.nbytes_per_token:,.1f} per token, ratio "
         f"{chosen.choosing.compression_ratio:.2f}; basis {chosen.choosing.basis_nbytes:,} bytes, "
         f"break-even context {chosen.break_even_context:,} tokens.",
+        loss_line(advice, chosen),
+        *command_lines(chosen),
     ]
-    if advice.stating is None or chosen.stating is None:
-        return [*lines, f"Loss, on the tokens that the choice used: ΔNLL {interval_cell(chosen.choosing)} nats per token."]
-    verdict = {
-        True: "the interval is within the budget",
-        False: "the interval exceeds the budget",
-        None: "too few sequences for an interval",
-    }[advice.holds]
-    loss = (
-        f"ΔNLL {interval_cell(chosen.stating)} nats per token, {100 * chosen.stating.perplexity_increase:+.2f} % perplexity"
-    )
-    return [*lines, f"Loss, on held-out sequences that the choice did not use: {loss}: {verdict}."]
 
 
 def advice_tables(advice: Advice) -> list[Table]:
-    """Return the best setting of every target and, for models with key biases, the tables of biases and 8-bit keys."""
-    return [_settings(advice), *([_biases(advice), _roundings(advice)] if advice.keys else [])]
+    """Return the codecs by use, the best PCA setting of every target, and, for key biases, the tables of 8-bit keys."""
+    codecs = [codec_table(advice)] if any(one.candidates for one in advice.codecs) else []
+    settings = [_settings(advice)] if advice.sweeps else []
+    return [*codecs, *settings, *([_biases(advice), _roundings(advice)] if advice.keys else [])]
 
 
 def evidence_lines(advice: Advice) -> list[str]:
@@ -71,7 +77,7 @@ def _settings(advice: Advice) -> Table:
         "ΔNLL, held-out",
     )
     candidates = [c for c in (advice.chosen, *advice.others, advice.nearest) if c is not None]
-    title = "best setting of every target within the budget" if advice.chosen else "nothing within the budget; the nearest"
+    title = "best PCA setting of every target within the budget" if advice.chosen else "no PCA setting within the budget"
     return Table(
         f"{advice.model.name}: {title}",
         columns,

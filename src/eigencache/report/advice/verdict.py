@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import expm1
 
-from eigencache.records.advice import WORDS, Advice, ReportRecord, Verdict
+from eigencache.records.advice import WORDS, Advice, CodecFamily, ReportRecord, Verdict
 from eigencache.records.probe import ProbeRecord
 from eigencache.records.quality import Quality, SweepRecord, SweepSeries
 from eigencache.report.advice.tables import advice_lines, advice_tables, evidence_tables
@@ -17,6 +17,8 @@ from eigencache.report.quality.sweep_table import furthest, interval_cell, safet
 
 SHOWN = 10  # per cent of perplexity increase; the upper limit of the figure
 LOW_RANK = "Rank at 90 % energy"
+_USES: dict[CodecFamily, str] = {"eigen": "To store", "live": "To generate"}
+_PCA = "PCA, for research"
 _TONES = {"v": "values", "k": "keys_pre_rope", "kv": "kv", "latent": "latent", "key_rope": "key_rope_pre_rope"}
 _DASHES = {16: "solid", 8: "dash", 4: "dot"}
 
@@ -35,9 +37,12 @@ def shown(verdict: Verdict) -> Shown:
     """Return the parts of a page about one verdict."""
     if verdict.advice is None:
         return Shown([f"Compression was not measured: {verdict.reason}"], [], [], None)
-    sweep = verdict.advice.sweeps["given"]
+    lines = advice_lines(verdict.advice)
     tables = [*advice_tables(verdict.advice), *evidence_tables(verdict.advice)]
-    return Shown(advice_lines(verdict.advice), [safety_table(sweep), sweep_table(sweep)], tables, loss_figure(sweep))
+    sweep = verdict.advice.sweeps.get("given")
+    if sweep is None:
+        return Shown(lines, [], tables, None)
+    return Shown(lines, [safety_table(sweep), sweep_table(sweep)], tables, loss_figure(sweep))
 
 
 def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
@@ -50,20 +55,23 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
     advised = [verdict.advice for verdict in report.verdicts if verdict.advice]
     if not advised:
         return None
-    targets = list(dict.fromkeys(s.target for advice in advised for s in advice.sweeps["given"].series))
-    counts = Counter(s.target for advice in advised for s in advice.sweeps["given"].series)
+    series = [s for advice in advised if "given" in advice.sweeps for s in advice.sweeps["given"].series]
+    targets = list(dict.fromkeys(s.target for s in series))
+    counts = Counter(s.target for s in series)
     headings = {target: f"{_capital(target)}: largest ratio within the budget" for target in targets}
     budget = advised[0].budget
+    families = list(dict.fromkeys(one.family for advice in advised for one in advice.codecs))
     columns = (
         "Model",
         LOW_RANK,
+        *(_USES[family] for family in families),
         *headings.values(),
-        "Recommendation",
+        _PCA if families else "Recommendation",
         "Ratio",
         "ΔNLL (nats)",
     )
     rows = tuple(
-        (name, low_rank(record), *_cells(verdict.advice, targets))
+        (name, low_rank(record), *_codec_cells(verdict.advice, families), *_cells(verdict.advice, targets))
         for name, record, verdict in zip(names, report.probes, report.verdicts, strict=True)
     )
     notes = (
@@ -73,7 +81,7 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
         "The loss is on the tokens that the choice used. `eigencache recommend MODEL` searches more settings and states the "
         "loss on held-out text.",
     )
-    words = frozenset({LOW_RANK, "Recommendation"})
+    words = frozenset({LOW_RANK, "Recommendation", _PCA, *_USES.values()})
     rarest_first = [headings[target] for target in sorted(reversed(targets), key=counts.__getitem__)]
     return Table("Summary", columns, rows, notes=notes, words=words, hidden_first=(LOW_RANK, *rarest_first))
 
@@ -102,10 +110,29 @@ def _capital(target: str) -> str:
     return words[0].upper() + words[1:]
 
 
+def _codec_cells(advice: Advice | None, families: Iterable[CodecFamily]) -> list[str]:
+    """Return the codec of every family within the budget, with its ratio."""
+    codecs = {one.family: one for one in advice.codecs} if advice else {}
+    cells = []
+    for family in families:
+        one = codecs.get(family)
+        if one is None or not one.candidates:
+            cells.append("not measured")
+        elif one.chosen is None:
+            cells.append("nothing within the budget")
+        else:
+            longer = one.chosen.longer
+            cells.append(f"{one.chosen.describe()}: ratio {longer.ratio:.2f} at {longer.context:,} tokens")
+    return cells
+
+
 def _cells(advice: Advice | None, targets: Iterable[str]) -> tuple[str, ...]:
     if advice is None:
         return (*(ABSENT for _ in targets), "not measured", ABSENT, ABSENT)
-    best = [_furthest_of(advice.sweeps["given"], target, advice.budget.nats) for target in targets]
+    sweep = advice.sweeps.get("given")
+    if sweep is None:
+        return (*(ABSENT for _ in targets), "not measured", ABSENT, ABSENT)
+    best = [_furthest_of(sweep, target, advice.budget.nats) for target in targets]
     ratios = (f"{quality.compression_ratio:.2f}" if quality else ABSENT for quality in best)
     if advice.chosen is None:
         return (*ratios, "nothing within the budget: keep 16 bits", ABSENT, ABSENT)

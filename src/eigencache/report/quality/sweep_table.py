@@ -18,6 +18,14 @@ def interval_cell(quality: Quality) -> str:
     return f"{quality.delta_nll:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def kl_cell(quality: Quality) -> str:
+    """Return the KL divergence with its interval: `0.0064 [0.0058, 0.0071]`; without an interval the number alone."""
+    if quality.kl_interval is None:
+        return f"{quality.kl:.4f}"
+    low, high = quality.kl_interval
+    return f"{quality.kl:.4f} [{low:.4f}, {high:.4f}]"
+
+
 def sweep_table(record: SweepRecord) -> Table:
     """Return one row per series and rank: ratios, loss with interval, KL, top-1 agreement."""
     columns = ("Compressed", "Rank", "Ratio K+V", "Ratio of target", "ΔNLL (nats)", "Δ perplexity", "KL (nats)", "Top-1")

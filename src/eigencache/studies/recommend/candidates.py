@@ -6,16 +6,18 @@ by ΔNLL and its confidence interval.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from eigencache.calibration.accumulator import MAX_WIDTH
 from eigencache.calibration.metrics import FROBENIUS
 from eigencache.codec.pca import CoefficientBits
 from eigencache.errors import StatisticsError
+from eigencache.fitting.live import SAFE
 from eigencache.fitting.pca import PCACalibration, PCASettings, Target
 from eigencache.geometry import KVGeometry
+from eigencache.records.advice import CodecFamily
 from eigencache.records.base import Scope
 from eigencache.records.quality import SweepRecord, SweepSeries
 from eigencache.studies.sweep import Plan
@@ -33,6 +35,7 @@ class Search:
         coarse_bits: Bits per coefficient in the coarse pass.
         coarse_sequences: Sequences scored in the coarse pass.
         fine: Pairs of bits per coefficient and ranks of the fine pass, as multiples of the expected rank (`rank_for`).
+        rates: Rates of `eigen`, in bits per value at a context of 2,048 tokens, and of `live`, in bits per packed value.
     """
 
     coarse_shares: tuple[float, ...] = (1 / 16, 1 / 6, 2 / 5, 3 / 4)
@@ -42,6 +45,9 @@ class Search:
         (8, (0.5, 0.7, 1)),
         (4, (0.5, 0.7, 1, 1.4)),
         (16, (0.7,)),
+    )
+    rates: Mapping[CodecFamily, tuple[float, ...]] = field(
+        default_factory=lambda: {"eigen": (0.25, 0.5, 1, 2), "live": (2, 2.5, 3.125, 4, SAFE)}
     )
 
 

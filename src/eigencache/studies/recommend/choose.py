@@ -4,9 +4,12 @@ The upper end of the interval decides, because among many noisy estimates the sm
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from eigencache.records.advice import Budget, Candidate
+from eigencache.records.advice import Budget, Candidate, Measured
 from eigencache.records.quality import SweepRecord
+
+_M = TypeVar("_M", bound=Measured)
 
 
 def candidates_of(record: SweepRecord) -> list[Candidate]:
@@ -20,7 +23,7 @@ def candidates_of(record: SweepRecord) -> list[Candidate]:
     ]
 
 
-def within(candidates: Iterable[Candidate], budget: Budget) -> list[Candidate]:
+def within(candidates: Iterable[_M], budget: Budget) -> list[_M]:
     """Return the candidates that save bytes and whose upper interval end is within the budget, largest ratio first."""
     fit = [c for c in candidates if c.upper_nats <= budget.nats and c.choosing.compression_ratio > 1]
     return sorted(fit, key=lambda c: (-c.choosing.compression_ratio, c.upper_nats))
@@ -34,7 +37,7 @@ def best_per_target(candidates: Sequence[Candidate], budget: Budget) -> list[Can
     return list(best.values())
 
 
-def nearest(candidates: Iterable[Candidate]) -> Candidate | None:
+def nearest(candidates: Iterable[_M]) -> _M | None:
     """Return the candidate that saves bytes with the lowest upper interval end, or estimate if there is no interval."""
     saving = [c for c in candidates if c.choosing.compression_ratio > 1]
     return min(saving, key=lambda c: (c.upper_nats, c.choosing.delta_nll), default=None)

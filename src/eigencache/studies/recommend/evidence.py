@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from eigencache.records.advice import WORDS, Advice, Candidate, Evidence, Keys
 from eigencache.records.probe import ProbeRecord
 from eigencache.records.quality import Quality, SweepPoint, SweepRecord, SweepSeries
+from eigencache.studies.recommend.codec_claims import codec_evidence
 
 
 def evidence_of(advice: Advice, probe: ProbeRecord | None) -> list[Evidence]:
-    """Return the evidence in order: architecture, choice, loss, bytes, basis, comparisons, keys and probe.
+    """Return the evidence in order: architecture, codecs, PCA choice, loss, bytes, basis, comparisons, keys and probe.
 
     Args:
         advice: Recommendation to explain.
@@ -25,6 +26,7 @@ def evidence_of(advice: Advice, probe: ProbeRecord | None) -> list[Evidence]:
             source="the model's configuration and modules",
         )
     ]
+    lines += codec_evidence(advice)
     if advice.chosen:
         lines += _choice_lines(advice, advice.chosen)
     lines += [_of_other(advice, other) for other in advice.others]

@@ -4,6 +4,7 @@ from eigencache.fitting.pca import Target
 from eigencache.geometry import KVGeometry
 from eigencache.records.advice import WORDS, Advice, Candidate
 from eigencache.studies.recommend.candidates import METRICS, targets_and_scopes
+from eigencache.studies.recommend.codec_claims import codec_limits
 
 SMALL = 1_000_000_000  # parameters
 FEW_SEQUENCES = 30
@@ -21,7 +22,8 @@ def limits_of(advice: Advice, left_out: list[str]) -> list[str]:
         *_of_result(advice),
         *_of_model(advice),
         *_of_text(advice),
-        *_of_search(advice),
+        *codec_limits(advice),
+        *(_of_search(advice) if advice.sweeps else [f"not measured: PCA ({advice.pca_refusal or 'not asked for'})"]),
         *(f"not tried: {reason}" for reason in left_out),
     ]
 
@@ -36,6 +38,7 @@ def _of_result(advice: Advice) -> list[str]:
         lines += _of_chosen(advice, advice.chosen)
     reported = advice.chosen.stating or advice.chosen.choosing if advice.chosen else None
     quality = reported or (advice.nearest.choosing if advice.nearest else None)
+    quality = quality or next((c.choosing for one in advice.codecs for c in one.candidates), None)
     if quality and quality.sequences < FEW_SEQUENCES:
         lines.append(
             f"intervals come from only {quality.sequences} sequences: more tokens narrow them and may allow a larger ratio"

@@ -1,55 +1,81 @@
-"""Judge a probed model in under a minute: measure the loss of low-rank caches and recommend a setting.
+"""Judge a probed model in minutes: measure the loss of low-rank caches and of codecs, and recommend one for each use.
 
-The bases come from the moments of the probe, so the text is not read again. Losses are estimated from fewer tokens
-than in `sweep` and `recommend`. The recommendation reports their number.
+PCA bases come from the moments of the probe, so the text is not read again for them. Losses are estimated from fewer tokens
+and at fewer rates than in `sweep` and `recommend`. The recommendation reports their number.
 """
 
 from eigencache.calibration.moments import CapturedMoments
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits
+from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
+from eigencache.fitting.live import SAFE
 from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
 from eigencache.models.load import LoadedModel
-from eigencache.records.advice import Advice, Budget
+from eigencache.records.advice import Advice, Budget, CodecFamily
+from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import ReadingProtocol
 from eigencache.studies.recommend.candidates import targets_and_scopes
+from eigencache.studies.recommend.codecs import REFUSALS, CodecSearch, measure_codecs
+from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.key_rounding import measure_keys
-from eigencache.studies.recommend.recommend import recommend_sweep
+from eigencache.studies.recommend.pca import PCAResult
+from eigencache.studies.recommend.recommend import CODEC_FAMILIES, assembled, chosen_in
 from eigencache.studies.sweep import Plan, sweep_model
 
 SHARES = (0.25, 0.5, 0.75)
+RATES: dict[CodecFamily, tuple[float, ...]] = {"eigen": (0.5, 1, 2), "live": (2.5, 4, SAFE)}
 QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 0.25, 0.5)), (4, (0.25, 0.5)))
 
 
-def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budget: Budget) -> Advice:
-    """Sweep a few ranks of every target with three quarters of every sequence encoded, and recommend a setting.
+def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budget: Budget, recipe: Recipe) -> Advice:
+    """Score every family with three quarters of every sequence encoded, and recommend a setting for each use.
 
     Args:
         session: Model and settings to run it with.
         gathered: Moments of the probe, per head and, if the layers together are narrow enough, over all layers.
         held_out: Text to score.
         budget: Allowed loss.
+        recipe: Names the commands that make the recommended codecs.
 
     Raises:
-        CorpusError: `held_out` overlaps the probed text, or another error of `sweep_model`.
+        CorpusError: `held_out` overlaps the probed text, or another error of `score_codecs`.
+        StatisticsError: No family suits the model and the text.
     """
-    calibration = PCACalibration(session, gathered.sequences, gathered=gathered)
+    watch, text = Stopwatch(), gathered.sequences
     protocol = ReadingProtocol(kind="prefix", length=held_out.corpus.max_length * 3 // 4)
-    record = sweep_model(
-        session,
-        held_out,
-        calibration,
-        verdict_plans(session.loaded),
-        protocol,
+    overlap = check_overlap(held_out.ids, text.ids)
+    try:
+        pca = _judged_pca(session, gathered, held_out, protocol, budget)
+    except REFUSALS as error:
+        pca = PCAResult(refusal=str(error))
+    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES)
+    codecs = measure_codecs(session, wanted, CODEC_FAMILIES, {})
+    return assembled(
+        pca,
+        codecs,
+        recipe,
+        None,
+        subject=session.loaded.name,
+        model=session.loaded.record("the cache itself"),
+        budget=budget,
+        protocol=protocol,
+        calibration=text.corpus,
+        choosing=held_out.corpus,
+        stating=None,
+        run=watch.run(session.seed, {"batch_size": session.batch_size}),
+        warnings=[*held_out.corpus.warnings, *text.corpus.warnings, *([overlap] if overlap else [])],
     )
-    keys = measure_keys(
-        session.named("rounded keys"),
-        held_out,
-        gathered.sequences,
-        calibration.rotations,
-        protocol,
-    )
-    return recommend_sweep(record, budget, session.loaded.name, keys)
+
+
+def _judged_pca(
+    session: Session, gathered: CapturedMoments, held_out: Sequences, protocol: ReadingProtocol, budget: Budget
+) -> PCAResult:
+    """Sweep a few ranks of every target, and choose the best of every target."""
+    calibration = PCACalibration(session, gathered.sequences, gathered=gathered)
+    record = sweep_model(session, held_out, calibration, verdict_plans(session.loaded), protocol)
+    keys = measure_keys(session.named("rounded keys"), held_out, gathered.sequences, calibration.rotations, protocol)
+    return chosen_in(record, budget, keys)
 
 
 def verdict_plans(loaded: LoadedModel) -> list[Plan]:
