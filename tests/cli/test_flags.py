@@ -17,6 +17,7 @@ from eigencache.errors import BudgetError
 SOURCE = Path(eigencache.__file__).parent
 NAMES_FLAGS = {
     "records/advice.py": "the record says how a budget was given",
+    "studies/recommend/commands.py": "the record names the commands that make the recommended codecs",
 }
 
 

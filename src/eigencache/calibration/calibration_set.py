@@ -1,6 +1,6 @@
 """A calibration set: sampled vectors, metrics and held-out sequences of a text, from which codecs are fitted."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -37,6 +37,7 @@ class CalibrationSet:
         sequences: the calibration text.
         most_vectors: largest number of tokens whose vectors are sampled, held-out ones included, in sequences evenly spaced
             over the text; None: no limit but the session's memory.
+        metrics: the metrics measured so far, by name. A `replace` of the set shares them.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -45,6 +46,7 @@ class CalibrationSet:
     session: Session
     sequences: Sequences
     most_vectors: int | None = None
+    metrics: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -53,17 +55,6 @@ class CalibrationSet:
                 f"{len(self.sequences.ids)} sequences are too few: {2 * HELD_OUT_SHARE} are needed to fit and to hold out. "
                 "Calibrate on more tokens or lower `max_length`."
             )
-
-    def resampled(self, session: Session, most_vectors: int | None = None) -> "CalibrationSet":
-        """Return a set of the same text that samples its own vectors. Metrics are shared: each is measured once.
-
-        Args:
-            session: the same model, and how it is run.
-            most_vectors: about as many tokens have their vectors sampled; None for all.
-        """
-        other = replace(self, session=session, most_vectors=most_vectors)
-        other.__dict__["_metrics"] = self._metrics
-        return other
 
     @property
     def fitted_on(self) -> Sequences:
@@ -107,14 +98,10 @@ class CalibrationSet:
         return blocks
 
     def _measured(self, name: str) -> Metrics:
-        if name not in self._metrics:
+        if name not in self.metrics:
             text = spread_out(self.fitted_on, METRIC_TOKENS)
-            self._metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
-        return self._metrics[name]
-
-    @cached_property
-    def _metrics(self) -> dict[str, Metrics]:
-        return {}
+            self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+        return self.metrics[name]
 
     @property
     def _edge(self) -> int:

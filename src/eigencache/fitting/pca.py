@@ -4,7 +4,7 @@ A codec has a target (`k`, `v`, `kv`, `latent`), a scope, a frame of the keys an
 MLA the cache holds `latent` and the rotary key. `k` and `v`, to which the latent expands, are not in the cache.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -90,6 +90,7 @@ class PCACalibration:
         sequences: the calibration text.
         scopes: the scopes of the moments to collect.
         gathered: moments of `sequences` in `scopes`, where they have been captured before.
+        metrics: the metrics measured so far, by name.
 
     Raises:
         StatisticsError: sequences so long that the model rotates their keys differently.
@@ -99,6 +100,7 @@ class PCACalibration:
     sequences: Sequences
     scopes: tuple[Scope, ...] = ("head",)
     gathered: CapturedMoments | None = None
+    metrics: dict[str, Metrics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -110,10 +112,10 @@ class PCACalibration:
 
     def metric(self, name: str) -> Metrics:
         """Return a metric's matrices, measured on first use. Raises `StatisticsError` for an unknown name."""
-        if name not in self._metrics:
+        if name not in self.metrics:
             text = spread_out(self.sequences, METRIC_TOKENS)
-            self._metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
-        return self._metrics[name]
+            self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+        return self.metrics[name]
 
     def fit(self, settings: PCASettings) -> PCACodec:
         """Return the codec of full rank, fitted once per settings; its `truncated` returns lower ranks.
@@ -142,10 +144,6 @@ class PCACalibration:
     @cached_property
     def _moments(self) -> dict[Place, Moments]:
         return dict(self.captured.accumulator.places())
-
-    @cached_property
-    def _metrics(self) -> dict[str, Metrics]:
-        return {}
 
     @cached_property
     def _fitted(self) -> dict[PCASettings, PCACodec]:

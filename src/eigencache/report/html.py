@@ -215,7 +215,8 @@ def _footer(report: ReportRecord) -> str:
     rows = []
     runs = [(record.model.name, "probe", record.run) for record in report.probes]
     advised = [verdict.advice for verdict in report.verdicts if verdict.advice]
-    for name, part, run in [*runs, *((a.model.name, "verdict", a.sweeps["given"].run) for a in advised)]:
+    runs += [(a.model.name, "verdict", a.run if a.codecs else a.sweeps["given"].run) for a in advised]
+    for name, part, run in runs:
         settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
         rows.append(
             f"{name}, {part}: {run.wall_s:.1f} s ({run.forward_s:.1f} s in forward passes), peak "

@@ -29,13 +29,17 @@ def stated(advice: Advice, delta: float, half: float | None) -> Advice:
 
 
 def test_the_first_lines_say_what_to_do_at_which_bytes_and_loss(from_sweep: Advice) -> None:
-    what, nbytes, loss = advice_lines(from_sweep)
+    what, nbytes, loss, command = advice_lines(from_sweep)
     assert what.startswith(
         "planted-model: compress K before rotation and V, one basis per head, metric fisher, rank 12 of 32"
     )
     assert "--budget-ppl 1%, 0.00995 nats per token" in what
     assert nbytes == "Bytes: 256 → 42.7 per token, ratio 6.00; basis 6,400 bytes, break-even context 31 tokens."
-    assert loss == "Loss, on the tokens that the choice used: ΔNLL 0.0030 [-0.0010, 0.0070] nats per token."
+    assert loss == (
+        "Loss, on the tokens that the choice used: ΔNLL 0.0030 [-0.0010, 0.0070] nats per token, +0.30 % perplexity, "
+        "KL 0.0030."
+    )
+    assert command.startswith("Command: eigencache evaluate planted-model --target kv --scope head --frame pre")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_the_first_lines_say_what_to_do_at_which_bytes_and_loss(from_sweep: Advi
     ],
 )
 def test_whether_the_choice_held_where_it_was_not_made_is_said(from_sweep: Advice, half: float | None, says: str) -> None:
-    (*_, loss) = advice_lines(stated(from_sweep, 0.005, half))
+    (*_, loss, _) = advice_lines(stated(from_sweep, 0.005, half))
     assert loss.startswith("Loss, on held-out sequences that the choice did not use: ΔNLL 0.0050")
     assert loss.endswith(says)
 
@@ -57,7 +61,7 @@ def test_that_nothing_qualifies_is_said_with_the_nearest() -> None:
     none, closest = advice_lines(advice)
     assert "no measured setting meets the budget" in none
     assert closest.startswith("Nearest: V, one basis per head, metric fisher, rank 8 of 32 in 8 bits, ΔNLL 0.2000")
-    assert "nothing within the budget" in advice_tables(advice)[0].title
+    assert "no PCA setting within the budget" in advice_tables(advice)[0].title
 
 
 def test_full_rank_and_keys_after_rotation_are_named() -> None:

@@ -19,8 +19,10 @@ from eigencache.records.advice import Advice, Budget, ReportRecord
 from eigencache.records.quality import ReadingProtocol, SweepRecord
 from eigencache.studies.probe import ProbeSettings, probe_model
 from eigencache.studies.recommend.candidates import Search, coarse_plans, fine_plans, rank_for, targets_and_scopes
+from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.halves import halves_of, repeats, some_of
 from eigencache.studies.recommend.key_rounding import measure_keys
+from eigencache.studies.recommend.pca import PASSES
 from eigencache.studies.recommend.recommend import partial_paths, recommend_model, recommend_sweep
 from eigencache.studies.recommend.subject import check_same_model, read_subject
 from planted_sweeps import series, sweep
@@ -30,6 +32,8 @@ pytestmark = pytest.mark.slow
 
 PROTOCOL = ReadingProtocol(kind="prefix", length=20)
 SEARCH = Search(coarse_shares=(0.25, 1.0), coarse_sequences=4, fine=((8, (1,)), (16, (1,))))
+RECIPE = Recipe("tiny", "stdlib", 2_560, 64)
+PCA = {"families": ("pca",), "search": SEARCH}
 LOOSE, ZERO = Budget(nats=10.0, given="loose"), Budget(nats=0.0, given="--budget-nll 0")
 
 
@@ -246,8 +250,8 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
 ) -> None:
     calls: list[tuple[str, int, int]] = []
     session = Session(loaded("llama"), batch_size=3, on_progress=lambda *a: calls.append(a))
-    options = {"search": SEARCH, "partial": tmp_path / "p"}
-    advice = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, **options)
+    options = PCA | {"partial": tmp_path / "p"}
+    advice = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, RECIPE, **options)
     assert advice.chosen
     assert advice.chosen.stating
     assert advice.stating
@@ -261,9 +265,10 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert any("not used for the choice" in line.claim for line in advice.evidence)
     advice.save(tmp_path / "advice.json")
     assert Advice.load(tmp_path / "advice.json") == advice
-    assert all(path and path.exists() for path in partial_paths(tmp_path / "p").values())
+    paths = partial_paths(tmp_path / "p")
+    assert all(paths[name].exists() for name in PASSES)  # type: ignore[union-attr]
     calls.clear()
-    again = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, **options)
+    again = recommend_model(session, text, calibration_text, LOOSE, PROTOCOL, RECIPE, **options)
     assert all(done == of for what, done, of in calls if "scoring" in what)
     assert again.model_copy(update={"run": advice.run}).chosen == advice.chosen
     assert again.evidence == advice.evidence
@@ -271,7 +276,7 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
 
 def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text, calibration_text) -> None:
     impossible = Budget(nats=-1.0, given="impossible")
-    advice = recommend_model(Session(loaded("llama")), text, calibration_text, impossible, PROTOCOL, search=SEARCH)
+    advice = recommend_model(Session(loaded("llama")), text, calibration_text, impossible, PROTOCOL, RECIPE, **PCA)
     assert advice.chosen is None
     assert advice.nearest
     assert "stated" not in advice.sweeps
@@ -280,7 +285,7 @@ def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text,
 
 
 def test_a_latent_is_advised_on_against_what_it_expands_to(loaded, text, calibration_text) -> None:
-    advice = recommend_model(Session(loaded("deepseek_v2")), text, calibration_text, LOOSE, PROTOCOL, search=SEARCH)
+    advice = recommend_model(Session(loaded("deepseek_v2")), text, calibration_text, LOOSE, PROTOCOL, RECIPE, **PCA)
     assert advice.chosen
     assert {advice.chosen.target, *(other.target for other in advice.others)} == {"latent", "key_rope"}
     assert advice.keys is None
@@ -368,7 +373,7 @@ def test_a_report_of_several_models_needs_a_name_and_other_weights_are_refused(l
         check_same_model(model, other, str(path))
     short = sequences(*(40,) * 18, seed=1)
     advice = recommend_model(
-        Session(model), short, sequences(*(64,) * 40), LOOSE, PROTOCOL, search=SEARCH, probe=probe, subject=str(path)
+        Session(model), short, sequences(*(64,) * 40), LOOSE, PROTOCOL, RECIPE, **PCA, probe=probe, subject=str(path)
     )
     assert advice.subject == str(path)
     assert any(line.claim.startswith("probe: values") for line in advice.evidence)

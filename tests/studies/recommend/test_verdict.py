@@ -11,11 +11,12 @@ from eigencache.models.capture import Capture
 from eigencache.models.key_bias import key_biases
 from eigencache.records.advice import Budget
 from eigencache.records.base import SCOPES
+from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.verdict import judge, verdict_plans
 
 pytestmark = pytest.mark.slow
 
-BUDGET = Budget.of_ppl("5%")
+BUDGET, RECIPE = Budget.of_ppl("5%"), Recipe("tiny", "stdlib", 2_048, 64)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "deepseek_v2"])
@@ -43,6 +44,7 @@ def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded
         gathered,
         held_out,
         BUDGET,
+        RECIPE,
     )
     assert sum(read) <= 64 * 10  # the rotation, and means of keys from a few sequences
     record = advice.sweeps["given"]
@@ -54,4 +56,4 @@ def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded
 def test_a_text_that_was_probed_is_not_scored(loaded, sequences) -> None:
     model, text = loaded("llama"), sequences(*(64,) * 32)
     with pytest.raises(CorpusError, match="`force`"):
-        judge(Session(model), gather(Session(model), text, SCOPES), text, BUDGET)
+        judge(Session(model), gather(Session(model), text, SCOPES), text, BUDGET, RECIPE)

@@ -6,11 +6,12 @@ file, so that a resumed run neither fits nor scores it again.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.metrics import Metrics
 from eigencache.calibration.session import Session
 from eigencache.codec.byte_ledger import ledger, paid_back_at
 from eigencache.codec.eigen.codec import EigenCodec
@@ -30,7 +31,7 @@ from eigencache.evaluate.resume import ResumableResults
 from eigencache.fitting.eigen import fit_eigen
 from eigencache.fitting.eigen_search import at_bits
 from eigencache.fitting.heldout_score import CONTEXT
-from eigencache.fitting.live import VECTORS, fit_live
+from eigencache.fitting.live import VECTORS, LiveSettings, fit_live
 from eigencache.kernels.packed.format import BLOCK
 from eigencache.memory import release
 from eigencache.records.advice import Budget, CodecAdvice, CodecCandidate, CodecFamily
@@ -61,6 +62,9 @@ class CodecSearch:
         protocol: Reading protocol.
         recipe: Names the command of a codec.
         rates: Rates by family, ascending.
+        metrics: Error metrics that were measured on the calibration text before, by name.
+        shared: Fit all families on the same vectors. By default `live` samples its own, as its command does, and the vectors
+            of `eigen` are freed before.
     """
 
     calibration: Sequences
@@ -70,6 +74,8 @@ class CodecSearch:
     protocol: ReadingProtocol
     recipe: Recipe
     rates: Mapping[CodecFamily, tuple[float, ...]]
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    shared: bool = False
 
 
 class _Made(NamedTuple):
@@ -100,7 +106,7 @@ def measure_codecs(
         The codecs of every family with their losses. If the model or the text does not suit a family: the reason.
     """
     try:
-        source = CalibrationSet(session, search.calibration)
+        source = CalibrationSet(session.named("codecs"), search.calibration, metrics=search.metrics)
     except REFUSALS as error:
         return [_refused(family, [f"{family}: {error}"]) for family in families]
     return [_measured_once(session.named(NAMES[family]), source, search, family, partials) for family in families]
@@ -191,7 +197,8 @@ def _refused(family: CodecFamily, reasons: list[str]) -> CodecAdvice:
 
 def _eigen(session: Session, source: CalibrationSet, search: CodecSearch) -> tuple[list[_Made], list[str]]:
     """Return `eigen` at every rate, and the reason for every rate that it cannot have."""
-    fit, rates = fit_eigen(source.resampled(session)), search.rates["eigen"]
+    source = source if search.shared else replace(source, session=session)
+    fit, rates = fit_eigen(source), search.rates["eigen"]
     made: list[_Made] = []
     left_out: list[str] = []
     for done, bits in enumerate(rates):
@@ -211,15 +218,20 @@ def _live(session: Session, source: CalibrationSet, search: CodecSearch) -> tupl
     """Return the live codec at every rate.
 
     Raises:
-        StatisticsError: The compressed prefix is too short for one packed block.
+        StatisticsError: The compressed prefix, or half of a calibration sequence, is too short for one packed block.
     """
-    fit = fit_live(source.resampled(session, VECTORS))
-    exact = fit.sinks + fit.settings.window
-    if search.protocol.length < exact + BLOCK:
+    settings = LiveSettings()
+    needed = settings.sinks + settings.window + BLOCK
+    if search.protocol.length < needed:
         raise StatisticsError(
             f"a prefix of {search.protocol.length} tokens is too short: no block of {BLOCK} tokens is ever packed. "
-            f"Use `prefix` ≥ {exact + BLOCK}."
+            f"Use `prefix` ≥ {needed}."
         )
+    if (length := search.calibration.corpus.max_length) < 2 * needed:  # its fit scores the second half of a sequence
+        raise StatisticsError(
+            f"calibration sequences of {length} tokens are too short to fit a live codec. Use `max_length` ≥ {2 * needed}."
+        )
+    fit = fit_live(source if search.shared else replace(source, session=session, most_vectors=VECTORS), settings)
     return [_Made(fit.at_bits(bits, f"live · {bits:g} bits"), bits) for bits in search.rates["live"]], []
 
 

@@ -4,6 +4,7 @@ PCA bases come from the moments of the probe, so the text is not read again for 
 and at fewer rates than in `sweep` and `recommend`. The recommendation reports their number.
 """
 
+from eigencache.calibration.metrics import Metrics
 from eigencache.calibration.moments import CapturedMoments
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits
@@ -45,11 +46,12 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     watch, text = Stopwatch(), gathered.sequences
     protocol = ReadingProtocol(kind="prefix", length=held_out.corpus.max_length * 3 // 4)
     overlap = check_overlap(held_out.ids, text.ids)
+    metrics: dict[str, Metrics] = {}
     try:
-        pca = _judged_pca(session, gathered, held_out, protocol, budget)
+        pca = _judged_pca(PCACalibration(session, text, gathered=gathered, metrics=metrics), held_out, protocol, budget)
     except REFUSALS as error:
         pca = PCAResult(refusal=str(error))
-    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES)
+    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES, metrics, shared=True)
     codecs = measure_codecs(session, wanted, CODEC_FAMILIES, {})
     return assembled(
         pca,
@@ -68,13 +70,12 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     )
 
 
-def _judged_pca(
-    session: Session, gathered: CapturedMoments, held_out: Sequences, protocol: ReadingProtocol, budget: Budget
-) -> PCAResult:
+def _judged_pca(calibration: PCACalibration, held_out: Sequences, protocol: ReadingProtocol, budget: Budget) -> PCAResult:
     """Sweep a few ranks of every target, and choose the best of every target."""
-    calibration = PCACalibration(session, gathered.sequences, gathered=gathered)
+    session = calibration.session
     record = sweep_model(session, held_out, calibration, verdict_plans(session.loaded), protocol)
-    keys = measure_keys(session.named("rounded keys"), held_out, gathered.sequences, calibration.rotations, protocol)
+    named, rotations = session.named("rounded keys"), calibration.rotations
+    keys = measure_keys(named, held_out, calibration.sequences, rotations, protocol)
     return chosen_in(record, budget, keys)
 
 
