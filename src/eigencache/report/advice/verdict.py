@@ -60,7 +60,7 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
     counts = Counter(s.target for s in series)
     headings = {target: f"{_capital(target)}: largest ratio within the budget" for target in targets}
     budget = advised[0].budget
-    families = list(dict.fromkeys(one.family for advice in advised for one in advice.codecs))
+    families: list[CodecFamily] = list(dict.fromkeys(one.family for advice in advised for one in advice.codecs))
     columns = (
         "Model",
         LOW_RANK,

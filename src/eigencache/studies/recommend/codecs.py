@@ -47,7 +47,6 @@ REFUSALS: tuple[type[EigencacheError], ...] = (
     UnsupportedArchitectureError,
 )  # errors of a family that does not suit a model or a text; the other families are measured all the same
 NAMES: dict[CodecFamily, str] = {"eigen": "stored codec", "live": "live cache"}
-_TOLERANCE = 0.03  # of a rate of `eigen`: the rate that was reached is recorded
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class CodecSearch:
         metrics: Error metrics that were measured on the calibration text before, by name.
         shared: Fit all families on the same vectors. By default `live` samples its own, as its command does, and the vectors
             of `eigen` are freed before.
+        tolerance: Relative tolerance of a rate of `eigen`. The rate that was reached is recorded. A larger one is faster.
     """
 
     calibration: Sequences
@@ -76,6 +76,7 @@ class CodecSearch:
     rates: Mapping[CodecFamily, tuple[float, ...]]
     metrics: dict[str, Metrics] = field(default_factory=dict)
     shared: bool = False
+    tolerance: float = 0.03
 
 
 class _Made(NamedTuple):
@@ -204,7 +205,7 @@ def _eigen(session: Session, source: CalibrationSet, search: CodecSearch) -> tup
     for done, bits in enumerate(rates):
         session.on_progress(f"fitting {len(rates)} rates", done, len(rates))
         try:
-            point = at_bits(fit, bits, name=f"eigen · {bits:g} bits", tolerance=_TOLERANCE)
+            point = at_bits(fit, bits, name=f"eigen · {bits:g} bits", tolerance=search.tolerance)
         except BudgetError as error:
             left_out.append(f"eigen at {bits:g} bits per value: {error}")
         else:

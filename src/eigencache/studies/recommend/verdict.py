@@ -51,7 +51,7 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
         pca = _judged_pca(PCACalibration(session, text, gathered=gathered, metrics=metrics), held_out, protocol, budget)
     except REFUSALS as error:
         pca = PCAResult(refusal=str(error))
-    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES, metrics, shared=True)
+    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES, metrics, shared=True, tolerance=0.1)
     codecs = measure_codecs(session, wanted, CODEC_FAMILIES, {})
     return assembled(
         pca,
