@@ -52,16 +52,16 @@ def _behind(quality: Quality, corpus: str) -> str:
 
 
 def _choice_lines(advice: Advice, chosen: Candidate) -> list[Evidence]:
-    claim = "loss of the choice, on the same tokens it was chosen on"
+    claim = "PCA: loss of the choice, on the same tokens it was chosen on"
     if advice.stating:
-        claim = "loss of the choice on the validation half: the whole interval is within the budget"
+        claim = "PCA: loss of the choice on the validation half: the whole interval is within the budget"
     source = _behind(chosen.choosing, advice.choosing.name)
     lines = [Evidence(claim=claim, figure=loss(chosen.choosing), source=source)]
     if advice.stating and chosen.stating:
         verdicts = {True: "the interval is within the budget", False: "the interval exceeds the budget", None: "no interval"}
         lines.append(
             Evidence(
-                claim=f"loss of the choice on the test half, not used for the choice: {verdicts[advice.holds]}",
+                claim=f"PCA: loss of the choice on the test half, not used for the choice: {verdicts[advice.holds]}",
                 figure=loss(chosen.stating),
                 source=_behind(chosen.stating, advice.stating.name),
             )
@@ -75,13 +75,13 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
     encoded, sixteen_bit = chosen.nbytes_per_token, chosen.sixteen_bit_nbytes_per_token
     lines = [
         Evidence(
-            claim=f"bytes of {cached} per token of context",
+            claim=f"PCA: bytes of {cached} per token of context",
             figure=f"{sixteen_bit:,.0f} in 16 bits → {encoded:,.1f} compressed: ratio {quality.compression_ratio:.2f} "
             f"({chosen.target_ratio:.2f} for {WORDS[chosen.target]} alone)",
             source=f"nbytes of the stored tensors, {quality.encoded_tokens:,} encoded tokens",
         ),
         Evidence(
-            claim="the basis, stored once and not included in the ratio",
+            claim="PCA: the basis, stored once and not included in the ratio",
             figure=f"{quality.basis_nbytes:,} bytes, break-even context {chosen.break_even_context:,} tokens",
             source="nbytes of means, encoders and decoders",
         ),
@@ -90,7 +90,7 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
         expanded = 2 * geometry.expanded_values_per_token
         lines.append(
             Evidence(
-                claim="bytes per token relative to the keys and values that the latent expands to",
+                claim="PCA: bytes per token relative to the keys and values that the latent expands to",
                 figure=f"{expanded:,} bytes in 16 bits: ratio {expanded / encoded:.2f}",
                 source="the model's configuration, and nbytes of the stored tensors",
             )

@@ -33,7 +33,9 @@ def _of_result(advice: Advice) -> list[str]:
     if advice.stating is None:
         lines.append("the loss is reported on the tokens used for the choice: the best of several is biased downwards")
     elif advice.holds is False:
-        lines.append("the interval on the test half exceeds the budget: use a smaller ratio, or more tokens for certainty")
+        lines.append(
+            "PCA: the interval on the test half exceeds the budget: use a smaller ratio, or more tokens for certainty"
+        )
     if advice.chosen:
         lines += _of_chosen(advice, advice.chosen)
     reported = advice.chosen.stating or advice.chosen.choosing if advice.chosen else None
@@ -51,11 +53,11 @@ def _of_chosen(advice: Advice, chosen: Candidate) -> list[str]:
     sweep = advice.sweeps.get("fine") or advice.sweeps["given"]
     series = next(s for s in sweep.series if any(point.quality.codec == chosen.name for point in s.points))
     if chosen.rank == series.points[0].rank > 1:
-        lines.append(f"rank {chosen.rank} is the lowest rank tried with these settings: lower ranks may also qualify")
+        lines.append(f"PCA: rank {chosen.rank} is the lowest rank tried with these settings: lower ranks may also qualify")
     quality = chosen.stating or chosen.choosing
     if quality.kl > advice.budget.nats:
         lines.append(
-            f"KL is {quality.kl:.4f} nats, more than the budget: predictions change even where the loss does not, "
+            f"PCA: KL is {quality.kl:.4f} nats, more than the budget: predictions change even where the loss does not, "
             "and the effect on generated text was not measured"
         )
     return lines
