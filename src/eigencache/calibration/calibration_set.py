@@ -5,6 +5,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from eigencache.calibration.fisher_metric import measure_fisher
+from eigencache.calibration.gradient_energy import GradientEnergy
 from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, check_metric, metric_named, spread_out
 from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors, sample_vectors, tensor_names
@@ -38,6 +40,7 @@ class CalibrationSet:
         most_vectors: largest number of tokens whose vectors are sampled, held-out ones included, in sequences evenly spaced
             over the text; None: no limit but the session's memory.
         metrics: the metrics measured so far, by name. A `replace` of the set shares them.
+        gradients: the gradient energy measured with the metric of a name.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -47,6 +50,7 @@ class CalibrationSet:
     sequences: Sequences
     most_vectors: int | None = None
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    gradients: dict[str, GradientEnergy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -97,10 +101,19 @@ class CalibrationSet:
             blocks = [b * (_trace(f) / _trace(b).clamp_min(1e-300))[:, None, None] for b, f in pairs]
         return blocks
 
+    @property
+    def sinks(self) -> int:
+        """First tokens to store exactly: 4, or more where the gradients of the Fisher metric show more attention sinks."""
+        self._measured("fisher")
+        return self.gradients["fisher"].sinks
+
     def _measured(self, name: str) -> Metrics:
         if name not in self.metrics:
             text = spread_out(self.fitted_on, METRIC_TOKENS)
-            self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+            if name == "fisher":  # its backward passes give the gradient energy as well
+                self.metrics[name], self.gradients[name] = measure_fisher(self.session, text, self.rotations)
+            else:
+                self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
         return self.metrics[name]
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from eigencache.calibration.gradient_energy import GradientEnergy
 from eigencache.calibration.metrics import Metrics, metric
 from eigencache.calibration.pass_memory import BACKWARD_TOKENS
 from eigencache.calibration.session import Session
@@ -25,6 +26,11 @@ from eigencache.spectral.rope import Rotation, unrotate
 
 @metric("fisher", common_scale=True)
 def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> Metrics:
+    """Measure E[g gᵀ] over all but the first tokens, as `measure_fisher` does."""
+    return measure_fisher(session, sequences, rotations)[0]
+
+
+def measure_fisher(session: Session, sequences: Sequences, rotations: dict[int, Rotation]) -> tuple[Metrics, GradientEnergy]:
     """Measure E[g gᵀ] over all but the first tokens, per KV head, layer and slot, in every frame the slot has.
 
     The gradient of a key before rotation is Aᵀ g, where A is the rotation and g the gradient of the cached key.
@@ -33,6 +39,9 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
         session: the model and how it is run.
         sequences: the text.
         rotations: rotation of the keys by layer.
+
+    Returns:
+        The metric, and the gradient energy by position, the first tokens included.
 
     Raises:
         StatisticsError: no sequence is longer than the first tokens.
@@ -43,20 +52,23 @@ def fisher_metrics(session: Session, sequences: Sequences, rotations: dict[int, 
             "Raise `max_length`."
         )
     sums: Metrics = {}
-    done = 0
+    energy, done = GradientEnergy(), 0
     rows = min(session.batch_size, max(1, BACKWARD_TOKENS // max(map(len, sequences.ids))))
     for input_ids, attention_mask, indices in sequences.batches(rows, pad_id=0):
         padded = bool((attention_mask == 0).any())
         mask = attention_mask.to(session.loaded.device) if padded else None
-        for layer_idx, slots in cache_gradients(session.loaded.model, input_ids.to(session.loaded.device), mask).items():
+        gradients = cache_gradients(session.loaded.model, input_ids.to(session.loaded.device), mask)
+        energy.add(gradients, attention_mask.sum(1).tolist())
+        for layer_idx, slots in gradients.items():
             for name, gradient in _framed(session.loaded.geometry.layers[layer_idx], slots, rotations.get(layer_idx)):
                 g = gradient[:, :, FIRST_EXACT:].transpose(0, 1).flatten(1, 2).double()  # zero for padding
                 layers = sums.setdefault(name, {})
                 layers[layer_idx] = layers.get(layer_idx, 0) + g.mT @ g
+        del gradients
         release()
         done += len(indices)
         session.on_progress("fisher metric", done, len(sequences.ids))
-    return {name: {i: total / tokens for i, total in layers.items()} for name, layers in sums.items()}
+    return {name: {i: total / tokens for i, total in layers.items()} for name, layers in sums.items()}, energy
 
 
 def _framed(layer: Layer, slots: tuple[Tensor, Tensor], rotation: Rotation | None) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,7 @@ def run(
         typer.Option(
             "--sinks",
             min=0,
-            help="First tokens stored exactly; default: 4, or more if the calibration set shows more sinks.",
+            help="First tokens stored exactly; default: 4, or more if the gradients of the calibration set show more sinks.",
         ),
     ] = None,
     window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens stored exactly.")] = 0,

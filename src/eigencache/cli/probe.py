@@ -31,7 +31,8 @@ EXAMPLES = """
   eigencache probe Qwen/Qwen2.5-0.5B --text wikitext2 --output qwen.json --plot qwen.png\n
   eigencache probe ref-llama --layers-table\n
   eigencache probe ref-gpt2 --layers 0,3,5 --scope head --tokens 20000\n
-  eigencache probe ref-llama --view classic
+  eigencache probe ref-llama --view classic\n
+  eigencache probe smollm2 --view sinks --tokens 16384
 """
 
 
@@ -41,6 +42,7 @@ class View(StrEnum):
     honest = "honest"
     classic = "classic"
     spread = "spread"
+    sinks = "sinks"
 
 
 def run(
@@ -55,7 +57,14 @@ def run(
     scope: Annotated[
         list[ScopeName] | None, typer.Option("--scope", help="Scope of the spectra; can be repeated; default: all three.")
     ] = None,
-    view: Annotated[View, typer.Option("--view", help="honest, classic (the historic figures) or spread.")] = View.honest,
+    view: Annotated[
+        View,
+        typer.Option(
+            "--view",
+            help="honest, classic (the historic figures), spread, or sinks (attention that first tokens receive, norms and "
+            "gradient energy; runs backward passes over 4,096 tokens).",
+        ),
+    ] = View.honest,
     layers_table: Annotated[bool, typer.Option("--layers-table", help="Also print all statistics of every layer.")] = False,
     output: OutputJson = None,
     plot: Plot = None,
@@ -80,6 +89,7 @@ def run(
     from eigencache.report.core.drawing import save_figure
     from eigencache.report.probe.comparison import classic_table
     from eigencache.report.probe.plots import plot_probe, plot_spread
+    from eigencache.report.probe.sinks import plot_sinks, sinks_table
     from eigencache.report.probe.spread_table import spread_table
     from eigencache.report.probe.summary import probe_summary
     from eigencache.report.probe.tables import geometry_lines, probe_table
@@ -93,7 +103,7 @@ def run(
             read_text(text),
             tokens=tokens,
             max_length=max_length,
-            settings=ProbeSettings(numbers, frame.value, scopes),
+            settings=ProbeSettings(numbers, frame.value, scopes, gradients=view is View.sinks),
             device=device,
             dtype=dtype,
             batch_size=batch_size,
@@ -104,11 +114,17 @@ def run(
     if output:
         record.save(output)
     if plot:
-        save_figure((plot_spread if view is View.spread else plot_probe)(record), plot)
+        save_figure({View.spread: plot_spread, View.sinks: plot_sinks}.get(view, plot_probe)(record), plot)
     console = Console()
     for line in geometry_lines(record):
         console.print(line, markup=False, highlight=False)
-    console.print({View.honest: probe_summary, View.classic: classic_table, View.spread: spread_table}[view](record))
+    tables = {
+        View.honest: probe_summary,
+        View.classic: classic_table,
+        View.spread: spread_table,
+        View.sinks: sinks_table,
+    }
+    console.print(tables[view](record))
     if layers_table:
         console.print(probe_table(record))
     print_written(output, plot)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigencache.calibration.calibration_set import CalibrationSet
-from eigencache.calibration.metrics import check_metric
+from eigencache.calibration.metrics import FROBENIUS, check_metric
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.eigen.codec import EigenCodec, SinksAndWindow
 from eigencache.codec.eigen.entropy_tables import fit_tables
@@ -28,10 +28,9 @@ from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
 from eigencache.fitting.weighed_vectors import WeighedVectors, rows_after
 from eigencache.memory import release
-from eigencache.spectral.metric import block_product, inverted
+from eigencache.spectral.metric import inverted
 
 _LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
-_SINK, _FIRST = 4.0, 16  # a sink costs more than 4 times the median position; only the first 16 positions are tested
 _APART = 8  # one of eight calibration sequences fits the quantizer and the tables, and the basis does not see it
 _ROWS = 1024  # vectors at a time
 
@@ -46,7 +45,8 @@ class EigenSettings:
         metric: error metric.
         alpha: exponent of the metric.
         text: predict the first stage from the tokens.
-        sinks: first positions that are not coded. None is 4, or more where more positions cost 4 times the median.
+        sinks: first positions that are not coded. None is 4, or more where the gradients of the Fisher metric show more
+            attention sinks; always 4 in the metric `frobenius`, which measures no gradients.
         window: most recent tokens that are not coded.
         kept_bits: bits per value of sinks and window, 8 or 16.
         block: tokens that are decoded together.
@@ -246,7 +246,7 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
     roots = inverted(inverses)
     sinks = settings.sinks
     if sinks is None:
-        sinks = max(FIRST_EXACT, outstanding(samples, roots))
+        sinks = FIRST_EXACT if settings.metric == FROBENIUS else calibration.sinks
     edge = len(samples.lengths) - max(1, len(samples.lengths) // _APART)
     parts = samples.sequences(0, edge), samples.sequences(edge, len(samples.lengths)), held
     mean = mean_of(parts[0], sinks)
@@ -283,24 +283,6 @@ def mean_of(samples: SampledVectors, first: int) -> Tensor:
     rows = rows_after(samples, first)
     total = sum(samples.vectors(part).sum(0, dtype=torch.float64) for part in rows.split(_ROWS))
     return (total / len(rows)).float()  # type: ignore[union-attr]
-
-
-def outstanding(samples: SampledVectors, roots: tuple[Tensor, ...]) -> int:
-    """Return the number of first positions whose mean cost exceeds 4 times the median; only the first 16 are tested.
-
-    Args:
-        samples: vectors of whole sequences.
-        roots: blocks of M^{α/2} [heads, dim, dim] per part. The cost of a vector is its squared distance from the mean
-            vector in this metric.
-    """
-    center = samples.mean
-    costs = torch.cat([block_product(x - center, roots).double().square().sum(1) for x in samples.parts()])
-    positions = samples.positions
-    mean = torch.zeros(int(positions.max()) + 1, dtype=torch.float64).scatter_reduce(
-        0, positions, costs, "mean", include_self=False
-    )
-    first = (mean[:_FIRST] > _SINK * mean.median()).tolist()
-    return first.index(False) if False in first else _FIRST
 
 
 def _spread(vectors: WeighedVectors) -> float:

@@ -19,7 +19,6 @@ from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.live.packed_heads import PackedHeads
-from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen_basis import scaled_metrics
 from eigencache.fitting.live_slot import FittedSlot, fit_slot
@@ -42,14 +41,14 @@ class LiveSettings:
     Args:
         alpha: exponent of the Fisher metric. None is 0.75, or 1 without rotation, where first tokens are rare and far off.
         shared: most numbers per token of the heads that share a basis. More numbers take fewer bytes and more time.
-        sinks: first positions, which are never packed.
+        sinks: first positions, which are never packed. None is 4, or more where gradients show more attention sinks.
         window: most recent tokens that are not packed.
         reach: positions at which keys are expected. None is as many as the model supports.
     """
 
     alpha: float | None = None
     shared: int = 128
-    sinks: int = FIRST_EXACT
+    sinks: int | None = None
     window: int = 0
     reach: int | None = None
 
@@ -137,7 +136,7 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
     longest = max(source.samples.lengths)
     reach = settings.reach or getattr(source.session.loaded.model.config, "max_position_embeddings", None) or REACH
     reach = reach if source.samples.layout.rotations else longest
-    sinks = settings.sinks
+    sinks = source.sinks if settings.sinks is None else settings.sinks
     chosen, positions = _chosen(source, sinks, reach)
     metrics = _stored_metric(source, reach)
     places = sorted(metrics)

@@ -86,6 +86,44 @@ class ClassicRow(Record):
     assessment: str
 
 
+class SlotSinks(Record):
+    """Norms of one cached slot of a layer, by head, and gradient energy by position."""
+
+    kind: str  # `keys`, `values`, `latent` or `key_rope`
+    first_norm: list[float]  # of the first token, mean over sequences
+    median_norm: list[float]  # of all tokens
+    largest_norm: list[float]  # of all tokens
+    largest_position: list[int]  # position of that token in its sequence
+    gradient_energy: list[float] | None = None  # E|g|² over all heads at positions 0, 1, …, 15; None: not measured
+    gradient_energy_rest: float | None = None  # mean over the later positions; None without later positions
+    gradient_share: float | None = None  # share of Σ|g|² that the first four tokens have
+
+
+class LayerSinks(Record):
+    """Attention that the first tokens of a layer receive, one number per KV head; empty where it was not measured.
+
+    A share is the mean attention weight on a position, over the query heads of a KV head and over the queries that can
+    attend to the position and are at least 16 positions later.
+    """
+
+    layer_idx: int
+    first_share: list[float] = []  # first token
+    first_four_share: list[float] = []  # first four tokens together
+    other_share: list[float] = []  # largest of a later position that at least half as many queries can attend to
+    other_position: list[int] = []  # that position; −1 without one
+    slots: list[SlotSinks] = []
+
+
+class SinkStatistics(Record):
+    """Attention sinks of a model: attention received, norms and gradients of its first tokens."""
+
+    sequences: int  # that were read
+    tokens: int
+    layers: list[LayerSinks]
+    exact_tokens: int | None = None  # first tokens that a fit in the Fisher metric stores exactly; None: not measured
+    reasons: list[str] = []  # of attention that was not measured
+
+
 class ScoreRecord(Record):
     """Held-out loss of one model, and its accuracy in copying from the context."""
 
@@ -107,6 +145,7 @@ class ProbeRecord(StoredRecord):
     spectra: list[Spectrum]
     frames: list[FrameComparison] = []
     classic: list[ClassicRow] = []
+    sinks: SinkStatistics | None = None  # None in records of earlier versions
     warnings: list[str] = []
 
     def select(

@@ -21,6 +21,7 @@ from eigencache.report.core.palette import DARK, LIGHT
 from eigencache.report.probe.assess import RULE, assess
 from eigencache.report.probe.comparison import classic_table, compare_table
 from eigencache.report.probe.interactive import Interactive, cross_figures, model_figures
+from eigencache.report.probe.sinks import sinks_sentence, sinks_table
 from eigencache.report.probe.spread_table import spread_sentences, spread_table
 from eigencache.report.probe.tables import geometry_lines, probe_table
 
@@ -37,6 +38,8 @@ _METHOD = (
     ("null", "white noise of the same total variance: Marchenko–Pastur with γ = dimensions / independent vectors"),
     ("intervals", "95 %, bootstrap over groups of whole sequences"),
     ("spread", "largest / smallest standard deviation of the raw dimensions; also the 95th / 5th percentile (p95/p5)"),
+    ("attention sink", "a token that most queries attend to: share = mean attention weight on it, over the queries at least "
+     "16 positions later that can attend to it"),
     ("! and —", "doubtful: fewer than 10 independent vectors per dimension; withheld: the sample cannot support the number"),
 )  # fmt: skip
 
@@ -167,8 +170,16 @@ def _section(name: str, record: ProbeRecord, figures: list[Interactive]) -> str:
     return (
         f'<h2 id="{_anchor(name)}">{escape(name)}</h2><div class="card"><ul>{lines}</ul>{_facts(facts)}</div>'
         f"{_warnings(all_warnings(record))}{_grid(figures, f'{name}-')}{sentences}"
-        f"{probe_table(record).html()}{spread_table(record).html()}"
+        f"{probe_table(record).html()}{spread_table(record).html()}{_sinks(record)}"
     )
+
+
+def _sinks(record: ProbeRecord) -> str:
+    """Return the sentence and the table of attention sinks; nothing for records of earlier versions."""
+    if record.sinks is None:
+        return ""
+    reasons = "".join(f"<p>{escape(reason)}.</p>" for reason in record.sinks.reasons)
+    return f"<p>{escape(sinks_sentence(record))}</p>{sinks_table(record).html()}{reasons}"
 
 
 def _verdict(name: str, verdict: Shown | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from eigencache.calibration.accumulator import Accumulator, shapes_of
 from eigencache.calibration.moments import CapturedMoments, captured_by_name, gather
 from eigencache.calibration.session import Session
+from eigencache.calibration.sinks import measure_sinks
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.capture import Capture
@@ -33,12 +34,14 @@ class ProbeSettings:
         frame: Keys before RoPE (`pre`), after it (`post`), or both.
         scopes: Scopes of the spectra.
         demonstration: Whether to run the legacy probe of four repeated sentences too.
+        gradients: Whether to measure the gradient energy of first tokens too, which takes backward passes.
     """
 
     layers: tuple[int, ...] | None = None
     frame: FrameChoice = "both"
     scopes: tuple[Scope, ...] = SCOPES
     demonstration: bool = True
+    gradients: bool = False
 
 
 def probe_model(session: Session, sequences: Sequences, settings: ProbeSettings | None = None) -> ProbeRecord:
@@ -78,6 +81,8 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
     spectra = [spectrum for spectrum in spectra if spectrum.frame != unwanted]
     if not spectra:
         raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'no tensor was captured in this frame'}")
+    with gathered.watch:
+        sinks = measure_sinks(session, gathered.sequences, settings.layers, gradients=settings.gradients)
     notices = [*corpus.warnings, *session.loaded.geometry.notes, *notes, *gathered.accumulator.notes]
     options: dict[str, Any] = asdict(settings) | {
         "batch_size": session.batch_size,
@@ -94,6 +99,7 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
         spectra=spectra,
         frames=frames,
         classic=classic,
+        sinks=sinks,
         warnings=[*notices, *_support_warnings(spectra)],
     )
 

@@ -23,6 +23,7 @@ from eigencache.report.core.series import (
     spectrum_range,
     spreads,
 )
+from eigencache.report.probe.sinks import first_shares
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,37 @@ def rotation_figure(record: ProbeRecord) -> Interactive | None:
     )
 
 
+def sinks_figure(record: ProbeRecord) -> Interactive | None:
+    """Return the heat map of the attention on the first token by layer and KV head; None if it was not measured."""
+    layers, shares = first_shares(record)
+    if not layers:
+        return None
+    heads = max(map(len, shares))
+    trace = {
+        "type": "heatmap",
+        "name": "share of attention",
+        "x": [f"head {head}" for head in range(heads)],
+        "y": [f"layer {layer}" for layer in layers],
+        "z": [[*row, *[None] * (heads - len(row))] for row in shares],
+        "colorscale": "Cividis",
+        "zmin": 0,
+        "zmax": 1,
+        "colorbar": {"thickness": 10},
+    }
+    return Interactive(
+        name="sinks",
+        title="Attention on the first token",
+        caption="mean attention weight on it, over the queries at least 16 positions later that can attend to it",
+        traces=[trace],
+        x="KV head",
+        y="layer",
+        axes={"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}},
+    )
+
+
 def model_figures(record: ProbeRecord) -> list[Interactive]:
     """Return the figures of one model that have data, in the order of the page."""
-    rotation = rotation_figure(record)
-    rest = [spread_figure(record), *([rotation] if rotation else [])]
+    rest = [spread_figure(record), *filter(None, (rotation_figure(record), sinks_figure(record)))]
     figures = [*spectra_figures(record), energy_figure(record), *head_figures(record), *rest]
     return [figure for figure in figures if figure.traces]
 

@@ -8,6 +8,7 @@ from eigencache.records.probe import ProbeRecord, Spectrum
 from eigencache.report.core.lookup import all_warnings, held_out_at, layers_of, quarter_k
 from eigencache.report.core.measured import ABSENT, DOUBT, Measured, of_spectrum
 from eigencache.report.core.table import Table
+from eigencache.report.probe.sinks import sinks_sentence
 
 _COLUMNS = (
     "Tensor",
@@ -26,7 +27,7 @@ _LABELS = {
     "keys_nope": "keys,\nexpanded",
 }
 _LINES = 24  # of a screen
-_OTHER_LINES = 12  # of the title, the headings, the note and the frame of the warnings, at most
+_OTHER_LINES = 14  # of the title, the headings, the notes and the frame of the warnings, at most
 _WARNING_WIDTH = 70  # characters of a shortened warning
 _OVER = {"layer": "layers", "head": "layers and heads", "all": "nothing: all layers are concatenated"}
 
@@ -57,7 +58,8 @@ def probe_summary(record: ProbeRecord) -> Table:
     title = f"{record.model.name}: {layers} layers, {record.corpus.name}, {record.corpus.tokens:,} tokens"
     height = sum(max(cell.count("\n") + 1 for cell in row) for row in rows)
     warnings = _shortened(all_warnings(record), max(2, _LINES - _OTHER_LINES - height))
-    return Table(title, _COLUMNS, tuple(rows), (note,), warnings)
+    notes = tuple(filter(None, (note, sinks_sentence(record))))
+    return Table(title, _COLUMNS, tuple(rows), notes, warnings)
 
 
 def _spectra(record: ProbeRecord, name: str) -> list[Spectrum]:
