@@ -43,6 +43,24 @@ def test_probe_prints_a_table_and_writes_json_and_plot(model: str, tmp_path: Pat
     assert all(warning.split(":")[0] in shown for warning in record.warnings)
 
 
+def test_the_view_of_sinks_prints_its_table_and_writes_json_and_plot(tmp_path: Path) -> None:
+    shown = run("probe", "ref-qwen2", *FEW, "--view", "sinks", "-o", "out.json", "--plot", "out.png", folder=tmp_path)
+    sinks = ProbeRecord.load(tmp_path / "out.json").sinks
+    assert sinks is not None and sinks.exact_tokens == 4 and not sinks.reasons
+    layer = sinks.layers[1]
+    assert f"{min(layer.first_share):.2f}–{max(layer.first_share):.2f}" in shown
+    assert "attention sinks" in shown and "A fit in the Fisher metric stores the first 4 tokens exactly." in shown
+    assert all(0 < slot.gradient_share < 1 for layer in sinks.layers for slot in layer.slots)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plain_probe_measures_attention_but_no_gradients(tmp_path: Path) -> None:
+    shown = run("probe", "ref-deepseek", *FEW, "-o", "out.json", folder=tmp_path)
+    sinks = ProbeRecord.load(tmp_path / "out.json").sinks
+    assert sinks is not None and sinks.exact_tokens is None and all(layer.first_share for layer in sinks.layers)
+    assert "Attention on the first token: " in shown
+
+
 def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
     for model in ("ref-gpt2", "ref-llama"):
         run("probe", model, *FEW, "--layers-table", "-o", f"{model}.json", folder=tmp_path)

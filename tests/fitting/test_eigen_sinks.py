@@ -1,47 +1,53 @@
-"""Which first positions `eigen` does not code: those that cost far more than the others, in the metric."""
+"""Which first positions codecs store exactly: four, and those that gradients single out, unless the settings say."""
 
-import pytest
 import torch
 
+from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.gradient_energy import GradientEnergy
+from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors
-from eigencache.fitting.eigen import mean_of, outstanding
+from eigencache.fitting.eigen import EigenSettings, fit_eigen, mean_of
+from eigencache.fitting.live import LiveSettings, fit_live
 from planted_eigen import LAYOUT, WIDTH, gaussian
+from stub_codecs import random_sequences, tiny_loaded
 
 
-def samples_with(first: list[float], lengths: tuple[int, ...] = (60,) * 20) -> SampledVectors:
-    """Vectors of size 1, at the first positions of the given sizes."""
-    vectors = gaussian(sum(lengths), 3) / 3
-    samples = SampledVectors(LAYOUT, vectors, torch.zeros(len(vectors), dtype=torch.int64), lengths)
-    for position, size in enumerate(first):
-        vectors[samples.positions == position] *= size
-    return samples
+def source_with(sinks: int) -> CalibrationSet:
+    """A calibration set whose Fisher metric was measured with a large gradient at the first `sinks` positions."""
+    source = CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*(40,) * 24))
+    metrics, _ = source._fisher
+    energy, gradient = GradientEnergy(), torch.ones(1, 2, 40, 16)
+    gradient[:, :, :sinks] *= 30
+    energy.add({0: (gradient, gradient)}, [40])
+    source.__dict__["_fisher"] = (metrics, energy)
+    return source
 
 
-@pytest.mark.parametrize(
-    ("sizes", "sinks"),
-    [([], 0), ([1.5, 1.5], 0), ([9], 1), ([20, 9, 3], 3), ([20, 1, 20], 0 + 1), ([1, 20], 0), ([9] * 30, 16)],
-)
-def test_sinks_are_the_first_positions_that_stand_out_without_a_gap(sizes: list[float], sinks: int) -> None:
-    assert outstanding(samples_with(sizes), ()) == sinks
+def test_codecs_store_the_first_tokens_exactly_that_gradients_single_out() -> None:
+    for planted, expected in ((1, 4), (7, 7)):
+        source = source_with(planted)
+        fit, live = fit_eigen(source), fit_live(source)
+        assert fit.sinks == fit.at_step(fit.spread).codec.kept.sinks == expected
+        assert live.sinks == live.at_bits(3.0).sinks == expected
+        assert len(fit.fitted.vectors.lengths) and set(fit.fitted.vectors.lengths) == {40 - expected}
 
 
-def test_what_costs_nothing_does_not_stand_out() -> None:
-    samples = samples_with([])
-    samples.stored[samples.positions == 0, :6] *= 100
-    cheap = torch.eye(6).expand(2, 6, 6).clone()
-    cheap[0] *= 1e-3
-    rest = torch.eye(6).expand(2, 6, 6)
-    assert outstanding(samples, ()) == 1
-    assert outstanding(samples, (cheap, rest, rest, rest)) == 0
+def test_settings_decide_before_gradients_and_frobenius_stores_four() -> None:
+    source = source_with(7)
+    assert fit_eigen(source, EigenSettings(sinks=2)).sinks == 2
+    assert fit_live(source, LiveSettings(sinks=0)).sinks == 0
+    assert fit_eigen(source, EigenSettings(metric="frobenius")).sinks == 4
 
 
-def test_sequences_may_differ_in_length() -> None:
-    assert outstanding(samples_with([9, 9], (60, 3, 1, 40, 2)), ()) == 2
+def test_random_models_store_four() -> None:
+    source = CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*(40,) * 24))
+    assert source.sinks == fit_eigen(source).sinks == 4
 
 
 def test_the_mean_is_that_of_all_but_the_sinks() -> None:
-    samples = samples_with([50, 50], (60, 3, 1, 40, 2))
+    lengths = (60, 3, 1, 40, 2)
+    samples = SampledVectors(LAYOUT, gaussian(sum(lengths), 3) / 3, torch.zeros(106, dtype=torch.int64), lengths)
     samples.stored[samples.positions < 2] += 1000
-    expected = torch.cat([x[2:] for x in samples.stored.split([60, 3, 1, 40, 2])]).double().mean(0)
+    expected = torch.cat([x[2:] for x in samples.stored.split(list(lengths))]).double().mean(0)
     torch.testing.assert_close(mean_of(samples, 2), expected.float(), rtol=0, atol=1e-5)
     assert mean_of(samples, 2).shape == (WIDTH,)

@@ -10,6 +10,7 @@ from eigencache.geometry import MLA, Frame, Kind, KVGeometry, Layer, Rope, tenso
 from eigencache.records.base import Scope
 from eigencache.records.probe import ClassicRow, FrameComparison, ProbeRecord, Spectrum
 from eigencache.records.run import Corpus, Model, Run
+from planted_sinks import planted_sinks
 
 Array = np.ndarray
 SEQUENCES = 16
@@ -261,7 +262,8 @@ def gqa_record(
     spectra.append(spectrum(joined, "values", "unrotated", "all", None, None))
     geometry = _geometry("GQA", layers, heads, dim, heads * dim * 4, Rope(rope_type="default", theta=100.0, rotary_dim=dim))
     classic = _classic("keys", post_keys) + _classic("values", all_values)
-    return _record(name, geometry, tokens, spectra, classic, frames)
+    record = _record(name, geometry, tokens, spectra, classic, frames)
+    return record.model_copy(update={"sinks": planted_sinks(layers, heads)})
 
 
 def mha_record(name: str = "acme/learned-mha", seed: int = 1) -> ProbeRecord:

@@ -235,6 +235,6 @@ class _Reasons:
 def _reason(layer: Layer, *, heard: bool) -> str:
     """Return why the attention of a layer was not measured."""
     if not heard:
-        return "attention is not measured, because the model does not use transformers' AttentionInterface here"
+        return "attention was not measured: the model does not compute it by transformers' AttentionInterface"
     window = f" (its window is {layer.window} tokens)" if layer.window else ""
     return f"no query at least {DISTANCE} positions later attends to all of the first {FIRST_EXACT} tokens{window}"

@@ -80,6 +80,7 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend as the model does, and tell the listener the weights.
@@ -93,6 +94,7 @@ def _attention(
         scaling: Factor of the logits; None for 1 / √dim.
         softcap: Soft cap of logits; None for none.
         s_aux: Logits [heads] that take weight and add no value; None for none.
+        indices: Keys that an indexer selected for each query [batch, seq, selected]; None for all.
 
     Returns:
         [batch, seq, query heads, dim of values] in the dtype of `query`, and None.
@@ -112,6 +114,9 @@ def _attention(
             mask = attention_mask[..., rows, :tokens]
             visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             logits = logits if mask.dtype == torch.bool else logits + mask
+        if indices is not None:
+            chosen = torch.zeros(batch, 1, logits.shape[2], tokens, dtype=torch.bool, device=query.device)
+            visible = visible & chosen.scatter(-1, indices[:, None, rows].long(), True)
         logits = logits.masked_fill(~visible, -torch.inf)
         if s_aux is not None:
             logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(batch, -1, logits.shape[2], 1)], -1)

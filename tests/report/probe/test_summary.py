@@ -9,6 +9,7 @@ from rich.console import Console
 from eigencache.records.probe import ProbeRecord
 from eigencache.report.core.measured import ABSENT
 from eigencache.report.probe.summary import probe_summary
+from planted_sinks import planted_sinks
 
 
 def thirty_layers(record: ProbeRecord) -> ProbeRecord:
@@ -28,7 +29,8 @@ def thirty_layers(record: ProbeRecord) -> ProbeRecord:
         for s in layers
     ]
     warnings = [f"warning {i}: a sentence that is longer than one line of a terminal of eighty columns" for i in range(12)]
-    return record.model_copy(update={"spectra": spectra, "warnings": warnings})
+    sinks = record.sinks and planted_sinks(30, 2)
+    return record.model_copy(update={"spectra": spectra, "warnings": warnings, "sinks": sinks})
 
 
 def lines(record: ProbeRecord, width: int = 80) -> list[str]:
