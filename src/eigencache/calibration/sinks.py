@@ -32,7 +32,8 @@ def measure_sinks(
 ) -> SinkStatistics:
     """Measure attention received and norms in one forward pass, and on request gradients in a forward and a backward pass.
 
-    Memory holds the weights of 2^22 pairs of query and key at a time, for any length of sequences.
+    Memory holds 2^22 attention weights at a time, for any length of sequences. Layers with a window, and padding, also need
+    a boolean mask [batch, seq, seq], as in any pass of the model.
 
     Args:
         session: the model and how it is run.

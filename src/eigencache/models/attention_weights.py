@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
 NAME = "eigencache_weights"  # of the attention implementation in transformers
 _LOGITS = 2**22  # logits computed at a time, 16 MiB in float32; further queries wait
@@ -55,7 +55,7 @@ def attention_weights(model: PreTrainedModel, listen: Listener) -> Iterator[None
         listen: Called once per layer and chunk of queries.
     """
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # boolean, and none for causal attention without padding
     configs = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
     before = [config._attn_implementation for config in configs]
     token = _listener.set(listen)
