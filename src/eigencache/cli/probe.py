@@ -61,7 +61,7 @@ def run(
         View,
         typer.Option(
             "--view",
-            help="honest, classic (the historic figures), spread, or sinks (attention that first tokens receive, norms and "
+            help="honest, classic (the original probe), spread, or sinks (attention that first tokens receive, norms and "
             "gradient energy; runs backward passes over 4,096 tokens).",
         ),
     ] = View.honest,

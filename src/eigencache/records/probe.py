@@ -80,6 +80,7 @@ class ClassicRow(Record):
     kind: str
     text: str
     vectors: int
+    distinct_vectors: int | None = None  # vectors whose contexts differ; None: not counted
     energy_16: float
     energy_32: float
     rank_99: float  # the original tables call it effective rank

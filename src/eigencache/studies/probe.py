@@ -18,9 +18,16 @@ from eigencache.errors import StatisticsError
 from eigencache.models.capture import Capture
 from eigencache.progress import Progress, silent
 from eigencache.records.base import SCOPES, Scope
-from eigencache.records.probe import FrameComparison, ProbeRecord, Spectrum
+from eigencache.records.probe import ClassicRow, FrameComparison, ProbeRecord, Spectrum
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
-from eigencache.studies.legacy_probe import SAMPLES, SENTENCES, classic_rows
+from eigencache.studies.legacy_probe import (
+    REPEATED,
+    SAMPLE_TOKENS,
+    SAMPLES,
+    classic_rows,
+    distinct_contexts,
+    repeated_samples,
+)
 
 FrameChoice = Literal["pre", "post", "both"]
 
@@ -33,7 +40,7 @@ class ProbeSettings:
         layers: Indices of layers to probe. Default: all.
         frame: Keys before RoPE (`pre`), after it (`post`), or both.
         scopes: Scopes of the spectra.
-        demonstration: Whether to run the legacy probe of four repeated sentences too.
+        demonstration: Whether to run the original probe on its four repeated sentences too.
         gradients: Whether to measure the gradient energy of first tokens too, which takes backward passes.
     """
 
@@ -119,21 +126,21 @@ def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Pr
     return spectra
 
 
-def _demonstration(session: Session, settings: ProbeSettings) -> list[Any]:
-    """Run the original probe on four sentences repeated to fill 64 samples."""
+def _demonstration(session: Session, settings: ProbeSettings) -> list[ClassicRow]:
+    """Run the original probe on its own kind of text. Its samples repeat four, so each of the four is read once."""
     loaded = session.loaded
-    ids = [loaded.tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in SENTENCES]
+    samples = repeated_samples(loaded.tokenizer, min(SAMPLE_TOKENS, loaded.learned_positions or SAMPLE_TOKENS))
     accumulator = None
     with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
-        for row in ids:
-            repeated = torch.tensor([row] * (SAMPLES // len(SENTENCES)), device=loaded.device)
-            tensors = captured_by_name(capture.run(repeated))
+        for index, sample in enumerate(samples):
+            tensors = captured_by_name(capture.run(torch.tensor([sample], device=loaded.device)))
             if accumulator is None:
-                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=2, budget=session.memory)
-            accumulator.add(tensors, [0] * len(repeated), [len(row)] * len(repeated))
+                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=len(samples), budget=session.memory)
+            accumulator.add(tensors, [index], [len(sample)])
     assert accumulator is not None
-    distinct = len({tuple(row[: i + 1]) for row in ids for i in range(len(row))})
-    return classic_rows(_spectra(accumulator, distinct, session.seed, silent), "four repeated sentences")
+    distinct = distinct_contexts(samples)
+    spectra = _spectra(accumulator, distinct, session.seed, silent)
+    return classic_rows(spectra, REPEATED, copies=SAMPLES // len(samples), distinct=distinct)
 
 
 def _frame_comparisons(spectra: Sequence[Spectrum]) -> list[FrameComparison]:

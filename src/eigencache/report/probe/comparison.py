@@ -153,6 +153,11 @@ def difference(classic: float, held_out: Measured) -> str:
     return f"too {'high' if gap > 0 else 'low'} by {abs(gap):.2f}{mark}"
 
 
+def _vectors(row: ClassicRow) -> str:
+    distinct = "" if row.distinct_vectors is None else f" ({row.distinct_vectors:,} distinct)"
+    return f"{row.vectors:,}{distinct}"
+
+
 def classic_table(record: ProbeRecord) -> Table:
     """Return the figures of the original probe for one model, each with the held-out figure and the difference."""
     rows = []
@@ -164,7 +169,7 @@ def classic_table(record: ProbeRecord) -> Table:
             (
                 row.kind,
                 row.text,
-                f"{row.vectors:,}",
+                _vectors(row),
                 Measured(row.energy_16, doubtful).text(share),
                 _classic_energy(record, row),
                 Measured(row.rank_99, doubtful).text(count),
