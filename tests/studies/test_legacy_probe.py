@@ -27,8 +27,8 @@ def by_words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_a_sample_repeats_one_sentence_and_is_cut_at_256_tokens(by_words) -> None:
-    samples = repeated_samples(by_words)
+def test_a_sample_repeats_one_sentence_and_is_cut_at_256_tokens(loaded, by_words) -> None:
+    samples = repeated_samples(replace(loaded("llama"), tokenizer=by_words))
     assert len(samples) == len(SENTENCES) == 4
     for sentence, sample in zip(SENTENCES, samples, strict=True):
         once = by_words(sentence)["input_ids"]
@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_an_svd_of_all_64_samples(name: str, loaded, se
     one = replace(loaded(name), tokenizer=by_words)
     record = probe_model(Session(one), sequences(*[40] * 12), ProbeSettings(scopes=("layer",)))
     length = min(256, one.learned_positions or 256)
-    samples = repeated_samples(by_words, length)
+    samples = repeated_samples(one)
     ids = torch.tensor([samples[i % len(samples)] for i in range(64)])
     cache = DynamicCache(config=one.model.config)
     with torch.no_grad():

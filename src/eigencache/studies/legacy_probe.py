@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from statistics import fmean
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from eigencache.models.load import LoadedModel
 from eigencache.records.probe import ClassicRow, Spectrum
 from eigencache.spectral.spectrum import energy_shares, rank_at
 
@@ -27,16 +27,16 @@ SENTENCES = (
 _FRAMES = ("post_rope", "unrotated")
 
 
-def repeated_samples(tokenizer: PreTrainedTokenizerBase, tokens: int = SAMPLE_TOKENS) -> list[list[int]]:
+def repeated_samples(loaded: LoadedModel) -> list[list[int]]:
     """Return the distinct samples of the original text as token ids, without special tokens.
 
     Args:
-        tokenizer: Tokenizer of the model.
-        tokens: Tokens of a sample. Default: 256.
+        loaded: A model with its tokenizer. Fewer than 256 learned positions shorten the samples.
     """
+    tokens = min(SAMPLE_TOKENS, loaded.learned_positions or SAMPLE_TOKENS)
     samples = []
     for sentence in SENTENCES:
-        ids = list(tokenizer(f"{sentence} " * REPEATS, add_special_tokens=False)["input_ids"])
+        ids = list(loaded.tokenizer(f"{sentence} " * REPEATS, add_special_tokens=False)["input_ids"])
         samples.append((ids * (tokens // len(ids) + 1))[:tokens])
     return samples
 

@@ -22,7 +22,6 @@ from eigencache.records.probe import ClassicRow, FrameComparison, ProbeRecord, S
 from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
 from eigencache.studies.legacy_probe import (
     REPEATED,
-    SAMPLE_TOKENS,
     SAMPLES,
     classic_rows,
     distinct_contexts,
@@ -129,7 +128,7 @@ def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Pr
 def _demonstration(session: Session, settings: ProbeSettings) -> list[ClassicRow]:
     """Run the original probe on its own kind of text. Its samples repeat four, so each of the four is read once."""
     loaded = session.loaded
-    samples = repeated_samples(loaded.tokenizer, min(SAMPLE_TOKENS, loaded.learned_positions or SAMPLE_TOKENS))
+    samples = repeated_samples(loaded)
     accumulator = None
     with Capture(loaded.model, loaded.geometry, layers=settings.layers) as capture:
         for index, sample in enumerate(samples):
