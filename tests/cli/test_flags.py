@@ -48,7 +48,7 @@ def test_no_message_of_the_library_names_a_flag() -> None:
         (fit, "raise `tokens` or shorten `max_length`", "raise --tokens or shorten --max-length"),
         (bench, "raise `tokens` (of a bench `calibration_tokens`)", "raise --tokens (of a bench --calibration-tokens)"),
         (recommend, "`model` third: chooses", "--model third: chooses"),
-        (fit, "`memory` is no option of it, `eigencache fit --live` is a command", None),
+        (fit, "`prompts` is no option of it, `eigencache fit --live` is a command", None),
         (fit, "`text_prediction` switches", "--text-prediction switches"),
         (fit, "`model` is an argument", None),
     ],

@@ -15,11 +15,11 @@ from stub_codecs import random_sequences, tiny_loaded
 def source_with(sinks: int) -> CalibrationSet:
     """A calibration set whose Fisher metric was measured with a large gradient at the first `sinks` positions."""
     source = CalibrationSet(Session(tiny_loaded("llama")), random_sequences(*(40,) * 24))
-    metrics, _ = source._fisher
+    source.metric("fisher")
     energy, gradient = GradientEnergy(), torch.ones(1, 2, 40, 16)
     gradient[:, :, :sinks] *= 30
     energy.add({0: (gradient, gradient)}, [40])
-    source.__dict__["_fisher"] = (metrics, energy)
+    source.gradients["fisher"] = energy
     return source
 
 
