@@ -46,11 +46,16 @@ def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded
         BUDGET,
         RECIPE,
     )
-    assert sum(read) <= 64 * 10  # the rotation, and means of keys from a few sequences
+    assert sum(read) <= 64 * 11  # the rotation, for PCA and for codecs, and means of keys from a few sequences
     record = advice.sweeps["given"]
     assert [(s.target, s.bits) for s in record.series] == [(p.settings.target, p.bits) for p in verdict_plans(model)]
     assert record.series[0].points[0].quality.tokens == 9 * (48 - 36 - 1)
     assert (advice.keys is not None) == bool(key_biases(model))
+    stored, live = advice.codecs
+    assert stored.candidates and all(c.choosing.tokens == 9 * (48 - 36 - 1) for c in stored.candidates)
+    assert live.left_out == [
+        "live: a prefix of 36 tokens is too short: no block of 64 tokens is ever packed. Use `prefix` ≥ 68."
+    ]
 
 
 def test_a_text_that_was_probed_is_not_scored(loaded, sequences) -> None:
