@@ -179,6 +179,14 @@ def test_gradients_are_measured_on_request_on_the_beginning_of_every_sequence(lo
     assert said[:3] == [f"attention sinks {done}/5" for done in (2, 4, 5)] and said[-1] == "gradients 5/5"
 
 
+def test_gradients_that_memory_does_not_allow_have_a_reason(loaded, sequences) -> None:
+    record = measure_sinks(Session(loaded("llama"), memory=2**20), sequences(*LENGTHS), gradients=True)
+    (reason,) = record.reasons
+    assert reason.startswith("gradients were not measured: a backward pass needs about ") and "0.00098 GiB" in reason
+    assert record.exact_tokens is None and record.layers[0].first_share
+    assert all(slot.gradient_share is None for layer in record.layers for slot in layer.slots)
+
+
 def test_an_mla_model_has_the_norms_of_its_latent_and_the_attention_of_its_heads(loaded, sequences) -> None:
     layer = measure_sinks(Session(loaded("deepseek_v2")), sequences(*LENGTHS)).layers[0]
     assert [slot.kind for slot in layer.slots] == ["latent", "key_rope"]

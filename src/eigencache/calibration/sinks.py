@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eigencache.calibration.gradient_energy import GradientEnergy
 from eigencache.calibration.metrics import spread_out
+from eigencache.calibration.pass_memory import BACKWARD_TOKENS, backward_nbytes
 from eigencache.calibration.session import Session
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
@@ -24,7 +25,6 @@ from eigencache.records.probe import LayerSinks, SinkStatistics, SlotSinks
 
 TOKENS = 4096  # about as many tokens are read, evenly spaced over the text
 DISTANCE = 16  # a query counts for positions at least this far before it; the nearest tokens have large shares in any model
-BACKWARD_TOKENS = 512  # tokens of a backward pass, which keeps the activations of all layers; longer sequences are cut
 
 
 def measure_sinks(
@@ -39,14 +39,15 @@ def measure_sinks(
         session: the model and how it is run.
         sequences: the text; about 4,096 tokens of it are read.
         layers: layers to report; by default all that have a cache.
-        gradients: measure gradient energy.
+        gradients: measure gradient energy, if the memory of the session allows a backward pass.
 
     Raises:
         LayerError: a layer does not exist or has no cache.
     """
     chosen, text = check_layers(session.loaded.geometry, layers), spread_out(sequences, TOKENS)
     received, norms = _forward(session, text, chosen)
-    energy = _backward(session, text) if gradients else None
+    needed = backward_nbytes(session.loaded, BACKWARD_TOKENS)
+    energy = _backward(session, text) if gradients and needed <= session.memory else None
     described, reasons = [], _Reasons()
     for layer_idx in chosen:
         layer = session.loaded.geometry.layers[layer_idx]
@@ -57,12 +58,16 @@ def measure_sinks(
         if energy is not None:
             slots = [_with_energy(energy, (layer_idx, s), slot) for s, slot in enumerate(slots)]
         described.append(LayerSinks(layer_idx=layer_idx, **(shares or {}), slots=slots))
+    lacking = (
+        f"gradients were not measured: a backward pass needs about {needed / 2**30:.2g} GiB, more than a `memory` of "
+        f"{session.memory / 2**30:.2g} GiB"
+    )
     return SinkStatistics(
         sequences=len(text.ids),
         tokens=sum(map(len, text.ids)),
         layers=described,
         exact_tokens=None if energy is None else energy.sinks,
-        reasons=reasons.sentences,
+        reasons=[*reasons.sentences, *([lacking] if gradients and energy is None else [])],
     )
 
 
@@ -188,7 +193,7 @@ def _forward(
 
 
 def _backward(session: Session, text: Sequences) -> GradientEnergy:
-    """Return the gradient energy of the first 512 tokens of every sequence."""
+    """Return the gradient energy of the first 512 tokens of every sequence; longer ones are cut to limit memory."""
     device, energy, done = session.loaded.device, GradientEnergy(), 0
     text = replace(text, ids=[ids[:BACKWARD_TOKENS] for ids in text.ids])
     rows = min(session.batch_size, max(1, BACKWARD_TOKENS // max(map(len, text.ids))))

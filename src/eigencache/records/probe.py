@@ -122,7 +122,7 @@ class SinkStatistics(Record):
     tokens: int
     layers: list[LayerSinks]
     exact_tokens: int | None = None  # first tokens that a fit in the Fisher metric stores exactly; None: not measured
-    reasons: list[str] = []  # of attention that was not measured
+    reasons: list[str] = []  # of attention and gradients that were not measured
 
 
 class ScoreRecord(Record):
