@@ -222,7 +222,7 @@ def _live(session: Session, source: CalibrationSet, search: CodecSearch) -> tupl
         StatisticsError: The compressed prefix, or half of a calibration sequence, is too short for one packed block.
     """
     settings = LiveSettings()
-    needed = settings.sinks + settings.window + BLOCK
+    needed = source.sinks + settings.window + BLOCK
     if search.protocol.length < needed:
         raise StatisticsError(
             f"a prefix of {search.protocol.length} tokens is too short: no block of {BLOCK} tokens is ever packed. "
