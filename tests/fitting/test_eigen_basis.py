@@ -122,6 +122,28 @@ def test_no_metrics_are_frobenius_and_a_head_that_nothing_reads_keeps_a_floor() 
         scaled_metrics([m * torch.nan for m in metrics()], 1.0)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.75])
+def test_the_metric_of_a_head_with_dead_dimensions_is_that_of_its_live_ones(alpha: float) -> None:
+    live = [torch.ones(m.shape[:2], dtype=torch.bool) for m in metrics()]
+    live[0][1, [0, 2]] = False
+    live[-1][0] = False  # a head that never varies
+    root, inverse = scaled_metrics(metrics(), alpha, live)
+    diagonal = np.concatenate([np.diagonal(m.numpy(), axis1=1, axis2=2).ravel() for m in metrics()]).mean()
+    for blocks, dead, r, i in zip(metrics(), (~m for m in live), root, inverse, strict=True):
+        for block, off, one, back in zip(blocks, dead, r, i, strict=True):
+            assert not one[off].any() and not one[:, off].any() and not back[off].any() and not back[:, off].any()
+            on = (~off).nonzero().flatten()
+            if len(on):
+                part = (block[on][:, on].numpy() + 1e-6 * diagonal * np.eye(len(on))) / diagonal
+                expected = power(part + 1e-3 * np.trace(part) / len(on) * np.eye(len(on)), alpha / 2)
+                np.testing.assert_allclose(one[on][:, on], expected, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(one[on][:, on] @ back[on][:, on], np.eye(len(on)), atol=1e-4)
+    for stored, again in ((stored_inverses(inverse), root), (inverse, root)):
+        for blocks, given in zip(inverted(stored), again, strict=True):
+            assert torch.equal(blocks == 0, given == 0) or not given.any()
+            torch.testing.assert_close(blocks, given, rtol=0.02, atol=0.02)
+
+
 def conditioned(least: float, largest: float, seed: int = 0) -> Tensor:
     """A symmetric block whose singular values reach from `least` to `largest`."""
     turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q

@@ -26,7 +26,7 @@ from eigencache.spectral.moments import Moments
 
 
 def spectrum(layer_idx: int | None = 0, head: int | None = None, frame: str = "pre_rope", centered: bool = True) -> Spectrum:
-    """A measured spectrum whose condition number and spread are infinite: one dimension never varies."""
+    """A measured spectrum whose condition number is infinite: one dimension never varies."""
     moments = Moments(3, folds=8)
     for fold in range(8):
         vectors = torch.randn(100, 1, 3, generator=torch.Generator().manual_seed(fold), dtype=torch.float64)
@@ -88,9 +88,20 @@ def test_what_is_saved_is_loaded_equal_with_its_infinities(tmp_path: Path, as_ty
     assert loaded == original
     for found in loaded.spectra:
         assert math.isinf(found.condition_number)
-        assert math.isinf(found.spread)
+        assert found.dead == [1]
         assert all(isinstance(k, int) for k in found.energy)
     assert json.loads(Path(path).read_text(encoding="utf-8"))["schema_version"] == "eigencache.probe/1"
+
+
+def test_a_record_from_before_dead_dimensions_were_counted_is_read(saved: Path) -> None:
+    def before(content: dict) -> None:
+        for one in content["spectra"]:
+            del one["dead"]
+            one["spread"] = "Infinity"
+
+    changed(saved, before)
+    (found,) = ProbeRecord.load(saved).spectra
+    assert (found.dead, found.spread) == ([], math.inf)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

@@ -10,6 +10,7 @@ import torch
 
 from eigencache.spectral.measure import measure, measure_both
 from eigencache.spectral.moments import Moments
+from eigencache.spectral.rope import PAIRINGS, Pairing, Rotation, rotate
 from simulated import MANY, PLACE, measured, moments_of, planted, white
 
 RANKS = (
@@ -158,7 +159,48 @@ def test_constant_vectors_are_refused_and_nothing_is_nan(dtype: type, value: flo
     assert all(getattr(spectrum, name) is None for name in (*RANKS, *TAIL, "effective_vectors", "held_out_energy"))
     numbers = [number for _, number in spectrum if isinstance(number, float)]
     assert not any(map(math.isnan, [*numbers, *spectrum.eigenvalues]))
-    assert spectrum.spread == spectrum.spread_p95_p5 == math.inf
+    assert spectrum.spread is spectrum.spread_p95_p5 is None
+    assert spectrum.dead == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.7, -300.0])
+def test_a_dimension_that_never_varies_is_named_and_left_out_of_the_spreads(dtype: type, value: float) -> None:
+    data = (white(0, 16, 40, 8) * np.geomspace(1e-3, 2, 8) + np.arange(8)).astype(dtype)
+    data[..., [1, 6]] = value
+    flat = data.reshape(-1, 8).astype(np.float64)
+    for centered, dead in ((True, [1, 6]), (False, [] if value else [1, 6])):
+        spectrum = measured(data, centered=centered)
+        live = [i for i in range(8) if i not in dead]
+        deviations = flat.std(0)[live] if centered else np.sqrt((flat**2).mean(0))[live]
+        assert spectrum.dead == dead
+        assert spectrum.spread == pytest.approx(deviations.max() / deviations.min(), rel=1e-5)
+        assert spectrum.spread_p95_p5 == pytest.approx(np.divide(*np.percentile(deviations, [95, 5])), rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "dead"), [(0.9, [2]), (1.1, [])])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_dimension_is_dead_up_to_the_rounding_of_the_largest_one(dtype: type, share: float, dead: list[int]) -> None:
+    data = white(0, 16, 40, 4)
+    data -= data.mean((0, 1))
+    data /= data.std((0, 1))
+    data[..., 0] = data[..., 0] * 3 + 4  # root mean square 5
+    data[..., 2] *= share * 5 * np.finfo(dtype).eps
+    assert measured(data.astype(dtype)).dead == dead
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_after_rotation_a_dimension_is_dead_where_its_whole_pair_is_zero(pairing: Pairing) -> None:
+    rotation = Rotation(100.0 ** -(torch.arange(3, dtype=torch.float64) / 3), 1.0, pairing)
+    x = torch.from_numpy(white(0, 16, 40, 8)).float()[:, None]
+    first, second = (1, 4) if pairing == "half" else (2, 3)  # the second pair of 6 rotated dimensions
+    x[..., [first, second, 0]] = 0  # and half of the first pair
+    x[..., 7] = 2.5  # not rotated
+    turned = rotate(x, rotation.angles(torch.arange(40)), pairing)[:, 0].numpy()
+    places = {"half": [1, 4], "interleaved": [2, 3], "split": [1, 4]}[pairing]
+    assert measured(x[:, 0].numpy()).dead == sorted([0, first, second, 7])
+    assert measured(turned).dead == [*places, 7]
+    assert measured(turned, centered=False).dead == places
 
 
 @pytest.mark.parametrize("sequences", [1, 2])

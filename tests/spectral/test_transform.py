@@ -94,3 +94,41 @@ def test_fewer_vectors_than_dimensions_are_refused() -> None:
 def test_its_bytes_are_those_of_its_tensors() -> None:
     transform = fit_transform(moments_of(sample(50, 6, 0))).to(torch.float32).truncated(2)
     assert transform.nbytes == 4 * (6 + 6 * 2 + 2 * 6)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_dead_dimension_takes_no_coefficient_and_is_decoded_exactly(weighed: bool, centered: bool) -> None:
+    x = sample(400, 8, 0).float().double()
+    x[:, [2, 5]] = torch.tensor([0.7, -3.0]).double() if centered else 0.0
+    live = [0, 1, 3, 4, 6, 7]
+    metric = positive(8, 1) if weighed else torch.eye(8, dtype=torch.float64)
+    fitted = fit_transform(moments_of(x), metric=metric if weighed else None, centered=centered)
+    center = x[:, live] - x[:, live].mean(0) if centered else x[:, live]
+    root = np.linalg.cholesky(metric[live][:, live].numpy())
+    spectrum = np.linalg.eigvalsh(root.T @ (center.mT @ center / len(x)).numpy() @ root)[::-1]
+    assert (fitted.rank, fitted.width) == (6, 8)
+    np.testing.assert_allclose(fitted.spectrum.numpy(), [*spectrum, 0, 0], rtol=1e-9, atol=1e-12)
+    for codec in (fitted, fitted.truncated(2), fitted.to(torch.float32).truncated(3)):
+        decoded = codec.decode(codec.encode(x))
+        assert torch.equal(decoded[:, [2, 5]], x[:, [2, 5]].to(decoded.dtype))
+        error = (x - decoded)[:, live].double()
+        cost = float(((error @ metric[live][:, live]) * error).sum(1).mean())
+        assert cost == pytest.approx(spectrum[codec.rank :].sum(), rel=1e-4, abs=1e-9)
+
+
+def test_a_dead_dimension_takes_no_coefficient_of_a_random_basis_either() -> None:
+    x = sample(50, 6, 0)
+    x[:, 4] = 2.0
+    drawn = random_transform(moments_of(x), 0)
+    assert drawn.rank == 5
+    decoded = drawn.decode(drawn.encode(x))
+    torch.testing.assert_close(decoded, x)
+    assert torch.equal(drawn.truncated(1).decode(drawn.truncated(1).encode(x))[:, 4], x[:, 4])
+
+
+def test_vectors_that_never_vary_are_decoded_exactly_from_one_coefficient() -> None:
+    x = torch.tensor([0.5, 0.0, -7.0], dtype=torch.float64).expand(20, 3)
+    fitted = fit_transform(moments_of(x))
+    assert fitted.rank == 1 and not fitted.spectrum.any()
+    assert torch.equal(fitted.decode(fitted.encode(x)), x)

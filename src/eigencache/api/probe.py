@@ -82,14 +82,18 @@ class Probe:
         return plot_probe(self.record)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per spectrum; eigenvalues and energy curves are left in `record`."""
+        """One row per spectrum; eigenvalues, energy curves and which dimensions are `dead` are left in `record`.
+
+        The column `dead` is the number of dimensions that never vary.
+        """
         from eigencache.report.core.drawing import require
 
         require("pandas", "data frames")
         import pandas as pd
 
         left_out = {"eigenvalues", "null_eigenvalues", "energy", "held_out_energy", "intervals", "refusals", "warnings"}
-        return pd.DataFrame([spectrum.model_dump(exclude=left_out) for spectrum in self.record.spectra])
+        rows = [spectrum.model_dump(exclude=left_out) | {"dead": len(spectrum.dead)} for spectrum in self.record.spectra]
+        return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, whole or not at all."""

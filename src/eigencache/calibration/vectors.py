@@ -5,6 +5,7 @@ A codec encodes with the same code that brings these vectors into their layout.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -18,7 +19,8 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.memory import release
 from eigencache.models.tapped_cache import tapped_cache
-from eigencache.spectral.rope import Rotation
+from eigencache.spectral.rope import Rotation, joined, pairs
+from eigencache.spectral.spectrum import FLOAT32, dead_dimensions, variances_and_mean_squares
 
 _ROWS = 1024  # vectors at a time
 _LEAST_UNIT = 1e-3  # of the largest deviation of a column; columns that deviate less lose nothing in float16 down to 1e-7
@@ -100,6 +102,26 @@ class SampledVectors:
         """Mean vector [width] float32."""
         total = sum(x.sum(0, dtype=torch.float64) for x in self.parts())
         return (total / len(self)).float()  # type: ignore[union-attr]
+
+    @cached_property
+    def live(self) -> list[Tensor]:
+        """Dimensions that vary by more than rounding, bool [heads, dim] per part; the others are dead.
+
+        A pair of keys whose rotation is undone is mixed by the error of its angle, which the model rounds to float32.
+        """
+        live = []
+        for part, (start, stop) in zip(self.layout.parts, self.layout.spans, strict=True):
+            moments = variances_and_mean_squares(self.vectors(start=start, stop=stop))
+            variances, squares = (m.unflatten(0, (-1, part.dim)) for m in moments)
+            dead = torch.stack([dead_dimensions(*head) for head in zip(variances, squares, strict=True)])
+            slot, rotation = self.layout.rotations.get(part.layer_idx, (None, None))
+            if rotation is not None and slot == part.slot:
+                width, neighbors = 2 * len(rotation.frequencies), rotation.pairing != "half"
+                angles = FLOAT32 * max(self.lengths) * rotation.frequencies.cpu()
+                mixed = sum(pairs(squares[:, :width], neighbors)) * angles.square()
+                dead[:, :width] |= variances[:, :width] <= joined(mixed, mixed, neighbors)
+            live.append(~dead)
+        return live
 
     def sequences(self, first: int, stop: int) -> "SampledVectors":
         """Return the sequences first … stop − 1; their tensors are views of these."""

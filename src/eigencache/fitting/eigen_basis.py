@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigencache.codec.layout import Layout
-from eigencache.spectral.metric import regularized, roots
+from eigencache.spectral.metric import completed, regularized, roots
 
 EigenScope = Literal["head", "layer", "groups", "joint"]
 _HALF = 500.0  # largest condition of a matrix that is stored in float16, whose relative precision is 1/2048
@@ -41,12 +41,17 @@ def spans_of(layout: Layout, scope: EigenScope, group: int) -> list[tuple[int, i
     ]
 
 
-def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def scaled_metrics(
+    metrics: Sequence[Tensor], alpha: float, live: Sequence[Tensor] | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Return the blocks of M^{α/2} and M^{−α/2} in float32, M being regularized with a mean diagonal of 1.
+
+    Both are zero in rows and columns of dead dimensions: no error is made there, so M is that of the live ones.
 
     Args:
         metrics: blocks of M [heads, dim, dim] per part; empty for the Frobenius norm.
         alpha: exponent of the metric.
+        live: dimensions that vary, bool [heads, dim] per part; by default all.
 
     Returns:
         Two tuples with one tensor [heads, dim, dim] per part, all empty if `metrics` is.
@@ -55,19 +60,21 @@ def scaled_metrics(metrics: Sequence[Tensor], alpha: float) -> tuple[tuple[Tenso
         return (), ()
     diagonal = torch.cat([m.diagonal(dim1=-2, dim2=-1).flatten() for m in metrics]).mean()
     floor = 1e-6 * diagonal  # keeps heads invertible that nothing reads
-    root, inverse = [], []
-    for blocks in metrics:
-        size = blocks.shape[-1]
-        usable = [regularized((b + floor * torch.eye(size, dtype=b.dtype)) / diagonal) for b in blocks.double().cpu()]
-        pairs = [roots(b, alpha) for b in usable]
-        root.append(torch.stack([r for r, _ in pairs]))
-        inverse.append(torch.stack([i for _, i in pairs]))
-    return tuple(m.float() for m in root), tuple(m.float() for m in inverse)
+    root, inverse = (tuple(torch.zeros(m.shape) for m in metrics) for _ in range(2))
+    for part, blocks in enumerate(metrics):
+        for head, block in enumerate(blocks.double().cpu()):
+            used = torch.arange(len(block)) if live is None else live[part][head].nonzero().flatten()
+            if len(used):
+                usable = block[used][:, used] + floor * torch.eye(len(used), dtype=block.dtype)
+                both = roots(regularized(usable / diagonal), alpha)
+                for whole, m in zip((root, inverse), both, strict=True):
+                    whole[part][head][used[:, None], used] = m.float()
+    return root, inverse
 
 
 def stored_inverses(inverses: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return blocks of R⁻¹ as they are stored: in float16 if all of them are well conditioned, or else in float32."""
-    singular = [torch.linalg.svdvals(blocks.double()) for blocks in inverses]
+    singular = [torch.linalg.svdvals(completed(blocks.double())) for blocks in inverses]
     half = all(
         bool((s[:, 0] < _HALF * s[:, -1]).all()) and float(s.min()) > _SMALLEST and float(s.max()) < 1 / _SMALLEST
         for s in singular

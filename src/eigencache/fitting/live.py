@@ -26,6 +26,7 @@ from eigencache.fitting.weighed_vectors import rows_after
 from eigencache.kernels.packed.format import GROUP
 from eigencache.memory import release
 from eigencache.spectral.rope import Rotation, rotate
+from eigencache.spectral.spectrum import dead_dimensions, variances_and_mean_squares
 
 VECTORS = 16_384  # vectors that bases and steps are fitted on
 SAFE = 6.875  # bits per value; with sinks and a window still 2.2 times smaller than 16 bits at 2,048 tokens
@@ -140,14 +141,13 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
     chosen, positions = _chosen(source, sinks, reach)
     metrics = _stored_metric(source, reach)
     places = sorted(metrics)
-    roots, inverses = scaled_metrics([metrics[place] for place in places], alpha)
+    rotations = {(i, slot): rotation for i, (slot, rotation) in source.samples.layout.rotations.items()}
+    stored = lambda place: _stored(source.samples, place, chosen, positions, rotations.get(place))  # noqa: E731
+    live = [_live(stored(place)) for place in places]
+    roots, inverses = scaled_metrics([metrics[place] for place in places], alpha, live)
     slots = {}
     for place, root, inverse in zip(places, roots, inverses, strict=True):
-        layer_idx, slot = place
-        rotated = source.samples.layout.rotations.get(layer_idx)
-        rotation = rotated[1] if rotated and rotated[0] == slot else None
-        x = _stored(source.samples, place, chosen, positions, rotation)
-        slots[place] = fit_slot(x, positions, rotation, root, inverse, settings.shared)
+        slots[place] = fit_slot(stored(place), positions, rotations.get(place), root, inverse, settings.shared)
         release()
     return LiveFit(settings, slots, sinks, source.session.loaded.model.dtype, reach)
 
@@ -177,6 +177,11 @@ def _chosen(source: CalibrationSet, sinks: int, reach: int) -> tuple[Tensor, Ten
     for sequence in positions.split(list(samples.lengths)) if samples.layout.rotations else ():
         sequence += int(torch.randint(max(1, reach - len(sequence) + 1), (), generator=generator))  # a view of `positions`
     return rows, positions[rows]
+
+
+def _live(x: Tensor) -> Tensor:
+    """Return which dimensions of cached vectors x [heads, n, dim] vary, bool [heads, dim]."""
+    return torch.stack([~dead_dimensions(*variances_and_mean_squares(head)) for head in x])
 
 
 def _stored(

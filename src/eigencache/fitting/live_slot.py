@@ -91,7 +91,7 @@ def fit_slot(
     rotated_mean = rotation and large_mean(x, positions, rotation)
     if rotated_mean:
         x = x - rotated_mean.rotated_to(positions[None])[0]
-    mean = x.mean(1)
+    mean = x.mean(1, dtype=torch.float64).float()  # exact for a constant
     share = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * dim <= shared))
     bundled = lambda y: y.unflatten(0, (-1, share)).transpose(1, 2).flatten(2)  # noqa: E731 - [bundles, n, share · dim]
     weighed = bundled((x - mean[:, None]) @ root)

@@ -8,10 +8,12 @@ model. Keys are compressed after rotation, because rotation and basis do not com
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -98,7 +100,16 @@ def bases_of(codec: PCACodec, dtype: torch.dtype, device: torch.device) -> Basis
         if len(group.parts) > 1 or part.heads[1] - part.heads[0] > 1:
             raise CodecError(f"{codec.name}: a basis that spans heads cannot be folded: fit it at `scope` head")
         transforms.setdefault((part.layer_idx, part.slot), {})[part.heads[0]] = group.transform.to(dtype, device)
-    return {place: [heads[h] for h in sorted(heads)] for place, heads in transforms.items()}
+    return {place: _of_one_rank([heads[h] for h in sorted(heads)]) for place, heads in transforms.items()}
+
+
+def _of_one_rank(heads: list[Transform]) -> list[Transform]:
+    """Give all heads as many coefficients as the one with most: heads with dead dimensions have fewer."""
+    lacking = [max(t.rank for t in heads) - t.rank for t in heads]
+    return [
+        replace(t, encoder=F.pad(t.encoder, (0, n)), decoder=F.pad(t.decoder, (0, 0, 0, n))) if n else t
+        for t, n in zip(heads, lacking, strict=True)
+    ]
 
 
 @contextmanager

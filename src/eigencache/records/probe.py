@@ -41,8 +41,9 @@ class Spectrum(Record):
     condition_number: float | None  # sqrt(first / last eigenvalue); infinite is possible
     mean_norm: float  # norm of the mean vector
     mean_share: float  # |mean|² / E|x|²
-    spread: float  # max / min standard deviation (root mean square if uncentered) over raw dimensions
-    spread_p95_p5: float  # ratio of the 95th to the 5th percentile of the same
+    spread: float | None  # max / min standard deviation (root mean square if uncentered) over raw dimensions that vary
+    spread_p95_p5: float | None  # ratio of the 95th to the 5th percentile of the same; both are None if none varies
+    dead: list[int] = []  # raw dimensions that never vary (are always zero if uncentered), left out of the spreads
     null_edge: float | None  # upper edge of the Marchenko–Pastur law of white noise with the same total variance
     null_eigenvalues: list[float] | None  # expected eigenvalues of that noise, descending, at most 256
     above_null: int | None  # number of eigenvalues above the edge
@@ -62,9 +63,9 @@ class FrameComparison(Record):
 
     layer_idx: int
     kind: str
-    spread_post_rope: float  # max / min standard deviation over raw dimensions, of keys as cached
-    spread_pre_rope: float
-    spread_pre_rope_uncentered: float = Field(
+    spread_post_rope: float | None  # max / min standard deviation over raw dimensions that vary, of keys as cached
+    spread_pre_rope: float | None
+    spread_pre_rope_uncentered: float | None = Field(
         validation_alias=AliasChoices("spread_pre_rope_uncentered", "spread_pre_rope_uncentred")
     )  # of the root mean square instead of the standard deviation
     variance_post_rope: float  # total variance after rotation

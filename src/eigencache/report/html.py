@@ -37,7 +37,8 @@ _METHOD = (
      "number of distinct 8-token contexts if smaller; after rotation at most as many as before it"),
     ("null", "white noise of the same total variance: Marchenko–Pastur with γ = dimensions / independent vectors"),
     ("intervals", "95 %, bootstrap over groups of whole sequences"),
-    ("spread", "largest / smallest standard deviation of the raw dimensions; also the 95th / 5th percentile (p95/p5)"),
+    ("spread", "largest / smallest standard deviation of the raw dimensions that vary; also the 95th / 5th percentile "
+     "(p95/p5)"),
     ("attention sink", "a token that most queries attend to: share = mean attention weight on it, over the queries at least "
      "16 positions later that can attend to it"),
     ("! and —", "doubtful: fewer than 10 independent vectors per dimension; withheld: the sample cannot support the number"),

@@ -124,7 +124,8 @@ def _spectrum(
     width, variances = moments.width, matrix.diagonal()
     support = min(n_eff or total.count, distinct_contexts) / width
     refusals, warnings = _verdicts(support, width, n_eff, distinct_contexts)
-    constant = not bool(eigenvalues[0] > 0)
+    dead = sp.dead_dimensions(variances, total.second_moment.diagonal(), moments.precision)
+    constant = bool(dead.all())
     if constant:
         refusals.append("every vector is the same: there is no spectrum")
     rank_known, tail_known = support >= REFUSED_BELOW and not constant, support >= DOUBTFUL_BELOW and not constant
@@ -137,7 +138,7 @@ def _spectrum(
     if centered and n_eff:
         edge, nulls = sp.marchenko_pastur(float(eigenvalues.mean()), width / n_eff, min(width, NULL_POINTS))
         above = int((eigenvalues > edge).sum())
-    intervals = _intervals(moments, total, basis, halves, seed) if halves and rank_known else {}
+    intervals = _intervals(moments, total, basis, ~dead, halves, seed) if halves and rank_known else {}
     return Spectrum(
         **vars(place),
         centered=centered,
@@ -159,8 +160,9 @@ def _spectrum(
         condition_number=sp.condition_number(eigenvalues, moments.precision) if tail_known else None,
         mean_norm=mean_norm,
         mean_share=mean_norm**2 / max(float(total.second_moment.trace()), math.ulp(0.0)),
-        spread=float(sp.spread(variances)),
-        spread_p95_p5=float(sp.spread_p95_p5(variances)),
+        spread=None if constant else float(sp.spread(variances[~dead])),
+        spread_p95_p5=None if constant else float(sp.spread_p95_p5(variances[~dead])),
+        dead=dead.nonzero().flatten().tolist(),
         null_edge=edge,
         null_eigenvalues=None if nulls is None else nulls.tolist(),
         above_null=above,
@@ -224,7 +226,7 @@ def _split_half(halves: tuple, rank: int) -> float:
 
 
 def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
-    """Return the statistics that have an interval, from eigenvalues and raw variances [..., p]."""
+    """Return the statistics that have an interval, from eigenvalues [..., p] and the raw variances of live dimensions."""
     shares = sp.energy_shares(values)
     return {
         "effective_rank": sp.effective_rank(values),
@@ -238,8 +240,10 @@ def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tuple, seed: int) -> dict[str, Interval]:
-    """Return 95 % intervals by a bootstrap over folds (groups of whole sequences).
+def _intervals(
+    moments: Moments, total: SecondOrder, basis: Tensor, live: Tensor, halves: tuple, seed: int
+) -> dict[str, Interval]:
+    """Return 95 % intervals by a bootstrap over folds (groups of whole sequences); the spread is that of dimensions `live`.
 
     λ_i of a resample is u_iᵀ C* u_i in the basis of all data (first-order perturbation). Decomposing each resample again
     would bias every rank downward, because a resample repeats some folds and omits others. The estimate from all data has
@@ -254,7 +258,7 @@ def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tupl
     means = (moments.mean[folds, 0] - total.mean).cpu()
     scatters = (moments.total(folds=[fold]).scatter for fold in folds)
     fast = _fast(basis)
-    along, raw = map(torch.stack, zip(*((_along(s, fast), s.diagonal()) for s in scatters), strict=True))
+    along, raw = map(torch.stack, zip(*((_along(s, fast), s.diagonal()[live]) for s in scatters), strict=True))
     along, raw = along.cpu(), raw.cpu()
     draws = np.random.default_rng(seed).multinomial(len(folds), [1 / len(folds)] * len(folds), REPLICATES)
     weights = torch.from_numpy(draws).to(torch.float64)
@@ -267,8 +271,8 @@ def _intervals(moments: Moments, total: SecondOrder, basis: Tensor, halves: tupl
         return (second / n - mean.square()).clamp_min(0)
 
     values = resampled(along, means @ basis.cpu()).sort(-1, descending=True).values
-    samples = _statistics(values, resampled(raw, means))
-    whole, *parts = (_statistics(_along(m, b), m.diagonal()) for m, b in ((total.covariance, fast), *halves))
+    samples = _statistics(values, resampled(raw, means[:, live.cpu()]))
+    whole, *parts = (_statistics(_along(m, b), m.diagonal()[live]) for m, b in ((total.covariance, fast), *halves))
     ends, intervals = torch.tensor([0.025, 0.975], dtype=torch.float64), {}
     for name, sample in samples.items():
         bias = float(sum(part[name] for part in parts) / len(parts) - whole[name])

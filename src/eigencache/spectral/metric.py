@@ -120,5 +120,17 @@ def blocks_between(blocks: Sequence[Tensor], start: int, stop: int) -> list[Tens
 
 
 def inverted(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the inverse of every block in float32, computed in float64."""
-    return tuple(torch.linalg.inv(b.double()).float() for b in blocks)
+    """Return the inverse of every block in float32, computed in float64.
+
+    Where a row and its column are zero, as of dead dimensions, they are zero in the inverse.
+    """
+    return tuple((torch.linalg.inv(completed(b.double())) - _units_of_zero_rows(b.double())).float() for b in blocks)
+
+
+def completed(blocks: Tensor) -> Tensor:
+    """Return blocks [heads, dim, dim] with 1 on the diagonal of every row of zeros."""
+    return blocks + _units_of_zero_rows(blocks)
+
+
+def _units_of_zero_rows(blocks: Tensor) -> Tensor:
+    return torch.diag_embed((blocks == 0).all(-1).to(blocks))

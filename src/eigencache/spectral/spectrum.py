@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32).eps  # rounding of the dtype in which bases are stored and coefficients are computed
+_ROWS = 4096  # vectors at a time
+
 
 def eigenvalues_of(matrix: Tensor) -> Tensor:
     """Return the eigenvalues [p] of a symmetric positive matrix [p, p], descending, with negative rounding set to zero."""
@@ -71,6 +74,32 @@ def condition_number(eigenvalues: Tensor, precision: float = 0.0) -> float:
     """
     floor = eigenvalues[0] * max(len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps, precision)
     return math.sqrt(eigenvalues[0] / eigenvalues[-1]) if eigenvalues[-1] > floor else math.inf
+
+
+def dead_dimensions(variances: Tensor, mean_squares: Tensor, precision: float = FLOAT32) -> Tensor:
+    """Return which raw dimensions never vary, or vary by no more than rounding [p] bool.
+
+    A dimension is dead if its standard deviation is at most ε times the largest root mean square of all dimensions. A sum
+    of products with all dimensions then rounds to the same number with a constant in its place.
+
+    Args:
+        variances: Variances of the raw dimensions [p]: about the mean, or about zero for uncentered statistics.
+        mean_squares: Mean squares of the raw dimensions [p].
+        precision: ε of the coarsest dtype in which the vectors are multiplied.
+    """
+    return variances <= precision**2 * mean_squares.amax()
+
+
+def variances_and_mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return variances and mean squares [p] in float64 of vectors x [n, p]; the variance of a constant is exactly zero."""
+    first, count = x[0].double(), len(x)
+    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for part in x.split(_ROWS):
+        offsets = part - x[0]  # exactly zero for a constant
+        total += offsets.sum(0, dtype=torch.float64)
+        squares += offsets.double().square_().sum(0)
+    variances = (squares / count - (total / count).square()).clamp_min(0)
+    return variances, variances + (first + total / count).square()
 
 
 def _ratio(high: Tensor, low: Tensor) -> Tensor:

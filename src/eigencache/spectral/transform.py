@@ -2,6 +2,8 @@
 
 With the covariance C and the metric M, M^{1/2} C M^{1/2} = U Λ Uᵀ. Encoding is y = Uᵀ M^{1/2} (x − μ), decoding
 x̂ = μ + M^{−1/2} U ŷ. Then ‖y − ŷ‖² is the cost of the error and Λ its spectrum. M = I is PCA.
+
+Dead dimensions, which never vary, are outside of the transform: they take no coefficient and are decoded as their mean.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from torch import Tensor
 from eigencache.errors import StatisticsError
 from eigencache.spectral.metric import roots
 from eigencache.spectral.moments import SecondOrder
-from eigencache.spectral.spectrum import eigenbasis_of
+from eigencache.spectral.spectrum import dead_dimensions, eigenbasis_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Transform:
         mean: μ [p].
         encoder: M^{1/2} U [p, r].
         decoder: Uᵀ M^{−1/2} [r, p].
-        spectrum: Λ, all p eigenvalues in the metric, descending.
+        spectrum: Λ, all p eigenvalues in the metric, descending; those of dead dimensions are zero.
     """
 
     mean: Tensor
@@ -72,7 +74,7 @@ class Transform:
 def fit_transform(
     moments: SecondOrder, *, metric: Tensor | None = None, alpha: float = 1.0, centered: bool = True
 ) -> Transform:
-    """Fit the transform with all p coefficients, in float64.
+    """Fit the transform with one coefficient per dimension that varies, in float64.
 
     Args:
         moments: Moments of the calibration vectors.
@@ -94,23 +96,41 @@ def fit_transform(
             "the moments contain NaN or infinite values: the model overflows on the calibration text; try `dtype` float32"
         )
     mean = moments.mean if centered else torch.zeros_like(moments.mean)
+    live = _live(matrix, moments)
+    matrix = matrix[live][:, live]
     if metric is None:
         eigenvalues, basis = eigenbasis_of(matrix)
-        return Transform(mean, basis, basis.mT.contiguous(), eigenvalues)
-    root, inverse = roots(metric, alpha)
+        return _embedded(mean, live, basis, basis.mT, eigenvalues)
+    root, inverse = roots(metric[live][:, live], alpha)
     eigenvalues, basis = eigenbasis_of(root @ matrix @ root)
-    return Transform(mean, root @ basis, (inverse @ basis).mT.contiguous(), eigenvalues)
+    return _embedded(mean, live, root @ basis, (inverse @ basis).mT, eigenvalues)
+
+
+def _live(matrix: Tensor, moments: SecondOrder) -> Tensor:
+    """Return the dimensions [r] that vary by `matrix`, a covariance or second moment; the first one if none does."""
+    live = (~dead_dimensions(matrix.diagonal(), moments.second_moment.diagonal())).nonzero().flatten()
+    return live if len(live) else live.new_zeros(1)
+
+
+def _embedded(mean: Tensor, live: Tensor, encoder: Tensor, decoder: Tensor, spectrum: Tensor) -> Transform:
+    """Return the transform of all dimensions [p] from that of the dimensions `live` [r], zero in all others."""
+    width = len(mean)
+    whole = encoder.new_zeros(width, len(live)), decoder.new_zeros(len(live), width), spectrum.new_zeros(width)
+    whole[0][live], whole[1][:, live], whole[2][: len(live)] = encoder, decoder, spectrum
+    return Transform(mean, *whole)
 
 
 def random_transform(moments: SecondOrder, seed: int) -> Transform:
-    """Return a random orthonormal basis about the same mean, as a control.
+    """Return a random orthonormal basis of the dimensions that vary, about the same mean, as a control.
 
     Args:
         moments: Moments of the calibration vectors.
         seed: Seed of the basis.
     """
+    covariance = moments.covariance
+    live = _live(covariance, moments)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(moments.mean), len(moments.mean), generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(live), len(live), generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(noise).Q.to(moments.mean.device)
-    spectrum = (basis * (moments.covariance @ basis)).sum(0)
-    return Transform(moments.mean, basis, basis.mT.contiguous(), spectrum)
+    spectrum = (basis * (covariance[live][:, live] @ basis)).sum(0)
+    return _embedded(moments.mean, live, basis, basis.mT, spectrum)

@@ -108,7 +108,7 @@ def sweep_expanded(
         prefix: Tokens of the compressed prefix.
     """
     kind = KINDS[target]
-    width = max(t.rank for (_, name), heads in fitted.items() if name == kind for t in heads)
+    width = max(t.width for (_, name), heads in fitted.items() if name == kind for t in heads)
     ranks = sorted({max(1, round(share * width)) for share in shares})
     codecs = {rank: _truncated(fitted, kind, rank) for rank in ranks}
     protocol = ReadingProtocol(kind="prefix", length=prefix)

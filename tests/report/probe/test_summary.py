@@ -48,6 +48,20 @@ def test_thirty_layers_fit_a_screen_of_24_lines_and_80_columns(name: str, reques
     assert text.count("warning 0") == 1 and "…" in text
 
 
+@pytest.mark.parametrize("name", ["gqa", "mha", "mla", "scarce"])
+@pytest.mark.parametrize(("every", "where"), [(1, "25 of 30 layers"), (5, "layers 5, 10, 15, 20, 25")])
+def test_dead_dimensions_are_said_on_the_same_screen(name: str, every: int, where: str, request) -> None:
+    record = thirty_layers(request.getfixturevalue(name))
+    dead = {i: list(range(i % 7)) if i % every == 0 else [] for i in range(40)}
+    spectra = [s.model_copy(update={"dead": dead[s.layer_idx]}) for s in record.spectra]
+    shown = lines(record.model_copy(update={"spectra": spectra}))
+    assert max(map(len, shown)) <= 80 and len(shown) <= 24
+    text = "\n".join(shown)
+    assert "0–6 dead" in text and "hidden at" not in text and "see all statistics by layer" in text
+    assert f"Dead dimensions never vary and are not in Spread: {where}." in text
+    assert "dead" not in "\n".join(lines(record)).lower()
+
+
 def test_a_cell_is_the_median_and_below_it_the_range(gqa, edited) -> None:
     record = edited(gqa, "values", support=60.0)
     row = next(row for row in probe_summary(record).rows if row[0] == "values")

@@ -5,9 +5,12 @@ import math
 import pytest
 from rich.console import Console
 
+from eigencache.records.probe import ProbeRecord
 from eigencache.report.core.measured import ABSENT
+from eigencache.report.core.series import spreads
 from eigencache.report.core.table import Table
 from eigencache.report.probe.comparison import classic_table, compare_table
+from eigencache.report.probe.dead import named_layers
 from eigencache.report.probe.spread_table import spread_table
 from eigencache.report.probe.tables import geometry_lines, probe_table
 from eigencache.report.quality.score import score_table
@@ -51,6 +54,61 @@ def test_a_refused_number_is_a_dash_and_its_reason_is_printed_once(scarce) -> No
 def test_an_infinite_spread_is_said(edited, gqa) -> None:
     table = spread_table(edited(gqa, "values", spread=math.inf))
     assert "∞" in row_of_first(table, "0")["values"]
+
+
+@pytest.fixture
+def with_dead(gqa) -> ProbeRecord:
+    """Three dead dimensions of keys before rotation in layer 0 and one in layer 1; one of keys as cached in layer 1."""
+    dead = {("keys_pre_rope", 0): [1, 4, 9], ("keys_pre_rope", 1): [2], ("keys_post_rope", 1): [2]}
+    changed = [s.model_copy(update={"dead": dead.get((s.name, s.layer_idx), [])}) for s in gqa.spectra]
+    return gqa.model_copy(update={"spectra": changed})
+
+
+def test_dead_dimensions_are_counted_by_layer_and_named_in_a_sentence(with_dead) -> None:
+    table = spread_table(with_dead)
+    assert [row[-2:] for row in table.rows] == [("3", "0"), ("1", "1"), ("4 in all", "1 in all")]
+    assert table.columns[-2:] == ("keys_pre_rope dead", "keys_post_rope dead")
+    sentences = [note for note in table.notes if "dead" in note]
+    assert sentences == [
+        "keys_pre_rope: 4 dimensions in 2 of 2 layers never vary (dead) and are left out of its spreads: "
+        "1 in layer 1; 3 in layer 0",
+        "keys_post_rope: 1 dimension in 1 of 2 layers never vary (dead) and are left out of its spreads: 1 in layer 1",
+    ]
+    whole = probe_table(with_dead)
+    assert set(sentences) <= set(whole.notes)
+    assert row_of(whole, "0", "keys_pre_rope")["Dead dim."] == "3"
+    assert row_of(whole, "0", "values")["Dead dim."] == "0"
+    assert row_of(whole, "mean", "keys_pre_rope")["Dead dim."] == "4 in all"
+
+
+def test_the_comparison_names_the_models_whose_spreads_leave_out_dimensions(with_dead, mha) -> None:
+    notes = [note for note in compare_table([with_dead, mha]).notes if "dead" in note]
+    assert notes == [
+        f"{with_dead.model.name.split('/')[1]}: spreads leave out dead dimensions, which never vary: "
+        "4 dimensions in 2 of 2 layers of keys_pre_rope, 1 dimension in 1 of 2 layers of keys_post_rope"
+    ]
+
+
+def test_nothing_is_said_of_dead_dimensions_where_there_are_none(gqa, mla) -> None:
+    for record in (gqa, mla):
+        for table in (spread_table(record), probe_table(record), compare_table([record])):
+            assert "dead" not in shown(table, 400).lower()
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [([3], "layer 3"), ([0, 1], "layers 0, 1"), ([5, 0, 2, 1, 7, 8], "layers 0–2, 5, 7, 8")],
+)
+def test_neighboring_layers_are_named_as_a_range(layers: list[int], text: str) -> None:
+    assert named_layers(layers) == text
+
+
+def test_a_tensor_without_any_live_dimension_has_no_spread(edited, gqa) -> None:
+    record = edited(gqa, "values", spread=None, spread_p95_p5=None, dead=list(range(64)))
+    assert row_of_first(spread_table(record), "0")["values"] == ABSENT
+    assert row_of_first(spread_table(record), "0")["K/V pre-RoPE"] == ABSENT
+    assert row_of(probe_table(record), "0", "values")["Spread"] == ABSENT
+    assert spreads(record, "values") == ([0.0, 1.0], [None, None])
 
 
 def row_of_first(table: Table, layer: str) -> dict[str, str]:

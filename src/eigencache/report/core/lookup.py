@@ -1,5 +1,6 @@
 """Look up the spectra and figures of a probe record that tables and plots show."""
 
+import math
 from dataclasses import dataclass
 
 from eigencache.records.probe import ClassicRow, ProbeRecord, Spectrum
@@ -112,8 +113,8 @@ def spread_ratios(record: ProbeRecord, over: str | None, under: str | None, robu
         if other is None or s.layer_idx is None:
             continue
         a, b = (s.spread_p95_p5, other.spread_p95_p5) if robust else (s.spread, other.spread)
-        known = a not in (0, float("inf")) and b not in (0, float("inf"))
-        ratios[s.layer_idx] = Measured(a / b if known else None, min(s.support, other.support) < ROOMY)
+        ratio = a / b if a and b and math.isfinite(a) and math.isfinite(b) else None
+        ratios[s.layer_idx] = Measured(ratio, min(s.support, other.support) < ROOMY)
     return ratios
 
 

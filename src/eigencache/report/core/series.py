@@ -122,15 +122,15 @@ def head_range(maps: list[HeadMap]) -> tuple[float, float]:
 
 
 def spreads(record: ProbeRecord, name: str, robust: bool = False) -> Points:
-    """Return layer and spread of one tensor; infinite spreads are None (see `infinite_layers`)."""
+    """Return layer and spread of one tensor; None for an infinite one (see `infinite_layers`) and where nothing varies."""
     spectra = layers_of(record, name)
     values = [s.spread_p95_p5 if robust else s.spread for s in spectra]
-    return [float(s.layer_idx or 0) for s in spectra], [v if math.isfinite(v) else None for v in values]
+    return [float(s.layer_idx or 0) for s in spectra], [v if v is not None and math.isfinite(v) else None for v in values]
 
 
 def infinite_layers(record: ProbeRecord, name: str) -> list[int]:
-    """Return the layers whose spread is infinite, because a raw dimension of the tensor is constant."""
-    return [s.layer_idx for s in layers_of(record, name) if s.layer_idx is not None and not math.isfinite(s.spread)]
+    """Return the layers whose spread is infinite, in a record from before constant dimensions were left out of spreads."""
+    return [s.layer_idx for s in layers_of(record, name) if s.layer_idx is not None and s.spread == math.inf]
 
 
 def spectrum_range(record: ProbeRecord) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from eigencache.report.core.lookup import (
 from eigencache.report.core.measured import ABSENT, DOUBT, LEGEND, NOTHING, Measured, count, factor, share, short_names
 from eigencache.report.core.table import Table
 from eigencache.report.probe.assess import RULE, assess
+from eigencache.report.probe.dead import dead_totals
 
 FIRST_COLUMNS = ("Model", "K energy@32", "V energy@32", "K effective rank", "V effective rank", "Assessment")
 HELD_OUT_COLUMNS = (
@@ -119,6 +120,7 @@ def compare_table(records: list[ProbeRecord]) -> Table:
         if "latent" in record.names:
             rows.append(_latent_row(record, label))
         notes += [f"{label}: {assess(record).verdict}. " + "; ".join(assess(record).reasons)]
+        notes += [f"{label}: {totals}"] if (totals := dead_totals(record)) else []
     warnings = [f"{label}: {w}" for r, label in zip(records, short_names(records), strict=True) for w in all_warnings(r)]
     trivial = (_TRIVIAL_NOTE,) if any(TRIVIAL in cell for row in rows for cell in row) else ()
     mla = (

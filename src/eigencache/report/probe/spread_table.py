@@ -6,6 +6,7 @@ from eigencache.records.probe import ProbeRecord, Spectrum
 from eigencache.report.core.lookup import layer_indices, layers_of, pair, ratio_mean, spread_ratios
 from eigencache.report.core.measured import LEGEND, NOTHING, Measured, factor, of_spectrum, over_layers
 from eigencache.report.core.table import Table
+from eigencache.report.probe.dead import dead_by_layer, dead_sentences
 
 
 def _cached(record: ProbeRecord) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
@@ -40,16 +41,18 @@ def _tensor_cell(spectra: list[Spectrum]) -> str:
 def spread_table(record: ProbeRecord) -> Table:
     """Return the spread of the standard deviations over raw dimensions by layer, and its ratios K/V."""
     names, ratios = _cached(record)
-    columns = ("Layer", *names, *(heading for heading, _, _ in ratios))
+    dead = {name: counts for name in names if (counts := dead_by_layer(layers_of(record, name)))}
+    columns = ("Layer", *names, *(heading for heading, _, _ in ratios), *(f"{name} dead" for name in dead))
     ratios_by_layer = [[spread_ratios(record, over, under, robust) for robust in (False, True)] for _, over, under in ratios]
     rows = []
     for layer_idx in layer_indices(record):
         tensors = [[s for s in layers_of(record, name) if s.layer_idx == layer_idx] for name in names]
         pairs = [[ratio.get(layer_idx, NOTHING) for ratio in pair_of] for pair_of in ratios_by_layer]
-        rows.append((str(layer_idx), *map(_tensor_cell, tensors), *(_spread_cell([a], [b]) for a, b in pairs)))
+        counts = (str(of_tensor.get(layer_idx, 0)) for of_tensor in dead.values())
+        rows.append((str(layer_idx), *map(_tensor_cell, tensors), *(_spread_cell([a], [b]) for a, b in pairs), *counts))
     overall = [_tensor_cell(layers_of(record, name)) for name in names]
     overall += [_spread_cell(whole.values(), inner.values()) for whole, inner in ratios_by_layer]
-    rows.append(("geometric mean", *overall))
+    rows.append(("geometric mean", *overall, *(f"{sum(of_tensor.values())} in all" for of_tensor in dead.values())))
     notes = (
         *spread_sentences(record),
         "Cells: max/min, an extreme-value statistic that grows with the width, and in brackets p95/p5, which does not",
@@ -62,7 +65,11 @@ def spread_table(record: ProbeRecord) -> Table:
 
 
 def spread_sentences(record: ProbeRecord) -> tuple[str, ...]:
-    """Return sentences on the spreads, with the numbers of the record."""
+    """Return sentences on the spreads, with the numbers of the record, and on the dimensions that they leave out."""
+    return (*_ratio_sentences(record), *dead_sentences(record))
+
+
+def _ratio_sentences(record: ProbeRecord) -> tuple[str, ...]:
     if "latent" in record.names:
         return _equalization(record)
     chosen = pair(record)

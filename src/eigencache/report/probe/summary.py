@@ -8,6 +8,7 @@ from eigencache.records.probe import ProbeRecord, Spectrum
 from eigencache.report.core.lookup import all_warnings, held_out_at, layers_of, quarter_k
 from eigencache.report.core.measured import ABSENT, DOUBT, Measured, of_spectrum
 from eigencache.report.core.table import Table
+from eigencache.report.probe.dead import dead_by_layer, named_layers
 from eigencache.report.probe.sinks import sinks_sentence
 
 _COLUMNS = (
@@ -26,7 +27,7 @@ _LABELS = {
     "key_rope_post_rope": "rotary key\nas cached",
     "keys_nope": "keys,\nexpanded",
 }
-_LINES = 24  # of a screen
+_LINES, _COLUMNS_OF_SCREEN = 24, 80
 _OTHER_LINES = 14  # of the title, the headings, the notes and the frame of the warnings, at most
 _WARNING_WIDTH = 70  # characters of a shortened warning
 _OVER = {"layer": "layers", "head": "layers and heads", "all": "nothing: all layers are concatenated"}
@@ -43,11 +44,12 @@ def probe_summary(record: ProbeRecord) -> Table:
     Returns:
         A table of at most 24 lines on a terminal of 80 columns; its warnings are shortened.
     """
-    rows = []
+    rows, shown = [], []
     scopes: dict[str, None] = {}
     for name in record.names:
         if spectra := _spectra(record, name):
             rows.append(_row(record, name, spectra))
+            shown += spectra
             scopes[spectra[0].scope] = None
     layers = len({s.layer_idx for s in record.spectra if s.layer_idx is not None})
     over = " or ".join(_OVER[scope] for scope in scopes) or "layers"
@@ -57,8 +59,9 @@ def probe_summary(record: ProbeRecord) -> Table:
     )
     title = f"{record.model.name}: {layers} layers, {record.corpus.name}, {record.corpus.tokens:,} tokens"
     height = sum(max(cell.count("\n") + 1 for cell in row) for row in rows)
-    warnings = _shortened(all_warnings(record), max(2, _LINES - _OTHER_LINES - height))
-    notes = tuple(filter(None, (note, sinks_sentence(record))))
+    dead = _dead_note(shown, layers)
+    warnings = _shortened(all_warnings(record), max(2, _LINES - _OTHER_LINES - height) - len(dead))
+    notes = tuple(filter(None, (note, sinks_sentence(record), *dead)))
     return Table(title, _COLUMNS, tuple(rows), notes, warnings)
 
 
@@ -71,13 +74,32 @@ def _row(record: ProbeRecord, name: str, spectra: Sequence[Spectrum]) -> tuple[s
     label = "values,\nexpanded" if name == "values" and record.model.geometry.mla else _LABELS.get(name, name)
     return (
         label,
-        _cell([Measured(s.width) for s in spectra], _count),
+        _cell([Measured(s.width) for s in spectra], _count) + _dead(spectra),
         _cell([of_spectrum(s, s.rank_95) for s in spectra], _count),
         _cell([of_spectrum(s, s.effective_rank) for s in spectra], _short),
         _cell([held_out_at(s, quarter_k(s)) for s in spectra], _share),
         _cell([of_spectrum(s, s.spread) for s in spectra], _short),
         _cell([Measured(s.support) for s in spectra], _short),
     )
+
+
+def _dead_note(spectra: Sequence[Spectrum], layers: int) -> tuple[str, ...]:
+    """Return a sentence of one line on the layers with dead dimensions; nothing if there are none."""
+    if not any(s.dead for s in spectra):
+        return ()
+    counts = dead_by_layer(spectra)
+    text = "Dead dimensions never vary and are not in Spread"
+    where = f": {named_layers(counts)}" if counts else ""
+    if len(text + where) >= _COLUMNS_OF_SCREEN:
+        where = f": {len(counts)} of {layers} layers"
+    return (f"{text}{where}.",)
+
+
+def _dead(spectra: Sequence[Spectrum]) -> str:
+    """Return a line with the range of the number of dead dimensions; nothing if there are none."""
+    counts = [len(s.dead) for s in spectra]
+    low, high = min(counts), max(counts)
+    return f"\n{low}–{high} dead" if low < high else f"\n{high} dead" if high else ""
 
 
 def _cell(measured: Sequence[Measured], write: Callable[[float], str]) -> str:
@@ -113,9 +135,10 @@ def _short(value: float) -> str:
 
 
 def _shortened(warnings: Sequence[str], limit: int) -> tuple[str, ...]:
-    """Return at most `limit` lines: one per warning, cut to its width, or the first and the number of the others."""
+    """Return at most `limit` lines, `limit` ≥ 1: one per warning, cut to its width, or the first and the others' number."""
     shown = warnings if len(warnings) <= limit else warnings[: limit - 1]
     lines = [w if len(w) <= _WARNING_WIDTH else f"{w[: _WARNING_WIDTH - 1].rstrip()}…" for w in shown]
     if len(warnings) > len(shown):
-        lines.append(f"and {len(warnings) - len(shown)} more: see all statistics by layer, or the record")
+        rest = f"and {len(warnings) - len(shown)} more" if shown else f"{len(warnings)} warnings"
+        lines.append(f"{rest}: see all statistics by layer, or the record")
     return tuple(lines)

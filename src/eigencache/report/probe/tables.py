@@ -20,6 +20,7 @@ from eigencache.report.core.measured import (
     share,
 )
 from eigencache.report.core.table import Table
+from eigencache.report.probe.dead import dead_sentences
 
 _PROBE_COLUMNS = (
     "Layer",
@@ -34,6 +35,7 @@ _PROBE_COLUMNS = (
     "Spread",
     "Mean share",
     "Vectors per dim.",
+    "Dead dim.",
 )
 
 
@@ -72,22 +74,26 @@ def _probe_row(place: str, spectrum: Spectrum) -> tuple[str, ...]:
         str(k),
         *_cells(_statistics(spectrum, k)),
         f"{spectrum.support:.3g}",
+        str(len(spectrum.dead)),
     )
 
 
 def _mean_row(name: str, spectra: list[Spectrum]) -> tuple[str, ...]:
-    """Return the row of the mean over layers: the geometric mean of spreads, and the lowest support."""
+    """Return the row of the mean over layers: the geometric mean of spreads, the lowest support, all dead dimensions."""
     narrowest = min(spectra, key=lambda s: s.width)
     k = table_k(narrowest)
     rows = [_statistics(s, k) for s in spectra]
     means = {column: over_layers((row[column] for row in rows), geometric=column == "spread") for column in rows[0]}
     widths = sorted({s.width for s in spectra})
     width = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,}–{widths[-1]:,}"
-    return "mean", name, width, str(k), *_cells(means), f"≥ {min(s.support for s in spectra):.3g}"
+    dead = sum(len(s.dead) for s in spectra)
+    return "mean", name, width, str(k), *_cells(means), f"≥ {min(s.support for s in spectra):.3g}", f"{dead} in all"
 
 
 def probe_table(record: ProbeRecord, per_layer: bool = True) -> Table:
     """Return all statistics of every tensor, by layer and over all layers: centered, heads of a layer concatenated.
+
+    The column of dead dimensions is left out if there are none.
 
     Args:
         record: The probe record.
@@ -103,8 +109,10 @@ def probe_table(record: ProbeRecord, per_layer: bool = True) -> Table:
             rows.append(_mean_row(name, spectra))
     for name in record.names:
         rows += [_probe_row("all layers", s) for s in record.select(name, "all")]
+    dead = any(s.dead for s in record.select())
     notes = (
         *LEGEND,
+        *dead_sentences(record),
         "Spread: largest / smallest standard deviation of the raw dimensions (geometric mean over layers). Mean share: "
         "|mean|² / E|x|². All layers: their vectors are concatenated. Vectors per dim.: independent vectors, or "
         "distinct 8-grams if fewer, / width",
@@ -113,8 +121,8 @@ def probe_table(record: ProbeRecord, per_layer: bool = True) -> Table:
     title = f"{record.model.name}: spectra on {text}; centered, heads of a layer concatenated"
     return Table(
         title,
-        _PROBE_COLUMNS,
-        tuple(rows),
+        _PROBE_COLUMNS if dead else _PROBE_COLUMNS[:-1],
+        tuple(row if dead else row[:-1] for row in rows),
         notes,
         tuple(all_warnings(record)),
         words=frozenset({"Tensor"}),
