@@ -53,9 +53,7 @@ def test_probe_counts_and_names_them_in_every_frame(folder: Path) -> None:
 def test_probe_says_how_many_there_are_and_where(folder: Path, view: str) -> None:
     text = shown(cli_process.run("probe", "dead", *FEW, "--view", view, "--layers-table", folder=folder))
     assert "∞" not in text and "inf" not in text.lower()
-    sentence = (
-        r"keys_pre_rope: 24 dimensions in 4 of 4 layers never vary \(dead\) and are left out of its spreads: 6 in layers 0–3"
-    )
+    sentence = r"keys_pre_rope: 24 dead dimensions in 4 of 4 layers \(they never vary, and spreads leave them out\): 6 in layers 0–3"
     assert re.search(sentence.replace(" ", r"\s+"), text)
     if view == "honest":
         assert "Dead dimensions never vary and are not in Spread: layers 0–3." in text
@@ -63,13 +61,13 @@ def test_probe_says_how_many_there_are_and_where(folder: Path, view: str) -> Non
 
 
 def test_compare_and_report_name_them(folder: Path) -> None:
-    assert "24 dimensions in 4 of 4 layers of keys_pre_rope" in " ".join(
+    assert "24 dead dimensions in 4 of 4 layers of keys_pre_rope" in " ".join(
         shown(cli_process.run("compare", "dead.json", folder=folder)).split()
     )
     options = (*FEW, "--held-out", "none", "-o", "report")
     shown(cli_process.run("report", "dead", *options, folder=folder))
     page = (folder / "report" / "report.html").read_text()
-    assert "keys_post_rope: 16 dimensions in 4 of 4 layers never vary (dead)" in page
+    assert "keys_post_rope: 16 dead dimensions in 4 of 4 layers" in page
     assert "keys_post_rope dead</th>" in page and "Dead dim.</th>" in page
 
 

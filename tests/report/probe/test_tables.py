@@ -70,9 +70,9 @@ def test_dead_dimensions_are_counted_by_layer_and_named_in_a_sentence(with_dead)
     assert table.columns[-2:] == ("keys_pre_rope dead", "keys_post_rope dead")
     sentences = [note for note in table.notes if "dead" in note]
     assert sentences == [
-        "keys_pre_rope: 4 dimensions in 2 of 2 layers never vary (dead) and are left out of its spreads: "
+        "keys_pre_rope: 4 dead dimensions in 2 of 2 layers (they never vary, and spreads leave them out): "
         "1 in layer 1; 3 in layer 0",
-        "keys_post_rope: 1 dimension in 1 of 2 layers never vary (dead) and are left out of its spreads: 1 in layer 1",
+        "keys_post_rope: 1 dead dimension in 1 of 2 layers (they never vary, and spreads leave them out): 1 in layer 1",
     ]
     whole = probe_table(with_dead)
     assert set(sentences) <= set(whole.notes)
@@ -84,8 +84,8 @@ def test_dead_dimensions_are_counted_by_layer_and_named_in_a_sentence(with_dead)
 def test_the_comparison_names_the_models_whose_spreads_leave_out_dimensions(with_dead, mha) -> None:
     notes = [note for note in compare_table([with_dead, mha]).notes if "dead" in note]
     assert notes == [
-        f"{with_dead.model.name.split('/')[1]}: spreads leave out dead dimensions, which never vary: "
-        "4 dimensions in 2 of 2 layers of keys_pre_rope, 1 dimension in 1 of 2 layers of keys_post_rope"
+        f"{with_dead.model.name.split('/')[1]}: spreads leave out dimensions that never vary: "
+        "4 dead dimensions in 2 of 2 layers of keys_pre_rope, 1 dead dimension in 1 of 2 layers of keys_post_rope"
     ]
 
 

@@ -27,9 +27,7 @@ def dead_sentences(record: ProbeRecord) -> tuple[str, ...]:
         for layer_idx, count in counts.items():
             layers.setdefault(count, []).append(layer_idx)
         listed = "; ".join(f"{count} in {named_layers(at)}" for count, at in sorted(layers.items()))
-        sentences.append(
-            f"{name}: {_some(counts, len(spectra))} never vary (dead) and are left out of its spreads: {listed}"
-        )
+        sentences.append(f"{name}: {_some(counts, len(spectra))} (they never vary, and spreads leave them out): {listed}")
     return tuple(sentences)
 
 
@@ -39,12 +37,14 @@ def dead_totals(record: ProbeRecord) -> str | None:
     parts = [
         f"{_some(counts, len(spectra))} of {name}" for name, spectra in by_name.items() if (counts := dead_by_layer(spectra))
     ]
-    return f"spreads leave out dead dimensions, which never vary: {', '.join(parts)}" if parts else None
+    return f"spreads leave out dimensions that never vary: {', '.join(parts)}" if parts else None
 
 
 def _some(counts: dict[int, int], layers: int) -> str:
     total = sum(counts.values())
-    return f"{total:,} dimension{'s' if total > 1 else ''} in {len(counts)} of {layers} layer{'s' if layers > 1 else ''}"
+    return (
+        f"{total:,} dead dimension{'s' if total > 1 else ''} in {len(counts)} of {layers} layer{'s' if layers > 1 else ''}"
+    )
 
 
 def named_layers(layers: Iterable[int]) -> str:
