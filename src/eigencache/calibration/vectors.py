@@ -109,10 +109,9 @@ class SampledVectors:
 
         A pair of keys whose rotation is undone is mixed by the error of its angle, which the model rounds to float32.
         """
-        live = []
+        live, moments = [], variances_and_mean_squares(self.parts())
         for part, (start, stop) in zip(self.layout.parts, self.layout.spans, strict=True):
-            moments = variances_and_mean_squares(self.vectors(start=start, stop=stop))
-            variances, squares = (m.unflatten(0, (-1, part.dim)) for m in moments)
+            variances, squares = (m[start:stop].unflatten(0, (-1, part.dim)) for m in moments)
             dead = torch.stack([dead_dimensions(*head) for head in zip(variances, squares, strict=True)])
             slot, rotation = self.layout.rotations.get(part.layer_idx, (None, None))
             if rotation is not None and slot == part.slot:

@@ -31,6 +31,7 @@ from eigencache.spectral.spectrum import dead_dimensions, variances_and_mean_squ
 VECTORS = 16_384  # vectors that bases and steps are fitted on
 SAFE = 6.875  # bits per value; with sinks and a window still 2.2 times smaller than 16 bits at 2,048 tokens
 REACH = 4096  # positions, for a model whose config has no `max_position_embeddings`
+_ROWS = 4096  # vectors at a time
 _ROUNDS = 50  # bisections of the price of a bit
 _METRIC_POSITIONS = 256  # positions over which the metric of rotated keys is averaged
 
@@ -181,7 +182,7 @@ def _chosen(source: CalibrationSet, sinks: int, reach: int) -> tuple[Tensor, Ten
 
 def _live(x: Tensor) -> Tensor:
     """Return which dimensions of cached vectors x [heads, n, dim] vary, bool [heads, dim]."""
-    return torch.stack([~dead_dimensions(*variances_and_mean_squares(head)) for head in x])
+    return torch.stack([~dead_dimensions(*variances_and_mean_squares(head.split(_ROWS))) for head in x])
 
 
 def _stored(

@@ -5,13 +5,14 @@ says [p].
 """
 
 import math
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FLOAT32 = torch.finfo(torch.float32).eps  # rounding of the dtype in which bases are stored and coefficients are computed
-_ROWS = 4096  # vectors at a time
 
 
 def eigenvalues_of(matrix: Tensor) -> Tensor:
@@ -90,16 +91,23 @@ def dead_dimensions(variances: Tensor, mean_squares: Tensor, precision: float = 
     return variances <= precision**2 * mean_squares.amax()
 
 
-def variances_and_mean_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return variances and mean squares [p] in float64 of vectors x [n, p]; the variance of a constant is exactly zero."""
-    first, count = x[0].double(), len(x)
-    total, squares = torch.zeros_like(first), torch.zeros_like(first)
-    for part in x.split(_ROWS):
-        offsets = part - x[0]  # exactly zero for a constant
-        total += offsets.sum(0, dtype=torch.float64)
-        squares += offsets.double().square_().sum(0)
+def variances_and_mean_squares(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return variances and mean squares [p] in float64; the variance of a constant is exactly zero.
+
+    Args:
+        parts: Vectors [n, p], some at a time, at least one.
+    """
+    parts = iter(parts)
+    part = next(parts)
+    first, count = part[0].clone(), 0
+    total, squares = torch.zeros_like(first, dtype=torch.float64), torch.zeros_like(first, dtype=torch.float64)
+    for x in chain((part,), parts):
+        offsets = (x - first).double()  # exactly zero for a constant
+        count += len(x)
+        total += offsets.sum(0)
+        squares += offsets.square_().sum(0)
     variances = (squares / count - (total / count).square()).clamp_min(0)
-    return variances, variances + (first + total / count).square()
+    return variances, variances + (first.double() + total / count).square()
 
 
 def _ratio(high: Tensor, low: Tensor) -> Tensor:
