@@ -235,8 +235,9 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
         StatisticsError: too little text, or no sequence is longer than the sinks.
     """
     session = calibration.session
+    metrics = calibration.metric(settings.metric)  # before the vectors are sampled, so that memory holds one or the other
     samples, held = calibration.samples, calibration.held_out_samples
-    roots, inverses = scaled_metrics(calibration.metric(settings.metric), settings.alpha, samples.live)
+    roots, inverses = scaled_metrics(metrics, settings.alpha, samples.live)
     session.on_progress("preparing the fit", 0, 1)
     positions = None
     if not samples.layout.rotations:
