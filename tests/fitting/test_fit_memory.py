@@ -34,6 +34,12 @@ def test_fewer_are_sampled_where_they_do_not() -> None:
     assert plan.describe().endswith("vectors of 1,000 of 2,560 tokens")
 
 
+def test_more_vectors_than_are_worth_their_time_are_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eigencache.fitting.fit_memory.MOST_VECTORS", 2000)
+    plan = of(10**9)
+    assert plan.sampled == 2000 and plan.needed == plan.fixed + 2000 * plan.per_token
+
+
 def test_wider_stages_take_more() -> None:
     scopes: tuple[EigenScope, ...] = get_args(EigenScope)
     sizes = {scope: of(10**9, scope=scope, group=1).per_token for scope in scopes}

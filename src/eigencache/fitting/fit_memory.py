@@ -12,6 +12,9 @@ from eigencache.geometry import KVGeometry
 _GIB = 2**30
 _FLOAT, _DOUBLE = 4, 8  # bytes
 _LEAST = 16  # sequences that a fit needs
+MOST_VECTORS = (
+    32_768  # the time of a fit grows with them; from 16,384 to 32,768 they saved 5 % of the bits (LOG.md, 2026-11-27)
+)
 _STAGES = 7  # copies of the columns of a stage that are held at a time
 _SQUARES = 8  # square matrices in float64 that a stage needs
 
@@ -34,8 +37,8 @@ class FitMemory:
 
     @property
     def sampled(self) -> int:
-        """Tokens whose vectors fit into what is allowed."""
-        return min(self.tokens, max(0, self.allowed - self.fixed) // self.per_token)
+        """Tokens whose vectors are sampled: as many as fit into what is allowed, and as many as are worth their time."""
+        return min(self.tokens, MOST_VECTORS, max(0, self.allowed - self.fixed) // self.per_token)
 
     @property
     def needed(self) -> int:
