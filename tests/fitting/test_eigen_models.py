@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigencache.calibration import metrics
+from eigencache.calibration import calibration_set, metrics
 from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.metrics import metric_names
 from eigencache.calibration.session import Session
@@ -224,6 +224,7 @@ def test_a_metric_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     metric_names()  # registers all
     for name, metric in list(metrics._MEASURES.items()):
         monkeypatch.setitem(metrics._MEASURES, name, replace(metric, measure=counted(name, metric.measure)))
+    monkeypatch.setattr(calibration_set, "measure_fisher", counted("fisher", calibration_set.measure_fisher))
     loaded, text = tiny_loaded("llama"), random_sequences(*[20] * 16)
     source = CalibrationSet(Session(loaded), text)
     assert not measured_

@@ -16,7 +16,6 @@ from eigencache.records.base import Scope
 from eigencache.spectral.measure import Place
 from eigencache.spectral.moments import Moments
 
-_FOR_FOLDS = 4 * 2**30  # bytes that more than two folds may take
 MAX_WIDTH = 1280  # at scope `all`; a decomposition costs O(width³), about a second at this width
 
 
@@ -95,12 +94,9 @@ class Accumulator:
         return sum(Moments.nbytes(width, blocks, folds) for width, blocks in sizes)
 
     def _most_folds(self, budget: int) -> int:
-        """Return the largest number of folds, at most 16, that fits the budget and the sequences; 0 if two do not fit.
-
-        More folds than two make intervals and splits finer, but are not worth more than some gigabytes.
-        """
+        """Return the largest number of folds, at most 16, that fits the budget and the sequences; 0 if two do not fit."""
         for folds in (16, 8, 4, 2):
-            if folds <= max(2, self.sequences) and self._nbytes(folds) <= (min(budget, _FOR_FOLDS) if folds > 2 else budget):
+            if folds <= max(2, self.sequences) and self._nbytes(folds) <= budget:
                 return folds
         return 0
 

@@ -10,6 +10,7 @@ from eigencache.calibration.gradient_energy import GradientEnergy
 from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, check_metric, metric_named, spread_out
 from eigencache.calibration.session import Session
 from eigencache.calibration.vectors import SampledVectors, sample_vectors, tensor_names
+from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.models.load import LoadedModel
@@ -103,9 +104,12 @@ class CalibrationSet:
 
     @property
     def sinks(self) -> int:
-        """First tokens to store exactly: 4, or more where the gradients of the Fisher metric show more attention sinks."""
+        """First tokens to store exactly: 4, or more where the gradients of the Fisher metric show more attention sinks.
+
+        It is 4 for a set that was given its Fisher metric without gradients.
+        """
         self._measured("fisher")
-        return self.gradients["fisher"].sinks
+        return self.gradients["fisher"].sinks if "fisher" in self.gradients else FIRST_EXACT
 
     def _measured(self, name: str) -> Metrics:
         if name not in self.metrics:
