@@ -113,7 +113,10 @@ def test_another_codec_does_not_read_its_containers(tmp_path: Path) -> None:
 
 
 def test_a_codec_and_a_container_of_an_earlier_release_are_read() -> None:
-    """Frozen files, never written again: what they decode to is part of the format."""
+    """Frozen files, never written again: what they decode to is part of the format.
+
+    Layers hold values up to 173, and CPUs sum in different orders: what is allowed is a part of a layer's largest value.
+    """
     folder = Path(__file__).parent / "saved_codecs"
     blob, expected = (folder / "eigen.ekv").read_bytes(), load_file(folder / "eigen-decoded.safetensors")
     codec = load_codec(folder / "eigen").codec
@@ -124,4 +127,5 @@ def test_a_codec_and_a_container_of_an_earlier_release_are_read() -> None:
         decoded = codec.decode(EncodedBytes((blob,), 0, 60), tokens)
         for i, both in decoded.items():
             for slot, x in enumerate(both):
-                torch.testing.assert_close(x, expected[f"{i}.{slot}"][:, :, tokens], rtol=1e-6, atol=1e-5)
+                right = expected[f"{i}.{slot}"]
+                torch.testing.assert_close(x, right[:, :, tokens], rtol=0, atol=1e-6 * float(right.abs().max()))
