@@ -50,6 +50,7 @@ STEPS = (
     "quantize",
     "rANS enc",
     "decode",
+    "first layers",
     "rANS dec",
     "dequantize",
     "weigh back",
@@ -111,7 +112,11 @@ def whole_and_entropy(codec: EigenCodec, cached: Cached, start: int, repeats: in
 
 
 def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[str, float]:
-    """Return the seconds of every single step of encoding and decoding; arguments as for `whole_and_entropy`."""
+    """Return the seconds of every single step of encoding and decoding; arguments as for `whole_and_entropy`.
+
+    "first layers" is the time until the first stage of all layers is decoded (`EigenCodec.decode_layers`).
+    """
+    encoded = codec.encode(cached, start)
     layout, transform, quantizer, text = codec.layout, codec.transform, codec.quantizer, codec.text
     x = codec._stored(cached, start) - transform.mean
     ranks = None if text is None else text.find(x)
@@ -120,6 +125,7 @@ def parts(codec: EigenCodec, cached: Cached, start: int, repeats: int) -> dict[s
     decoded = transform.dequantize(q, codec.step, quantizer, first)
     back = transform.mean + transform.centered(decoded)
     works: dict[str, Callable[[], object]] = {
+        "first layers": lambda: next(codec.decode_layers(encoded)),
         "to vectors": lambda: codec._stored(cached, start),
         "weigh": lambda: transform.weighed(x),
         "quantize": lambda: transform.quantize(z, codec.step, quantizer, first),

@@ -112,6 +112,19 @@ def test_a_part_is_that_part_of_the_whole(name: str, tokens: slice) -> None:
         assert torch.equal(mine.keys, theirs.keys[:, :, own]) and torch.equal(mine.values, theirs.values[:, :, own])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_one_by_one_are_those_of_the_whole(name: str) -> None:
+    codec = tiny_codec(name)
+    blob = codec.encode(read(name))
+    whole, layers = codec.decode(blob), codec.decode_layers(blob)
+    indices = [i for i, layer in enumerate(whole.layers) if layer.is_initialized]
+    for index, (i, (keys, values)) in zip(indices, layers, strict=True):
+        assert i == index and not keys.requires_grad
+        assert torch.equal(keys, whole.layers[i].keys) and torch.equal(values, whole.layers[i].values)
+    with pytest.raises(CodecError, match="a str is no container"):
+        codec.decode_layers("prefix.ekv")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("tokens", [slice(0, 8), slice(12, None), slice(0, READ)])
 def test_tokens_that_every_window_has_left_behind_are_refused(tokens: slice) -> None:
     codec, cache = tiny_codec("mistral"), read("mistral")

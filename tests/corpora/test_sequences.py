@@ -16,11 +16,13 @@ DOCUMENTS = st.lists(st.text(min_size=1, max_size=60).filter(str.strip), min_siz
 class Letters:
     """A tokenizer with one token per character, its code point."""
 
-    def __init__(self, bos_token_id=None, eos_token_id=None):
-        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
+    def __init__(self, bos_token_id=None, eos_token_id=None, adds_bos=False):
+        self.bos_token_id, self.eos_token_id, self.adds_bos = bos_token_id, eos_token_id, adds_bos
         self.calls = []
 
-    def __call__(self, texts, *, add_special_tokens, verbose):
+    def __call__(self, texts, *, add_special_tokens=True, verbose=True):
+        if isinstance(texts, str):
+            return {"input_ids": [*([self.bos_token_id] if self.adds_bos and add_special_tokens else []), *map(ord, texts)]}
         assert not add_special_tokens and not verbose
         self.calls.append(list(texts))
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
@@ -75,6 +77,24 @@ def test_a_continued_piece_is_preceded_by_nothing():
     pieces = [Document("a", "a" * 20), Document("a", "b" * 20, continued=True), Document("c", "c" * 20)]
     packed = pack(Text.scan("given", lambda: pieces), Letters(1), tokens=None, max_length=62)
     assert concatenated(packed) == [ord(c) for c in "\1" + "a" * 20 + "b" * 20 + "\1" + "c" * 20]
+
+
+@WITH_FIXTURES
+@given(documents=DOCUMENTS, max_length=st.integers(8, 60), tokens=st.none() | st.integers(8, 900))
+def test_every_sequence_begins_with_bos_where_the_tokenizer_adds_it(make_text, documents, max_length, tokens):
+    stream = [i for document in documents for i in (1, *map(ord, document))]
+    if len(stream) < max_length or (tokens is not None and tokens < max_length):
+        return
+    packed = pack(make_text(*documents), Letters(1, 0, adds_bos=True), tokens=tokens, max_length=max_length)
+    assert all(ids[0] == 1 and len(ids) == max_length for ids in packed.ids[:-1]) and packed.ids[-1][0] == 1
+    assert packed.corpus.tokens == sum(map(len, packed.ids)) <= (tokens or 2 * len(stream))
+    at = 0
+    for ids in packed.ids:  # without the BOS tokens that begin no document, these are the tokens in order
+        piece = ids.tolist() if stream[at] == 1 else ids[1:].tolist()
+        assert stream[at : at + len(piece)] == piece
+        at += len(piece)
+    used_up = tokens is not None and packed.corpus.tokens + MIN_TAIL > tokens
+    assert used_up or at + min(MIN_TAIL, max_length) > len(stream)
 
 
 def test_tokenizing_stops_when_there_are_enough_tokens():

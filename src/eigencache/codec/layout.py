@@ -56,6 +56,18 @@ class Layout:
         """Columns of every part as half-open ranges."""
         return list(pairwise([0, *accumulate(part.width for part in self.parts)]))
 
+    @property
+    def layer_ends(self) -> set[int]:
+        """Columns that part whole layers from others, and the width."""
+        layers = [part.layer_idx for part in self.parts]
+        return {stop for n, (_, stop) in enumerate(self.spans, 1) if not {*layers[:n]} & {*layers[n:]}}
+
+    def within(self, start: int, stop: int) -> "Layout":
+        """Return the layout of the columns start … stop − 1, which must be whole layers."""
+        parts = [part for part, (a, b) in zip(self.parts, self.spans, strict=True) if start <= a and b <= stop]
+        layers = {part.layer_idx for part in parts}
+        return Layout(tuple(parts), {i: rotation for i, rotation in self.rotations.items() if i in layers})
+
     def vectors(self, cached: Cached, start: int, mean: Tensor | None = None) -> Tensor:
         """Return the vectors of a cache.
 

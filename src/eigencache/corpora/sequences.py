@@ -1,4 +1,8 @@
-"""Packing of documents into token sequences of one length: every token once and in order, with counts for the record."""
+"""Packing of documents into token sequences of one length: every token once and in order, with counts for the record.
+
+A sequence begins as prompts of its model do, because the first token is often the attention sink of all others: where the
+tokenizer puts a BOS token before every text, each sequence has one.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -66,8 +70,9 @@ def pack(
     """Cut the tokens of a text into sequences of `max_length`; concatenated, these are the tokens in order.
 
     Each document is preceded by the `bos_token_id` of the tokenizer (else its `eos_token_id`, else nothing), which counts as
-    a token. A shorter last sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized on demand, so
-    memory grows with `tokens` and not with the text. A text with fewer than `tokens` tokens gives a warning in the record.
+    a token. Where the tokenizer puts BOS before every text, sequences that begin within a document have one as well. A shorter
+    last sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized on demand, so memory grows with
+    `tokens` and not with the text. A text with fewer than `tokens` tokens gives a warning in the record.
 
     Args:
         text: The text.
@@ -95,7 +100,7 @@ def pack(
             f"{text.name}: text has {len(stream):,} tokens, fewer than one sequence of {max_length:,}: "
             f"give more text{shorten}"
         )
-    ids = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
+    ids = list(_cut(stream, max_length, tokens, _bos_of_every_text(tokenizer)))
     if len(ids[-1]) < min(MIN_TAIL, max_length):
         del ids[-1]
     return Sequences(ids, _record(text, ids, tokens, len(stream), max_length))
@@ -141,6 +146,22 @@ def _first(stream: Iterable[np.ndarray], tokens: int | None, on_progress: OnProg
         if total == tokens:
             break
     return np.concatenate(pieces)
+
+
+def _bos_of_every_text(tokenizer: Any) -> int | None:
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def _cut(stream: np.ndarray, max_length: int, tokens: int | None, bos: int | None) -> Iterator[np.ndarray]:
+    """Yield sequences of at most `tokens` tokens in all, each with `bos` before it unless that is None or already there."""
+    left = 2 * len(stream) if tokens is None else tokens
+    while len(stream) and left:
+        start = np.array([] if bos is None or stream[0] == bos else [bos], dtype=np.int64)
+        end = min(max_length, left) - len(start)
+        yield np.concatenate((start, stream[:end]))
+        left -= len(start) + len(stream[:end])
+        stream = stream[end:]
 
 
 def _record(text: Text, ids: list[np.ndarray], requested: int | None, available: int, max_length: int) -> Corpus:

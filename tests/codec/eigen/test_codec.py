@@ -1,6 +1,8 @@
 """`eigen` end to end on planted caches: integers exact, bytes as counted, any stretch alone, nothing silently wrong."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from eigencache.codec.eigen.quantizer import DeadZone
 from eigencache.codec.eigen.raw_tokens import raw_nbytes
 from eigencache.codec.eigen.token_digits import token_digits
 from eigencache.codec.eigen.token_predictor import TokenPredictor
+from eigencache.codec.eigen.transform import Stage, StagedTransform
 from eigencache.codec.layout import by_layer
 from eigencache.errors import CodecError, ContainerError, ForeignContainerError
 from staged_codecs import (
@@ -106,6 +109,28 @@ def test_every_slice_is_that_of_the_whole(text: bool) -> None:
             assert_same(one.decode(encoded, slice(a, b)), stretch(whole, slice(a, b)))
     for tokens in (slice(-4, None), slice(None, -9), slice(5, 5000)):
         assert_same(one.decode(encoded, tokens), stretch(whole, tokens))
+
+
+@pytest.mark.parametrize("tokens", [slice(None), slice(2, 4), slice(1, 29), slice(28, 31)])
+def test_a_layer_comes_before_the_next_stage_is_decoded(tokens: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = codec(True, kept=SinksAndWindow(3, 5, 8), block=7)
+    encoded = one.encode(cache(31, text=True), 0)
+    whole, decoded, stages = one.decode(encoded, tokens), [], StagedTransform.dequantized
+
+    def counted(*args: Any) -> Iterator[tuple[Stage, Tensor]]:
+        for stage, z in stages(*args):
+            decoded.append(stage)
+            yield stage, z
+
+    monkeypatch.setattr(StagedTransform, "dequantized", counted)
+    layers = one.decode_layers(encoded, tokens)
+    assert not decoded
+    for count, (i, both) in enumerate(layers):
+        assert i == list(whole)[count] and all(map(torch.equal, both, whole[i]))
+        assert len(decoded) in (0, count + 1)  # 0: tokens that are stored raw need no stage
+    assert count + 1 == len(whole)
+    with pytest.raises(CodecError, match="non-empty contiguous slice"):
+        one.decode_layers(encoded, slice(3, 3))
 
 
 def test_a_slice_touches_no_block_but_its_own() -> None:

@@ -6,7 +6,7 @@ coefficients (`transform.py`; THEORY 5, 6). The integers are coded with static t
 container (docs/format.md): first tokens and a recent window raw, the rest in blocks that decode independently.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -169,6 +169,16 @@ class EigenCodec:
             CodecError: A container is damaged or of another codec, rows hold different tokens, or `tokens` is no
                 contiguous slice of them.
         """
+        return dict(self.decode_layers(encoded, tokens))
+
+    def decode_layers(
+        self, encoded: EncodedBytes, tokens: slice = slice(None)
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Decode containers like `decode`, yielding the layers one by one, each as soon as its stage is decoded.
+
+        A reader can use the first layers while the others are not decoded yet. The containers' headers are checked at the
+        call, their sections when the first layer is asked for.
+        """
         readers = [Reader(row) for row in encoded.rows]
         for reader in readers:
             reader.header.check_codec(self.sha256)
@@ -182,9 +192,12 @@ class EigenCodec:
                 f"`tokens` is {tokens}: it must be a non-empty contiguous slice of the {header.tokens} stored tokens, "
                 f"such as slice(0, {header.tokens})"
             )
-        slots = by_layer(self._slots(readers, span), self.dtype)
         missing = {i: max(0, count - span.start) for i, count in header.absent}
-        return {i: (k[:, :, missing.get(i, 0) :], v[:, :, missing.get(i, 0) :]) for i, (k, v) in slots.items()}
+        return (
+            (i, (k[:, :, missing.get(i, 0) :], v[:, :, missing.get(i, 0) :]))
+            for slots in self._slots(readers, span)
+            for i, (k, v) in by_layer(slots, self.dtype).items()
+        )
 
     def nbytes_of(self, tokens: int, coded_bits: float) -> float:
         """Return the bytes of one container that begins at position 0.
@@ -242,15 +255,6 @@ class EigenCodec:
         q = self.transform.quantize(z, self.step, self.quantizer, first)
         return q if self.text is None or ranks is None else torch.cat([self.text.digits.split(ranks), q], -1)
 
-    def _vectors(self, symbols: Tensor) -> Tensor:
-        """Return the vectors [batch, seq, width] of integers that begin with the first token of a block."""
-        ranks = None
-        if self.text is not None:
-            count = self.text.digits.count
-            ranks, symbols = self.text.digits.joined(symbols[..., :count]), symbols[..., count:]
-        z = self.transform.dequantize(symbols, self.step, self.quantizer, self._first(ranks))
-        return self.transform.mean + self.transform.centered(z)
-
     def _first(self, ranks: Tensor | None) -> Tensor | None:
         """Return what the tokens predict for the first stage."""
         return None if self.text is None or ranks is None else self.text.predict(ranks, self.block)
@@ -259,21 +263,22 @@ class EigenCodec:
     def _coder(self) -> RansCoder:
         return RansCoder(self.tables, self.lanes)
 
-    def _slots(self, readers: list[Reader], span: range) -> Slots:
-        """Return the slots of `span` for all rows: sinks, coded tokens and window, in this order."""
+    def _slots(self, readers: list[Reader], span: range) -> Iterator[Slots]:
+        """Yield the slots of `span` for all rows, a few layers at a time."""
         header = readers[0].header
         edges = (0, header.sinks, header.tokens - header.window, header.tokens)
-        pieces = []
-        for coded, section in zip((False, True, False), map(range, edges, edges[1:]), strict=True):
-            part = range(max(section.start, span.start), min(section.stop, span.stop))
-            if part and coded:
-                pieces.append(self._decoded(readers, part))
-            elif part:
-                pieces.append(raw_slots(readers, part, self.layout, self.dtype, self.transform.mean.device))
-        return {key: torch.cat([piece[key].to(self.dtype) for piece in pieces], 2) for key in pieces[0]}
+        sections = map(range, edges, edges[1:])
+        sinks, coded, window = (range(max(s.start, span.start), min(s.stop, span.stop)) for s in sections)
+        layout, device = self.layout, self.transform.mean.device
+        first, last = (
+            raw_slots(readers, part, layout, self.dtype, device) if part else None for part in (sinks, window)
+        )
+        for middle in self._decoded(readers, coded) if coded else [None]:
+            pieces = [piece for piece in (first, middle, last) if piece is not None]
+            yield {key: torch.cat([piece[key].to(self.dtype) for piece in pieces], 2) for key in middle or pieces[0]}
 
-    def _decoded(self, readers: list[Reader], span: range) -> Slots:
-        """Return the slots of coded tokens."""
+    def _decoded(self, readers: list[Reader], span: range) -> Iterator[Slots]:
+        """Yield the slots of coded tokens as soon as all stages of some layers are decoded."""
         header, device = readers[0].header, self.transform.mean.device
         sections = header.sections_of(span)
         jobs = [(reader, section) for reader in readers for section in sections]
@@ -281,9 +286,23 @@ class EigenCodec:
         tokens = [len(header.tokens_of(section)) for _, section in jobs]
         blocks = decode_blocks(self._coder, data, tokens, self.backend, device)
         symbols = torch.cat(blocks, 1).unflatten(1, (len(readers), -1)).permute(1, 2, 0).to(device)
-        first = header.tokens_of(sections[0]).start
-        x = self._vectors(symbols) + self._from_position(header.start + first, symbols.shape[1])
-        return self.layout.slots(x[:, span.start - first : span.stop - first], header.start + span.start)
+        ranks = None
+        if self.text is not None:
+            count = self.text.digits.count
+            ranks, symbols = self.text.digits.joined(symbols[..., :count]), symbols[..., count:]
+        begin = header.tokens_of(sections[0]).start
+        shift = self._from_position(header.start + begin, symbols.shape[1])
+        wanted = slice(span.start - begin, span.stop - begin)
+        start, pending = 0, []
+        for stage, z in self.transform.dequantized(symbols, self.step, self.quantizer, self._first(ranks)):
+            pending.append(z)
+            if stage.stop not in self.layout.layer_ends:
+                continue
+            columns = slice(start, stage.stop)
+            x = self.transform.mean[columns] + self.transform.centered(torch.cat(pending, -1), start)
+            x = x + (shift if isinstance(shift, float) else shift[:, columns])
+            yield self.layout.within(start, stage.stop).slots(x[:, wanted], header.start + span.start)
+            start, pending = stage.stop, []
 
     def _tensors(self) -> Iterable[Tensor]:
         yield from self.transform.tensors()

@@ -19,7 +19,7 @@ from eigencache.codec.eigen.quantizer import DeadZone
 from eigencache.codec.row_major import RowMajor
 from eigencache.errors import CodecError
 from eigencache.modes import constant
-from eigencache.spectral.metric import block_product, inverted
+from eigencache.spectral.metric import block_product, blocks_between, inverted
 
 _DEPENDENT = 1e-3  # of the largest pivot of D Dᵀ, which is near I
 _INT8 = 127
@@ -160,9 +160,9 @@ class StagedTransform:
         """Return z = (x − μ) R [..., width] of centered vectors."""
         return block_product(centered, self._roots)
 
-    def centered(self, z: Tensor) -> Tensor:
-        """Return x − μ = z R⁻¹ [..., width]."""
-        return block_product(z, self._inverses)
+    def centered(self, z: Tensor, start: int = 0) -> Tensor:
+        """Return x − μ = z R⁻¹ [..., columns] for the columns from `start` on, which are those of whole heads."""
+        return block_product(z, blocks_between(self._inverses, start, start + z.shape[-1]))
 
     def quantize(self, z: Tensor, step: float, quantizer: DeadZone, first: Tensor | None = None) -> Tensor:
         """Return the integers of vectors.
@@ -189,12 +189,18 @@ class StagedTransform:
 
     def dequantize(self, integers: Tensor, step: float, quantizer: DeadZone, first: Tensor | None = None) -> Tensor:
         """Return the decoded vectors z [..., width] of integers [..., coefficients]; arguments are those of `quantize`."""
-        decoded: list[Tensor] = []
+        return torch.cat([z for _, z in self.dequantized(integers, step, quantizer, first)], -1)
+
+    def dequantized(
+        self, integers: Tensor, step: float, quantizer: DeadZone, first: Tensor | None = None
+    ) -> Iterator[tuple[Stage, Tensor]]:
+        """Yield every stage with its decoded columns of z [..., stop − start]; arguments are those of `quantize`."""
+        before = None
         pieces = integers.split([len(stage) for stage in self.stages], -1)
         for (stage, part), q in zip(self._parts(quantizer), pieces, strict=True):
-            expected = stage.expected(decoded[-1]) if decoded else 0.0 if first is None else first
-            decoded.append((part.dequantize(q) * step) @ stage.rows + expected)
-        return torch.cat(decoded, -1)
+            expected = 0.0 if before is None and first is None else first if before is None else stage.expected(before)
+            before = (part.dequantize(q) * step) @ stage.rows + expected
+            yield stage, before
 
     def _parts(self, quantizer: DeadZone) -> Iterator[tuple[Stage, DeadZone]]:
         return zip(self.stages, quantizer.split([len(stage) for stage in self.stages]), strict=True)
