@@ -31,6 +31,7 @@ FEWER = {  # said again after the page's own words: the last one counts
     "mla": FEW,
     "recommend": FEW,
 }
+LEFT_OUT = {"sweep": ("Qwen", "Mistral"), "recommend": ("gpt2", "Mistral", "Llama")}  # not run: others have the same options
 ALL_OF_THEM = """
 import shlex, sys
 from eigencache.cli.app import app
@@ -75,6 +76,8 @@ def test_the_commands_run_on_models_of_these_shapes(family: str, tmp_path: Path)
         folder = random_checkpoint(model, tmp_path / model.split("/")[1])
         replaced = {model: folder.name} | {spec: name for spec, (name, _) in TEXTS.items()}
         for words in commands()[model]:
+            if any(word in model for word in LEFT_OUT.get(words[0], ())):
+                continue
             local = [replaced.get(word, word) for word in words]
             lines.append(shlex.join([*local, *FEWER[words[0]], "--dtype", dtype_of(model, words[0])]))
             outputs[model, words[0]] = tmp_path / option(words, "-o", "")

@@ -70,9 +70,9 @@ def pack(
     """Cut the tokens of a text into sequences of `max_length`; concatenated, these are the tokens in order.
 
     Each document is preceded by the `bos_token_id` of the tokenizer (else its `eos_token_id`, else nothing), which counts as
-    a token. Where the tokenizer puts BOS before every text, sequences that begin within a document have one as well. A shorter
-    last sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized on demand, so memory grows with
-    `tokens` and not with the text. A text with fewer than `tokens` tokens gives a warning in the record.
+    a token. Where the tokenizer puts BOS before every text, sequences that begin within a document have one as well. A
+    shorter last sequence is kept if it has at least `MIN_TAIL` tokens. Documents are tokenized on demand, so memory grows
+    with `tokens` and not with the text. A text with fewer than `tokens` tokens gives a warning in the record.
 
     Args:
         text: The text.

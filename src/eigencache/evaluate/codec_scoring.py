@@ -8,7 +8,8 @@ from typing import Any
 from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.corpora.sequences import Sequences
-from eigencache.evaluate.likelihood import UNCOMPRESSED, Scored, score_through_cache, scored_batches
+from eigencache.evaluate.likelihood import UNCOMPRESSED, ReadPrefix, Scored, score_through_cache, scored_batches
+from eigencache.evaluate.prefix import read_prefix
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.summary import summarize
 from eigencache.records.quality import Quality, ReadingProtocol, SequenceLoss
@@ -38,6 +39,7 @@ def score_codecs(
     *,
     calibration: Corpus,
     partial: Path | None = None,
+    read_first: ReadPrefix = read_prefix,
 ) -> CodecScores:
     """Score all codecs and the uncompressed cache on the same sequences.
 
@@ -48,6 +50,7 @@ def score_codecs(
         protocol: Reading protocol.
         calibration: Record of the text on which the codecs were fitted.
         partial: File that keeps finished batches. Results of an identical earlier run are resumed. Default: none.
+        read_first: As in `score_through_cache`.
 
     Raises:
         ModelError: The model has fewer positions than a sequence has tokens.
@@ -64,7 +67,7 @@ def score_codecs(
     kept = ResumableResults(partial, key)
     total = len(scored_batches(session, sequences, protocol))
     session.on_progress("scoring", len(kept.done), total)
-    for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(kept.done)):
+    for scored in score_through_cache(session, sequences, codecs, protocol, skip=len(kept.done), read_first=read_first):
         kept.add(as_kept(scored))
         session.on_progress("scoring", len(kept.done), total)
     return scores_of(kept.done, codecs, session.loaded.geometry.values_per_token)

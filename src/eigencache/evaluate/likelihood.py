@@ -11,7 +11,7 @@ All codecs and the uncompressed cache read the same pieces. A `CacheMaker` needs
 `chunked`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,12 +25,13 @@ from eigencache.calibration.session import Session
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
-from eigencache.evaluate.prefix import Window, check_positions, read, read_prefix
+from eigencache.evaluate.prefix import Prefix, Window, check_positions, read, read_prefix
 from eigencache.memory import LOGITS, release
 from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
 UNCOMPRESSED = "uncompressed"
+ReadPrefix = Callable[[LoadedModel, Tensor], Prefix]
 _POSITIONS = 256  # positions compared at a time, to limit memory: logits of large vocabularies are the largest tensors
 
 
@@ -49,7 +50,13 @@ class Scored:
 
 @torch.no_grad()
 def score_through_cache(
-    session: Session, sequences: Sequences, codecs: Mapping[str, Compressor], protocol: ReadingProtocol, *, skip: int = 0
+    session: Session,
+    sequences: Sequences,
+    codecs: Mapping[str, Compressor],
+    protocol: ReadingProtocol,
+    *,
+    skip: int = 0,
+    read_first: ReadPrefix = read_prefix,
 ) -> Iterator[Scored]:
     """Score every sequence with every codec and with the uncompressed cache, batch by batch.
 
@@ -61,6 +68,7 @@ def score_through_cache(
         codecs: Codecs by name.
         protocol: Reading protocol.
         skip: Number of batches to skip at the start.
+        read_first: Reads a prefix without compression; `KeptPrefixes` reads it once for several calls.
 
     Yields:
         The scores of each batch.
@@ -76,7 +84,8 @@ def score_through_cache(
         raise CodecError(f"{makers[0]} needs a whole prefix and cannot be scored chunk by chunk. Use the prefix protocol.")
     check_positions(session.loaded, max(map(len, sequences.ids)))
     for batch in scored_batches(session, sequences, protocol)[skip:]:
-        yield _score_batch(session.loaded, torch.from_numpy(np.stack(batch)).to(session.loaded.device), codecs, protocol)
+        ids = torch.from_numpy(np.stack(batch)).to(session.loaded.device)
+        yield _score_batch(session.loaded, ids, codecs, protocol, read_first)
         release()
 
 
@@ -140,10 +149,12 @@ def _of_equal_length(rows: list[np.ndarray], batch_size: int) -> Iterator[list[n
         yield batch
 
 
-def _score_batch(loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: ReadingProtocol) -> Scored:
+def _score_batch(
+    loaded: LoadedModel, ids: Tensor, codecs: Mapping[str, Compressor], protocol: ReadingProtocol, read_first: ReadPrefix
+) -> Scored:
     (_, first), *later = pieces(ids.shape[1], protocol)
     chunked, window = protocol.kind == "chunked", Window(protocol.window, protocol.block)
-    prefix = whole = read_prefix(loaded, ids[:, : first if chunked else later[-1][0]])
+    prefix = whole = read_first(loaded, ids[:, : first if chunked else later[-1][0]])
     plain, caches = prefix.cache(None), dict[str, Any]()
     sums = {name: torch.zeros(3, len(ids), dtype=torch.float64) for name in (UNCOMPRESSED, *codecs)}
     held: dict[str, tuple[int, int]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigencache.codec.base import CacheMaker, Compressor
+from eigencache.codec.base import CacheMaker, Compressor, storage_bytes
 from eigencache.errors import CodecError, ModelError, NonFiniteError, UnsupportedArchitectureError
 from eigencache.models.caches.measuring_cache import MeasuringCache, plain_cache
 from eigencache.models.load import LoadedModel
@@ -108,6 +108,25 @@ def read_prefix(loaded: LoadedModel, ids: Tensor) -> Prefix:
     if ids.shape[1]:
         loaded.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     return Prefix(loaded, ids, stored)
+
+
+class KeptPrefixes:
+    """Reads prefixes, and keeps those that fit into a number of bytes, so that they are read once for many codecs."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._kept = nbytes, dict[bytes, Prefix]()
+
+    def __call__(self, loaded: LoadedModel, ids: Tensor) -> Prefix:
+        """Return what `read_prefix` returns, which has the errors, too. One object serves one model."""
+        key = ids.cpu().numpy().tobytes() + repr(ids.shape).encode()
+        if key in self._kept:
+            return self._kept[key]
+        prefix = read_prefix(loaded, ids)
+        nbytes = storage_bytes(x for both in prefix.stored.values() for x in both)
+        if nbytes <= self._left:
+            self._left -= nbytes
+            self._kept[key] = prefix
+        return prefix
 
 
 def read(loaded: LoadedModel, ids: Tensor, cache: Any, codec: str = "a codec") -> Tensor:

@@ -13,6 +13,8 @@ from eigencache.codec.base import Encoded
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.errors import CodecError, CorpusError, ModelError, UnsupportedArchitectureError
+from eigencache.evaluate import prefix as prefix_module
+from eigencache.evaluate.prefix import read_prefix
 from eigencache.records.bench import BenchRecord
 from eigencache.studies.bench import run as bench_module
 from eigencache.studies.bench.context import BenchContext
@@ -176,6 +178,17 @@ def test_a_record_survives_its_file(made: Made, tmp_path: Path) -> None:
     assert BenchRecord.load(tmp_path / "r.json") == record
 
 
+def test_prefixes_are_read_once_for_all_methods_and_seeds(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    monkeypatch.setattr(prefix_module, "read_prefix", lambda *args: reads.append(1) or read_prefix(*args))
+    plenty = bench()
+    assert len(reads) == 3 * len(CONTEXTS)  # batches of 4 of 12 sequences
+    monkeypatch.setattr(bench_module, "_PREFIXES", 0)
+    scarce = bench()
+    assert len(reads) == 3 * len(CONTEXTS) * (1 + 1 + 5)  # the uncompressed cache, and methods of both seeds
+    assert scarce.points == plenty.points
+
+
 # Seeds
 
 
@@ -249,21 +262,26 @@ def generation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return asked
 
 
-@pytest.mark.parametrize("line", [2, 3, 4])
-def test_an_interrupted_bench_continues_and_ends_in_the_same_record(made: Made, generation, tmp_path, line: int) -> None:
+@pytest.mark.parametrize(
+    ("scorings", "lines", "fits_left"), [(2, 1, 7), (3, 2, 7), (5, 4, 7), (6, 5, 7), (7, 11, 3), (8, 12, 3)]
+)
+def test_an_interrupted_bench_continues_and_ends_in_the_same_record(
+    made: Made, generation, tmp_path, scorings: int, lines: int, fits_left: int
+) -> None:
+    """Scored are two contexts uncompressed, then identity and ladder (seed 0), then ladder (seed 1), two contexts each."""
     methods = ("identity", "ladder", "odd", "no point")
     whole = bench(methods, settings=GENERATION)
     fits = list(made.fits)
     made.fits.clear()
     partial = tmp_path / "partial"
     with pytest.raises(KeyboardInterrupt):
-        bench(methods, settings=GENERATION, partial=partial, on_progress=interrupted_at(line))
+        bench(methods, settings=GENERATION, partial=partial, on_progress=interrupted_at(scorings))
     kept, before = partial.read_text(), list(made.fits)
     resumed = bench(methods, settings=GENERATION, partial=partial)
     assert resumed.model_copy(update={"run": whole.run}) == whole
     assert partial.read_text().startswith(kept)
-    assert len(kept.splitlines()) == 1 + line  # the key, the lines before, and that of generation
-    assert made.fits[len(before) :] == (fits if line == 2 else fits[4:])  # of the first seed there are four
+    assert len(kept.splitlines()) == 1 + lines  # the key, and what was measured, found impossible, or generated
+    assert made.fits[len(before) :] == fits[-fits_left:]  # for generation, codecs of the first seed are needed again
     assert len(generation) == 2 and generation[0] == generation[1]  # once in each of the two benches
 
 
@@ -282,6 +300,16 @@ def test_an_interruption_before_generation_does_not_lose_it(made: Made, monkeypa
         bench(("identity", "zeros"), settings={"prompts": 2}, partial=partial)
     bench(("identity", "zeros"), settings={"prompts": 2}, partial=partial)
     assert len(asked) == 2 and asked[0] == asked[1] and "identity whole" in asked[0]
+
+
+def test_another_choice_of_methods_keeps_what_was_scored_and_shows_what_was_chosen(made: Made, tmp_path: Path) -> None:
+    partial = tmp_path / "partial"
+    bench(("identity", "zeros", "odd"), partial=partial)
+    made.fits.clear()
+    record = bench(("ladder", "identity"), partial=partial)
+    assert {name for name, _ in made.fits} == {"ladder"} and record.refused == {}
+    assert {p.method for p in record.points} == {one.method for one in record.equal_loss} == {"identity", "ladder"}
+    assert record.equal_loss == bench(("ladder", "identity")).equal_loss
 
 
 def test_a_finished_bench_is_read_and_nothing_is_fitted(made: Made, tmp_path: Path) -> None:
@@ -326,4 +354,4 @@ def test_generation_and_retrieval_look_at_the_cheapest_point_that_diverges_littl
     assert {one.depth for one in record.retrieval} == {0.0, 0.5, 1.0}
     for one in record.retrieval:
         assert one.length == 97 and (not one.applicable or {r.codec for r in one.results} == set(generated))
-    assert {"generation", "retrieval", "seed 0: fitting zeros", "seed 0, 96 tokens: scoring"} <= set(said)
+    assert {"generation", "retrieval", "seed 0: fitting zeros", "seed 0, 96 tokens, zeros: scoring"} <= set(said)

@@ -270,9 +270,7 @@ class EigenCodec:
         sections = map(range, edges, edges[1:])
         sinks, coded, window = (range(max(s.start, span.start), min(s.stop, span.stop)) for s in sections)
         layout, device = self.layout, self.transform.mean.device
-        first, last = (
-            raw_slots(readers, part, layout, self.dtype, device) if part else None for part in (sinks, window)
-        )
+        first, last = (raw_slots(readers, part, layout, self.dtype, device) if part else None for part in (sinks, window))
         for middle in self._decoded(readers, coded) if coded else [None]:
             pieces = [piece for piece in (first, middle, last) if piece is not None]
             yield {key: torch.cat([piece[key].to(self.dtype) for piece in pieces], 2) for key in middle or pieces[0]}

@@ -2,6 +2,8 @@
 
 A method compresses the cached prefix of every sequence, and all stored bytes are counted. The rest of the sequence is
 scored with the decompressed prefix. Methods are fitted again for every seed, which selects the calibration sequences.
+They are fitted and scored one after the other, so that memory holds one at a time and an interruption loses one at most.
+Prefixes are read once for all of them if memory allows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, UnsupportedArchitectureError
 from eigencache.evaluate.codec_scoring import score_codecs
 from eigencache.evaluate.divergence import measure_divergence
-from eigencache.evaluate.prefix import check_positions
+from eigencache.evaluate.prefix import KeptPrefixes, check_positions
 from eigencache.evaluate.resume import ResumableResults
 from eigencache.evaluate.retrieval import evaluate_retrieval
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
@@ -31,7 +33,8 @@ from eigencache.studies.bench.methods import METHODS
 
 LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
 COMPARABLE = 0.03  # nats of KL; generation and retrieval use the cheapest point of a method within it
-_GENERATED = 0  # context that marks the results of generation and retrieval in the partial file
+_PREFIXES = 1 / 4  # share of the memory for prefixes
+_NO_METHOD, _GENERATED = "", "generated"  # in place of a method: the uncompressed cache, and generation and retrieval
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def bench_model(
         held_out: Text to score, by context length in tokens. Sequences have `context + settings.scored` tokens.
         settings: Methods and conditions.
         force: Accept held-out text that overlaps the calibration text.
-        partial: File that keeps the finished results of each seed and context, to resume from. Default: none.
+        partial: File that keeps the finished results of each seed, method and context, to resume from. Default: none.
 
     Returns:
         The benchmark's record. Methods that do not support the model are listed with the reason.
@@ -93,31 +96,18 @@ def bench_model(
     refused = {m: why for m in settings.methods if (why := METHODS[m].refuses(session.loaded))}
     methods = [m for m in settings.methods if m not in refused]
     texts = [text.corpus.model_dump() for text in (calibration, *held_out.values())]
+    together = settings if settings.prompts or settings.tasks else replace(settings, methods=())  # else each for itself
     kept = ResumableResults(
-        partial, {"model": session.loaded.sha256, "texts": texts, "tokens": tokens, "settings": repr(settings)}
+        partial,
+        {"model": session.loaded.sha256, "texts": texts, "tokens": tokens, "settings": repr(together), "by": "method"},
     )
-    first, (shortest, *longer) = settings.seeds[0], sorted(held_out)
-    generated = [_GENERATED] if settings.prompts or settings.tasks else []
-    for seed in settings.seeds:
-        wanted = [shortest, *(generated if seed == first else ()), *longer]
-        done = {line["context"]: line for line in kept.done if line["seed"] == seed}
-        if not (remaining := [context for context in wanted if context not in done]):
-            continue
-        fitted_on = chosen(calibration, tokens, seed)
-        seeded = replace(session, seed=seed)
-        bench = BenchContext(seeded.named(f"seed {seed}"), fitted_on, settings.rates)
-        codecs, unfit = _fitted(bench, [m for m in methods if METHODS[m].fitted or seed == first])
-        for context in remaining:
-            if context == _GENERATED:
-                text, scored = held_out[shortest], done[shortest]
-                done[context] = _generated(seeded, text, codecs, scored, settings)
-            else:
-                named = seeded.named(f"seed {seed}, {context:,} tokens")
-                done[context] = _scored(named, held_out[context], codecs, context, settings, fitted_on)
-            kept.add(done[context] | {"refused": unfit})
-    points = [BenchPoint(**point) for line in kept.done for point in line.get("points", ())]
+    prefixes = KeptPrefixes(int(session.memory * _PREFIXES))
+    run = _BenchRun(session, calibration, tokens, dict(sorted(held_out.items())), settings, kept, prefixes)
+    run.measure(methods)
+    lines = [line for line in kept.done if line["method"] in (*methods, _GENERATED)]
+    points = [BenchPoint(**point) for line in lines for point in line.get("points", ())]
     scored_methods = {p.method for p in points}
-    unfit = {m: why for line in kept.done for m, why in line.get("refused", {}).items()}
+    unfit = {line["method"]: line["refused"] for line in lines if line.get("refused")}
     refused |= {
         m: unfit.get(m, "it has no operating point at the requested rates") for m in methods if m not in scored_methods
     }
@@ -127,12 +117,12 @@ def bench_model(
         calibration=calibration.corpus,
         scored=settings.scored,
         step=settings.step,
-        uncompressed_nll={line["context"]: line["nll"] for line in kept.done if "points" in line},
+        uncompressed_nll={line["context"]: line["nll"] for line in kept.done if line["method"] == _NO_METHOD},
         refused=refused,
         points=points,
         equal_loss=_equal_losses(points, held_out, [m for m in methods if m in scored_methods]),
-        divergence=[Divergence(**d) for line in kept.done for d in line.get("divergence", ())],
-        retrieval=[Retrieval(**r) for line in kept.done for r in line.get("retrieval", ())],
+        divergence=[Divergence(**d) for line in lines for d in line.get("divergence", ())],
+        retrieval=[Retrieval(**r) for line in lines for r in line.get("retrieval", ())],
         run=watch.run(settings.seeds[0], {"batch_size": session.batch_size, "calibration_tokens": tokens, "forced": force}),
         warnings=[w for w in (*calibration.corpus.warnings, *overlaps) if w],
     )
@@ -145,92 +135,114 @@ def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
     return replace(text, ids=[text.ids[row] for row in rows])
 
 
-def _fitted(bench: BenchContext, methods: Sequence[str]) -> tuple[dict[str, Mapping[str, Compressor]], dict[str, str]]:
-    """Return the codecs of every method by operating point, and the errors of methods that could not be fitted."""
-    codecs: dict[str, Mapping[str, Compressor]] = {}
-    refused: dict[str, str] = {}
-    for index, method in enumerate(methods):
-        bench.session.on_progress(f"fitting {method}", index, len(methods))
-        try:
-            made = METHODS[method].codecs(bench)  # fitted on the CPU
-            codecs[method] = {point: placed(codec, bench.session.loaded.device) for point, codec in made.items()}
-        except (UnsupportedArchitectureError, CodecError) as error:
-            refused[method] = str(error)
-    return codecs, refused
+@dataclass(frozen=True)
+class _BenchRun:
+    """A bench under way: what its steps share. Arguments are those of `bench_model`; `held_out` is sorted."""
 
+    session: Session
+    calibration: Sequences
+    tokens: int
+    held_out: dict[int, Sequences]
+    settings: BenchSettings
+    kept: ResumableResults
+    prefixes: KeptPrefixes
 
-def _scored(
-    session: Session,
-    sequences: Sequences,
-    codecs: Mapping[str, Mapping[str, Compressor]],
-    context: int,
-    settings: BenchSettings,
-    fitted_on: Sequences,
-) -> dict[str, Any]:
-    """Score all codecs for one seed and context; return the line for the partial file."""
-    flat = _flat(codecs)
-    protocol = ReadingProtocol(kind="prefix", length=context, step=settings.step)
-    scores = score_codecs(
-        session,
-        sequences,
-        {f"{m} {p}": codec for (m, p), codec in flat.items()},
-        protocol,
-        calibration=fitted_on.corpus,
-    )
-    points = [
-        BenchPoint(
-            method=m,
-            point=p,
-            seed=session.seed,
-            context=context,
-            quality=scores.quality[f"{m} {p}"],
-            excess=scores.excess[f"{m} {p}"],
-        ).model_dump()
-        for m, p in flat
-    ]
-    return {"seed": session.seed, "context": context, "nll": scores.uncompressed_nll, "points": points}
+    def measure(self, methods: Sequence[str]) -> None:
+        """Score the uncompressed cache, then every method with every seed, unless a result is kept already."""
+        first = self.settings.seeds[0]
+        for context in self.held_out:
+            if self._line(_NO_METHOD, first, context) is None:
+                self._score(_NO_METHOD, {}, context, replace(self.session, seed=first))
+        for seed in self.settings.seeds:
+            self._measure_seed(seed, [m for m in methods if seed == first or METHODS[m].fitted])
 
+    def _measure_seed(self, seed: int, methods: Sequence[str]) -> None:
+        seeded = replace(self.session, seed=seed)
+        fitted_on = chosen(self.calibration, self.tokens, seed)
+        bench = BenchContext(seeded.named(f"seed {seed}"), fitted_on, self.settings.rates)
+        wanted = seed == self.settings.seeds[0] and (self.settings.prompts or self.settings.tasks)
+        generating = wanted and self._line(_GENERATED, seed) is None
+        cheapest: dict[str, Compressor] = {}
+        for index, method in enumerate(methods):
+            missing = [context for context in self.held_out if self._line(method, seed, context) is None]
+            if not missing and not (generating and self._cheapest(method, seed)):
+                continue
+            bench.session.on_progress(f"fitting {method}", index, len(methods))
+            codecs, why = _fitted(bench, method)
+            for context in missing:
+                if codecs:
+                    self._score(method, codecs, context, seeded)
+                else:
+                    self.kept.add({"method": method, "seed": seed, "context": context, "points": [], "refused": why})
+            if generating and (point := self._cheapest(method, seed)):
+                cheapest[f"{method} {point}"] = codecs[point]
+        if generating:
+            self.kept.add({"method": _GENERATED, "seed": seed, "context": 0} | self._generated(seeded, cheapest))
 
-def _generated(
-    session: Session,
-    sequences: Sequences,
-    codecs: Mapping[str, Mapping[str, Compressor]],
-    scored: dict[str, Any],
-    settings: BenchSettings,
-) -> dict[str, Any]:
-    """Measure generation and retrieval with the cheapest point of each method whose KL is at most `COMPARABLE`."""
-    context = scored["context"]
-    points = [BenchPoint(**point) for point in scored["points"]]
-    cheapest = {}
-    for method in codecs:
-        within = [p for p in points if p.method == method and p.quality.kl <= COMPARABLE]
-        if within:
-            best = min(within, key=lambda p: p.bits_per_value)
-            cheapest[f"{method} {best.point}"] = codecs[method][best.point]
-    line: dict[str, Any] = {"seed": session.seed, "context": _GENERATED}
-    if settings.prompts:
-        line["divergence"] = [
-            divergence.model_dump()
-            for divergence in measure_divergence(
+    def _line(self, method: str, seed: int, context: int = 0) -> dict[str, Any] | None:
+        """Return the kept result, if there is one."""
+        sought = (method, seed, context)
+        return next((x for x in self.kept.done if (x["method"], x["seed"], x["context"]) == sought), None)
+
+    def _score(self, method: str, codecs: Mapping[str, Compressor], context: int, session: Session) -> None:
+        """Score the codecs of one method at one context and keep the result."""
+        scores = score_codecs(
+            session.named(f"seed {session.seed}, {context:,} tokens, {method or 'uncompressed'}"),
+            self.held_out[context],
+            codecs,
+            ReadingProtocol(kind="prefix", length=context, step=self.settings.step),
+            calibration=self.calibration.corpus,
+            read_first=self.prefixes,
+        )
+        points = [
+            BenchPoint(
+                method=method,
+                point=point,
+                seed=session.seed,
+                context=context,
+                quality=scores.quality[point],
+                excess=scores.excess[point],
+            ).model_dump()
+            for point in codecs
+        ]
+        line = {"method": method, "seed": session.seed, "context": context, "nll": scores.uncompressed_nll, "points": points}
+        self.kept.add(line)
+
+    def _cheapest(self, method: str, seed: int) -> str | None:
+        """Return the cheapest point of a method whose KL at the shortest context is at most `COMPARABLE`."""
+        line = self._line(method, seed, min(self.held_out))
+        points = [BenchPoint(**point) for point in line["points"]] if line else []
+        within = [p for p in points if p.quality.kl <= COMPARABLE]
+        return min(within, key=lambda p: p.bits_per_value).point if within else None
+
+    def _generated(self, session: Session, codecs: Mapping[str, Compressor]) -> dict[str, Any]:
+        """Measure generation and retrieval with one codec per method."""
+        context, text = next(iter(self.held_out.items()))
+        line: dict[str, Any] = {}
+        if self.settings.prompts:
+            divergences = measure_divergence(
                 session,
-                sequences,
-                cheapest,
-                prompts=settings.prompts,
+                text,
+                codecs,
+                prompts=self.settings.prompts,
                 prompt_tokens=context + 1,  # the last token is read with the compressed prefix
             )
-        ]
-    if settings.tasks:
-        line["retrieval"] = [
-            retrieval.model_dump()
-            for retrieval in evaluate_retrieval(
-                session,
-                cheapest,
-                tasks=settings.tasks,
-                lengths=(context + 1,),
-                count=settings.examples,
+            line["divergence"] = [divergence.model_dump() for divergence in divergences]
+        if self.settings.tasks:
+            retrievals = evaluate_retrieval(
+                session, codecs, tasks=self.settings.tasks, lengths=(context + 1,), count=self.settings.examples
             )
-        ]
-    return line
+            line["retrieval"] = [retrieval.model_dump() for retrieval in retrievals]
+        return line
+
+
+def _fitted(bench: BenchContext, method: str) -> tuple[dict[str, Compressor], str]:
+    """Return the codecs of a method by operating point, and the reason if it could not be fitted."""
+    try:
+        made = METHODS[method].codecs(bench)  # fitted on the CPU
+        return {point: placed(codec, bench.session.loaded.device) for point, codec in made.items()}, ""
+    except (UnsupportedArchitectureError, CodecError) as error:
+        return {}, str(error)
 
 
 def _equal_losses(
@@ -264,7 +276,3 @@ def _curve(points: Sequence[BenchPoint]) -> Curve:
     excess = np.array([p.excess for p in points])
     tokens = np.full(excess.shape[1], points[0].quality.tokens / excess.shape[1])
     return Curve(np.array([p.bits_per_value for p in points]), excess, tokens)
-
-
-def _flat(codecs: Mapping[str, Mapping[str, Compressor]]) -> dict[tuple[str, str], Compressor]:
-    return {(method, point): codec for method, points in codecs.items() for point, codec in points.items()}
