@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eigencache.codec.eigen.quantizer import DeadZone, fit_class
 from eigencache.codec.eigen.transform import Prediction, Stage
+from eigencache.spectral.moments import add_gram, symmetric
 from eigencache.spectral.spectrum import eigenbasis_of
 
 _PER_OCTAVE = 4  # classes of coefficients per octave of their deviation
@@ -114,7 +115,7 @@ def basis_of(vectors: Tensor) -> Tensor:
     """
     n, width = vectors.shape
     if width <= n:
-        values, basis = eigenbasis_of(_products(vectors, vectors))
+        values, basis = eigenbasis_of(_gram(vectors))
     else:
         values, left = eigenbasis_of((vectors @ vectors.mT).double() / n)
         basis = torch.linalg.qr(vectors.mT.double() @ left).Q
@@ -123,12 +124,20 @@ def basis_of(vectors: Tensor) -> Tensor:
 
 def _prediction(before: Tensor, columns: Tensor) -> Prediction:
     """Return the ridge regression of `columns` [n, c] on `before` [n, b], whose columns are scaled to unit variance."""
-    gram = _products(before, before)
+    gram = _gram(before)
     largest = gram.diagonal().max().clamp_min(torch.finfo(torch.float32).tiny)
     spread = gram.diagonal().clamp_min(1e-9 * largest).sqrt()
     scaled = gram / spread / spread[:, None] + _RIDGE * torch.eye(len(gram), dtype=gram.dtype)
     weights = torch.cholesky_solve(_products(before, columns) / spread[:, None], torch.linalg.cholesky(scaled))
     return Prediction.of(weights.float(), spread)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return xᵀ x / n in float64 of x [n, p]; only products on or right of the diagonal are computed."""
+    total = torch.zeros(1, x.shape[1], x.shape[1], dtype=torch.float64)
+    for part in x.split(_ROWS):
+        add_gram(total, part[:, None])
+    return symmetric(total[0]) / len(x)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

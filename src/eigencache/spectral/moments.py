@@ -50,7 +50,7 @@ def add_gram(out: Tensor, x: Tensor) -> None:
         out[:, start:stop, start:] += x[..., start:stop].mT @ x[..., start:]
 
 
-def _symmetric(upper: Tensor) -> Tensor:
+def symmetric(upper: Tensor) -> Tensor:
     """Return the symmetric matrix [p, p] with the given upper triangle."""
     return upper.triu() + upper.triu(1).mT
 
@@ -197,8 +197,8 @@ class Moments:
             n = float(self.count[fold])
             _combine(count, mean, scatter, n, self.mean[fold, block] - mean, self.scatter[fold, block])
             count += n
-        return SecondOrder(count, mean, _symmetric(scatter))
+        return SecondOrder(count, mean, symmetric(scatter))
 
     def between_sequences(self, block: int = 0) -> Tensor:
         """Return the scatter [p, p] of the sequence means about the total mean, weighted by sequence length."""
-        return _symmetric(self.between[block])
+        return symmetric(self.between[block])
