@@ -1,6 +1,6 @@
 """Ablations of the `eigen` codec on one model: the tables of docs/ablations.md.
 
-    python benchmarks/ablations.py ref-llama --parts basis,text,block,kept,prediction,size,domain --output ablations.json
+    python benchmarks/ablations.py ref-llama --parts scope,metric,text,block,kept,group,size,domain --output ablations.json
 
 Rows are compared at equal bits per value, with all bytes counted, unless a row says otherwise. ΔNLL and KL are measured on
 held-out text after an encoded prefix. Token prediction is off unless a row names it.
@@ -21,7 +21,7 @@ from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.errors import BudgetError
 from eigencache.evaluate.codec_scoring import score_codecs
-from eigencache.fitting.eigen import EigenSettings, fit_eigen
+from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import LoadedModel, load
 from eigencache.records.quality import Quality, ReadingProtocol
@@ -29,13 +29,15 @@ from eigencache.report.core.table import Table
 from eigencache.report.quality.sweep_table import interval_cell
 
 PLAIN = EigenSettings(text=False)
-LENGTH, SCORED = 512, 128
+SCORED = 128  # tokens at the end of a sequence
+TOLERANCE = 0.02  # of the rate; the bits of a row are counted
 TITLES = {
-    "basis": "Scope × metric × alpha",
+    "scope": "What a stage covers",
+    "metric": "Metric and its exponent",
     "text": "Token prediction, with both metrics",
     "block": "Block size",
-    "kept": "Sinks and window in 8 bits",
-    "prediction": "Groups of layers, each predicted from the group before, against all layers at once",
+    "kept": "Sinks and window in 16 bits",
+    "group": "Layers of a group",
     "size": "Calibration tokens",
     "domain": "Fitted on one domain, tested on another",
 }
@@ -60,30 +62,35 @@ class Ablations:
         other: Specification of a text of another domain; None: no such rows.
         tokens: Calibration tokens.
         rates: Bits per value at which rows are compared.
+        length: Tokens of a sequence, of which the last 128 are scored.
     """
 
-    def __init__(self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...]) -> None:
-        self.loaded, self.other, self.tokens, self.rates = loaded, other, tokens, rates
-        self.session = Session(loaded)
+    def __init__(
+        self, loaded: LoadedModel, text: str, other: str | None, tokens: int, rates: tuple[float, ...], length: int
+    ) -> None:
+        self.loaded, self.calibration, self.other, self.tokens, self.rates = loaded, text, other, tokens, rates
+        self.length, self.session = length, Session(loaded, batch_size=4)
         self.source = CalibrationSet(self.session, self.sequences(text, tokens))
 
     def sequences(self, text: str, tokens: int) -> Sequences:
-        """Return a text in sequences of 512 tokens."""
-        return pack(read_text(text), self.loaded.tokenizer, tokens=tokens, max_length=LENGTH)
+        """Return a text in sequences of `length` tokens."""
+        return pack(read_text(text), self.loaded.tokenizer, tokens=tokens, max_length=self.length)
 
     def cases(self, parts: list[str]) -> Iterator[Case]:
         """Yield the rows of the named parts."""
         for part in parts:
             yield from getattr(self, part)()
 
-    def basis(self) -> Iterator[Case]:
-        """Yield all combinations of scope, metric and alpha."""
-        metrics = [("frobenius", 1.0), *((m, a) for m in ("attention", "fisher") for a in (0.5, 0.75, 1.0))]
+    def scope(self) -> Iterator[Case]:
+        """Yield all scopes in their best metric."""
         for scope in ("head", "layer", "groups", "joint"):
-            for metric, alpha in metrics:
-                settings = replace(PLAIN, scope=scope, metric=metric, alpha=alpha)
-                words = (scope, metric if metric == "frobenius" else f"{metric}^{alpha:g}")
-                yield from self._at("basis", words, settings)
+            yield from self._at("scope", (scope,), replace(PLAIN, scope=scope))
+
+    def metric(self) -> Iterator[Case]:
+        """Yield groups of layers in all metrics."""
+        for metric, alpha in (("frobenius", 1.0), *((m, a) for m in ("attention", "fisher") for a in (0.5, 0.75, 1.0))):
+            words = metric if metric == "frobenius" else f"{metric}^{alpha:g}"
+            yield from self._at("metric", (words,), replace(PLAIN, metric=metric, alpha=alpha))
 
     def text(self) -> Iterator[Case]:
         """Yield codecs with and without token prediction, in both metrics."""
@@ -94,34 +101,33 @@ class Ablations:
 
     def block(self) -> Iterator[Case]:
         """Yield codecs of different block sizes."""
-        for block in (16, 32, 64, 128, 384):
-            yield from self._at("block", (f"{block} tokens",), replace(PLAIN, block=block))
-            yield from self._at("block", (f"{block} tokens, text",), EigenSettings(block=block))
+        for text in (False, True):
+            fit = fit_eigen(self.source, EigenSettings(text=text))
+            for block in (16, 64, 128, 512):  # which decides the size alone
+                words = (f"{block} tokens" + (", text" if text else ""),)
+                yield from self._of(replace(fit, settings=replace(fit.settings, block=block)), "block", words)
 
     def kept(self) -> Iterator[Case]:
-        """Yield codecs with different sinks and windows in 8 bits."""
-        for sinks, window in ((0, 0), (1, 0), (4, 0), (0, 4), (0, 16), (4, 16)):
+        """Yield codecs with different sinks and windows in 16 bits."""
+        for sinks, window in ((0, 0), (1, 0), (4, 0), (16, 0), (4, 16), (4, 64)):
             settings = replace(PLAIN, sinks=sinks, window=window)
             yield from self._at("kept", (f"{sinks} sinks, window of {window}",), settings)
 
-    def prediction(self) -> Iterator[Case]:
-        """Yield groups of more and more layers, layers without prediction, and the joint transform."""
+    def group(self) -> Iterator[Case]:
+        """Yield groups of more and more layers."""
         for group in (1, 2, 3, 6):
-            words = (f"groups of {group}",)
-            yield from self._at("prediction", words, replace(PLAIN, scope="groups", group=group))
-        for scope in ("layer", "joint"):
-            yield from self._at("prediction", (scope,), replace(PLAIN, scope=scope))
+            yield from self._at("group", (f"groups of {group}",), replace(PLAIN, group=group))
 
     def size(self) -> Iterator[Case]:
         """Yield codecs fitted on different numbers of tokens."""
         for tokens in (8192, 16_384, 32_768, 65_536, 131_072):
-            source = CalibrationSet(self.session, self.sequences("stdlib", tokens))
+            source = CalibrationSet(self.session, self.sequences(self.calibration, tokens))
             yield from self._at("size", (f"{tokens:,} tokens",), PLAIN, source)
             yield from self._at("size", (f"{tokens:,} tokens, text",), EigenSettings(), source)
 
     def domain(self) -> Iterator[Case]:
         """Yield codecs fitted on different domains."""
-        for text in ("stdlib", *([self.other] if self.other else [])):
+        for text in (self.calibration, *([self.other] if self.other else [])):
             source = CalibrationSet(self.session, self.sequences(text, self.tokens))
             name = Path(text).name
             yield from self._at("domain", (f"fitted on {name}",), PLAIN, source)
@@ -130,32 +136,33 @@ class Ablations:
     def _at(
         self, part: str, words: tuple[str, ...], settings: EigenSettings, source: CalibrationSet | None = None
     ) -> Iterator[Case]:
-        source = source or self.source
-        fit = fit_eigen(source, settings)
+        yield from self._of(fit_eigen(source or self.source, settings), part, words)
+
+    def _of(self, fit: EigenFit, part: str, words: tuple[str, ...]) -> Iterator[Case]:
         for rate in self.rates:
             try:
-                yield Case(part, words, rate, at_bits(fit, rate, context=LENGTH - SCORED).codec)
+                point = at_bits(fit, rate, context=self.length - SCORED, tolerance=TOLERANCE)
+                yield Case(part, words, rate, point.codec)
             except BudgetError:
                 continue
 
 
-def scored(loaded: LoadedModel, cases: list[Case], text: Sequences) -> list[dict]:
+def scored(session: Session, cases: list[Case], text: Sequences) -> list[dict]:
     """Return bits per value and quality of every case, as rows for JSON.
 
     Args:
-        loaded: The model.
+        session: The model.
         cases: The rows.
         text: The scored text.
     """
     codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
-    scores = score_codecs(
-        Session(loaded), text, codecs, ReadingProtocol(kind="prefix", length=LENGTH - SCORED), calibration=text.corpus
-    )
+    protocol = ReadingProtocol(kind="prefix", length=text.corpus.max_length - SCORED)
+    scores = score_codecs(session, text, codecs, protocol, calibration=text.corpus)
     rows = []
     for index, case in enumerate(cases):
         quality = scores.quality[f"{index}"]
         about = {"part": case.part, "words": case.words, "rate": case.rate, "bits": 16 / quality.compression_ratio}
-        rows.append(about | {"model": loaded.name, "text": text.corpus.name, "quality": quality.model_dump()})
+        rows.append(about | {"model": session.loaded.name, "text": text.corpus.name, "quality": quality.model_dump()})
     return rows
 
 
@@ -186,6 +193,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(TITLES), help="parts to measure; default: all")
     parser.add_argument("--rates", default="0.25,0.5", help="bits per value; default: 0.25,0.5")
     parser.add_argument("--calibration-tokens", type=int, default=65_536, help="calibration tokens; default: 65536")
+    parser.add_argument("--calibration-text", default="stdlib", help="calibration text; default: stdlib")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence; default: 512")
     parser.add_argument("--text", default="stdlib:held-out", help="scored text; default: stdlib:held-out")
     parser.add_argument("--other", help="calibration text of another domain")
     parser.add_argument("--other-held-out", help="held-out text of the domain of --other, scored by the part `domain`")
@@ -205,14 +214,16 @@ def main() -> None:
         return
     rates, figures = tuple(map(float, arguments.rates.split(","))), []
     for name in arguments.models:
-        ablations = Ablations(load(name), "stdlib", arguments.other, arguments.calibration_tokens, rates)
+        ablations = Ablations(
+            load(name), arguments.calibration_text, arguments.other, arguments.calibration_tokens, rates, arguments.length
+        )
         for part in arguments.parts.split(","):
             cases = list(ablations.cases([part]))
             others = [arguments.other_held_out] if part == "domain" and arguments.other_held_out else []
             rows = [
                 row
                 for text in [arguments.text, *others]
-                for row in scored(ablations.loaded, cases, ablations.sequences(text, arguments.tokens))
+                for row in scored(ablations.session, cases, ablations.sequences(text, arguments.tokens))
             ]
             show(rows)
             figures += rows
