@@ -114,6 +114,14 @@ def test_a_rotation_that_is_scaled_by_one_is_read(tmp_path: Path) -> None:
     assert load(str(tmp_path / "plain.gguf"), tokenizer="ref-llama").geometry.rope is not None
 
 
+def test_a_gguf_file_whose_end_is_missing_says_so(tmp_path: Path) -> None:
+    write_gguf(llama(), tmp_path / "whole.gguf")
+    data = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match=r"cut\.gguf: cannot be loaded: it is not a whole GGUF file .*Download it again\.$"):
+        load(str(tmp_path / "cut.gguf"), tokenizer="ref-llama")
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF" + bytes(60), b"no model at all"])
 def test_a_gguf_file_that_is_cut_is_one_line(content: bytes, tmp_path: Path) -> None:
     pytest.importorskip("gguf")

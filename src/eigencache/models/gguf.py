@@ -23,7 +23,7 @@ def model_options(options: dict[str, Any], config: PreTrainedConfig) -> dict[str
 
 @contextmanager
 def header_parsed_once() -> Iterator[None]:
-    """Share the reader of a GGUF file inside this context.
+    """Share the reader of a GGUF file inside this context, and raise `ModelError` for a file that is cut or damaged.
 
     transformers parses the header once each for configuration, weights and tokenizer. It contains the vocabulary, so a
     parse takes seconds.
@@ -31,7 +31,17 @@ def header_parsed_once() -> Iterator[None]:
     import gguf  # optional; `source_of` has checked that it is installed
 
     reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
+
+    @functools.cache
+    def read(path: Any, *options: Any) -> gguf.GGUFReader:
+        try:
+            return reader(path, *options)
+        except (ValueError, IndexError, KeyError) as error:
+            raise ModelError(
+                f"{Path(path).name}: cannot be loaded: it is not a whole GGUF file ({error}). Download it again."
+            ) from error
+
+    gguf.GGUFReader = read  # type: ignore[misc, assignment]
     try:
         yield
     finally:
