@@ -105,6 +105,20 @@ def test_steps_that_are_fitted_already_shorten_the_search() -> None:
     assert fit.sizes[at_bits(fit, 2.2).codec.step] > 0
 
 
+def test_a_pilot_of_an_eighth_of_the_sequences_leaves_few_steps_for_all_of_them() -> None:
+    kinds = gaussian(8_000, 0), gaussian(8_000, 2), gaussian(4_000, 1)
+    for bits in (0.7, 2.0, 5.0):
+        one, many = fit_of(*kinds), fit_of(*kinds, sequences=40)
+        assert one.pilot is None and many.pilot is not None
+        assert [len(s.vectors) for s in (many.pilot.fitted, many.pilot.held)] == [1_000, 500]
+        for fit in (one, many):
+            assert fit.bits_per_value(at_bits(fit, bits), 2_048) == pytest.approx(bits, rel=0.005)
+        assert len(many.sizes) <= 4 and len(many.sizes) <= len(one.sizes) and many.pilot.sizes
+        found = len(many.sizes)
+        at_bits(many, 1.1 * bits)  # what the pilot was off by is known now
+        assert len(many.sizes) <= found + 3
+
+
 @pytest.mark.parametrize("finer", [0.999, 1.001])
 def test_known_steps_that_tell_little_do_not_mislead_the_search(finer: float) -> None:
     for bits in (0.7, 2.2, 8.0):

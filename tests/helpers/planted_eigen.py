@@ -35,12 +35,14 @@ def fit_of(
     settings: EigenSettings = PLAIN,
     layout: Layout = LAYOUT,
     inverses: Sequence[Tensor] = (),
+    sequences: int = 1,
 ) -> EigenFit:
-    """Return a fit to vectors [n, width] of three kinds, with a metric of these blocks of R⁻¹."""
+    """Return a fit to vectors [n, width] of three kinds, in so many sequences, with a metric of these blocks of R⁻¹."""
     stored, mean = stored_inverses(inverses), fitted.mean(0)
     sources = []
     for x in (fitted, apart, held):
-        samples = SampledVectors(layout, x, torch.zeros(len(x), dtype=torch.int64), (len(x),))
+        lengths = (len(x) // sequences,) * sequences
+        samples = SampledVectors(layout, x, torch.zeros(len(x), dtype=torch.int64), lengths)
         sources.append(Source(WeighedVectors(samples, 0, mean, inverted(stored))))
     return EigenFit(
         settings=settings,

@@ -28,6 +28,8 @@ def progress_bar(name: str) -> Iterator[OnProgress]:
                 tasks[what] = progress.add_task(f"{name}: {what}", total=of)
                 if not console.is_terminal:
                     console.print(f"{name}: {what}", markup=False, highlight=False)
+            elif not done:  # the same work begins anew, and so does its time
+                progress.reset(tasks[what], total=of)
             progress.update(tasks[what], completed=done)
 
         yield on_progress

@@ -5,6 +5,7 @@ and losses are measured on held-out sequences.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -28,10 +29,12 @@ from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
 from eigencache.fitting.weighed_vectors import WeighedVectors, rows_after
 from eigencache.memory import release
+from eigencache.progress import Progress, silent
 from eigencache.spectral.metric import inverted
 
 _LANES, _WASTE = (32, 16, 8, 4), 0.005  # lanes of a coder; largest share of a block that their states of 2 bytes may take
 _APART = 8  # one of eight calibration sequences fits the quantizer and the tables, and the basis does not see it
+_PILOT = 8  # one of eight sequences is in the pilot
 _ROWS = 1024  # vectors at a time
 
 
@@ -111,6 +114,12 @@ class Source:
     ranks: Tensor | None = None
     first: Tensor | None = None
 
+    def beginning(self, share: int) -> "Source":
+        """Return one of `share` sequences, the first ones."""
+        vectors = self.vectors.beginning(share)
+        ranks, first = (x if x is None else x[: len(vectors)] for x in (self.ranks, self.first))
+        return Source(vectors, ranks, first)
+
 
 @dataclass(frozen=True, eq=False)
 class EigenFit:
@@ -130,6 +139,7 @@ class EigenFit:
         dtype: dtype of the model.
         spread: root of the mean square of a number of z.
         sizes: bits of a coded held-out token by the steps that were fitted so far.
+        on_progress: called with the stages done and their number, anew for every step.
     """
 
     settings: EigenSettings
@@ -145,7 +155,18 @@ class EigenFit:
     dtype: torch.dtype
     spread: float
     sizes: dict[float, float] = field(default_factory=dict)
+    on_progress: Progress = silent
     _bases: dict[int, Tensor] = field(default_factory=dict)  # of stages that nothing predicts, by first column
+
+    @cached_property
+    def pilot(self) -> "EigenFit | None":
+        """The fit to an eighth of the vectors, whose sizes tell where to search; None where that is impossible."""
+        sources = {name: getattr(self, name).beginning(_PILOT) for name in ("fitted", "apart", "held")}
+        widest = max(stop - start for start, stop in spans_of(self.layout, self.settings.scope, self.settings.group))
+        count = len(sources["fitted"].vectors)
+        if count < 2 * widest or 2 * count > len(self.fitted.vectors):  # one long sequence cannot be divided
+            return None
+        return replace(self, **sources, sizes={}, _bases={})
 
     @torch.no_grad()
     def at_step(self, step: float, name: str | None = None) -> Point:
@@ -194,7 +215,9 @@ class EigenFit:
     def _stages(self, step: float) -> list[FittedStage]:
         stages: list[FittedStage] = []
         chained = self.settings.scope == "groups"
-        for start, stop in spans_of(self.layout, self.settings.scope, self.settings.group):
+        spans = spans_of(self.layout, self.settings.scope, self.settings.group)
+        for index, (start, stop) in enumerate(spans):
+            self.on_progress("fitting at one quantization step", index, len(spans))
             columns = Halves(*(source.vectors.columns(start, stop) for source in (self.fitted, self.apart)))
             told = None
             if not stages and self.fitted.first is not None and self.apart.first is not None:
@@ -207,6 +230,7 @@ class EigenFit:
             known = self._bases[start] if before is None else None
             predicts = chained and stop < self.layout.width
             stages.append(fit_stage(start, columns, told, before, step, self.settings.amortize, known, decode=predicts))
+        self.on_progress("fitting at one quantization step", len(spans), len(spans))
         return stages
 
     def _coded_bits(self, codec: EigenCodec) -> float:
@@ -276,6 +300,7 @@ def fit_eigen(calibration: CalibrationSet, settings: EigenSettings = EigenSettin
         held_out=calibration.held_out,
         dtype=session.loaded.model.dtype,
         spread=_spread(fitted),
+        on_progress=session.on_progress,
     )
 
 

@@ -1,6 +1,7 @@
 """Find the step of `eigen` for a size or for a loss, measured on held-out sequences."""
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 from eigencache.calibration.session import Session
@@ -13,6 +14,10 @@ from eigencache.records.fit import Expected
 _CLOSE = 0.005  # relative tolerance of the bits
 _ROUNDS = 30
 _JUMP = 1e-3  # octaves between steps of sizes that differ by more than the tolerance: a class of coefficients comes or goes
+_ROUGHLY = 0.03  # of the bits: how near the search in the pilot comes
+_NEAR = 0.5  # of log(bits): how near the sizes of known steps must be on both sides to need no pilot
+_NEWTON = 3  # turns that follow the slope
+_FLATTEST, _USUAL = -0.05, -0.5  # slopes, log(bits) per octave: of the smallest magnitude, and where one size is known
 _FINEST, _COARSEST = -20, 12  # octaves of the step from the spread of the vectors: the finest coefficients fit 32 bits
 _OCTAVES = 4  # steps that are scored together for a loss, an octave apart
 _FIRST = 1  # octaves of the coarsest of them in the first round
@@ -68,7 +73,7 @@ def at_bits(
         BudgetError: no step gives this size.
     """
     low = high = over = under = None  # octaves of a step with too many bits and of one with too few; log(bits / target)
-    octaves, stride = _start(fit, bits * fit.layout.width)
+    octaves, stride, slope = _start(fit, bits, context)
     reached, smaller = math.inf, None
     for turn in range(_ROUNDS):
         try:
@@ -87,7 +92,11 @@ def at_bits(
             else:
                 high, under, smaller = octaves, excess, point
         if low is None or high is None:
-            farther = min(max(octaves + (stride if high is None else -stride), _FINEST), _COARSEST)
+            excess = over if high is None else under
+            move = stride if high is None else -stride
+            if turn < _NEWTON and slope and excess is not None:
+                move = min(max(-excess / slope, -1.0), 1.0)
+            farther = min(max(octaves + move, _FINEST), _COARSEST)
             if farther == octaves:
                 break
             octaves, stride = farther, 2 * stride
@@ -111,16 +120,44 @@ def at_bits(
     )
 
 
-def _start(fit: EigenFit, coded_bits: float) -> tuple[float, float]:
-    """Return the octaves of the step to begin with, and how far to go from there, from the steps that are fitted already."""
-    known = sorted((math.log(bits), math.log2(step / fit.spread)) for step, bits in fit.sizes.items() if bits > 0)
-    if len(known) < 2:
-        return 0.0, 1.0
-    above = [i for i, (bits, _) in enumerate(known) if bits > math.log(coded_bits)]
-    i = min(max(above[0] if above else len(known) - 1, 1), len(known) - 1)
-    (low, one), (high, other) = known[i - 1 : i + 1]
-    share = (math.log(coded_bits) - low) / max(high - low, 1e-9)
-    return min(max(one + share * (other - one), _FINEST), _COARSEST), 0.125
+def _start(fit: EigenFit, bits: float, context: int) -> tuple[float, float, float | None]:
+    """Return where to search: octaves of the step, how far to go from there, and the change of log(bits) per octave.
+
+    Steps that are fitted already tell, if the bits of some are near. If not, the pilot does, which is searched first.
+    """
+    wanted, known = math.log(bits * fit.layout.width), _known(fit)
+    near = [size for _, size in known if abs(size - wanted) < _NEAR]
+    if (not near or min(near) > wanted or max(near) < wanted) and fit.pilot is not None:
+        with suppress(BudgetError):
+            at_bits(fit.pilot, bits, context=context, tolerance=_ROUGHLY)
+        pilot = _known(fit.pilot)
+        if len(pilot) == 1:
+            known = pilot
+        elif pilot:
+            bias = [size - _between(pilot, octaves)[0] for octaves, size in known]
+            shift = sum(bias) / len(bias) if bias else 0.0
+            known = [(octaves, size + shift) for octaves, size in pilot]
+    if not known:
+        return 0.0, 1.0, None
+    if len(known) == 1:
+        return known[0][0], 0.125, _USUAL
+    by_size = sorted((size, octaves) for octaves, size in known)
+    octaves, _ = _between(by_size, wanted)
+    slope = _between(known, octaves)[1]
+    return min(max(octaves, _FINEST), _COARSEST), 0.125, min(slope, _FLATTEST)
+
+
+def _known(fit: EigenFit) -> list[tuple[float, float]]:
+    """Return octaves of the step and log(bits) of a coded token of the steps that were fitted, finest first."""
+    return sorted((math.log2(step / fit.spread), math.log(bits)) for step, bits in fit.sizes.items() if bits > 0)
+
+
+def _between(points: list[tuple[float, float]], x: float) -> tuple[float, float]:
+    """Return y and the slope at x on the line through the two neighbors of x, or the last two on its side."""
+    right = min(max(sum(p <= x for p, _ in points), 1), len(points) - 1)
+    (a, b), (c, d) = points[right - 1 : right + 1]
+    slope = (d - b) / max(c - a, 1e-9)
+    return b + slope * (x - a), slope
 
 
 def at_loss(fit: EigenFit, session: Session, max_nll: float) -> Point:

@@ -59,7 +59,7 @@ def score_held_out(session: Session, held_out: Sequences, codecs: Mapping[str, A
     """
     protocol = ReadingProtocol(kind="prefix", length=max(8, held_out.corpus.max_length // 2))
     scores = score_codecs(
-        session.reporting(lambda _, done, of: session.on_progress(f"scoring {len(codecs)} codecs", done, of)),
+        session.reporting(lambda _, done, of: session.on_progress("scoring" if len(codecs) == 1 else f"scoring {len(codecs)} codecs", done, of)),
         held_out,
         {name: codec.to(session.loaded.device) for name, codec in codecs.items()},
         protocol,

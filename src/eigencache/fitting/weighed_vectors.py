@@ -1,7 +1,7 @@
 """Sampled vectors in the metric of the loss, a range of columns at a time, so that no second copy of all is held."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -52,6 +52,11 @@ class WeighedVectors:
     def ids(self) -> Tensor:
         """Token ids [n]."""
         return self.samples.ids[self.rows]
+
+    def beginning(self, share: int) -> "WeighedVectors":
+        """Return one of `share` sequences, at least one, the first ones."""
+        count = max(1, len(self.samples.lengths) // share)
+        return replace(self, samples=self.samples.sequences(0, count))
 
     def columns(self, start: int, stop: int, tokens: Tensor | None = None) -> Tensor:
         """Return the columns start … stop − 1 of z in float32.
