@@ -237,7 +237,7 @@ def fitted() -> CacheCodec:
         settings=EigenSettings(metric="frobenius"),
         on_progress=lambda what, done, of: said.add(what),
     )
-    assert {"vectors", "held-out vectors", "preparing the fit", "scoring 1 codecs"} <= said
+    assert {"vectors", "held-out vectors", "preparing the fit", "scoring a codec"} <= said
     return codec
 
 

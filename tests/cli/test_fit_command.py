@@ -44,7 +44,7 @@ def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> N
     for words in ("ref-deepseek: eigen · groups of 2 · frobenius", "Ratio", "2 sinks and a window of 16", "16 bits"):
         assert words in out, words
     assert "held-out tokens; the first half" in out and out.rstrip().endswith("written: deep/codec")
-    for stage in ("tokenizing", "vectors", "held-out vectors", "preparing the fit", "scoring 1 codecs"):
+    for stage in ("tokenizing", "vectors", "held-out vectors", "preparing the fit", "scoring a codec"):
         assert f"ref-deepseek: {stage}" in err, stage
 
 

@@ -58,8 +58,9 @@ def score_held_out(session: Session, held_out: Sequences, codecs: Mapping[str, A
         The scores by the names of `codecs`.
     """
     protocol = ReadingProtocol(kind="prefix", length=max(8, held_out.corpus.max_length // 2))
+    what = "scoring a codec" if len(codecs) == 1 else f"scoring {len(codecs)} codecs"
     scores = score_codecs(
-        session.reporting(lambda _, done, of: session.on_progress("scoring" if len(codecs) == 1 else f"scoring {len(codecs)} codecs", done, of)),
+        session.reporting(lambda _, done, of: session.on_progress(what, done, of)),
         held_out,
         {name: codec.to(session.loaded.device) for name, codec in codecs.items()},
         protocol,
