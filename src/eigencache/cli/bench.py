@@ -77,7 +77,7 @@ def run(
 ) -> None:
     """Compare methods by the bytes they hold at equal loss through the cache, with intervals.
 
-    With --output, an interrupted run resumes when it is started again.
+    With --output, an interrupted run resumes when it is started again; one method at most is measured anew.
     """
     if output:
         from eigencache.report.core.drawing import require
