@@ -29,6 +29,7 @@ from eigencache.report.core.table import Table
 from eigencache.report.quality.sweep_table import interval_cell
 
 PLAIN = EigenSettings(text=False)
+CALIBRATION_LENGTH = 512  # tokens of a sequence that codecs are fitted on
 SCORED = 128  # tokens at the end of a sequence
 TOLERANCE = 0.02  # of the rate; the bits of a row are counted
 TITLES = {
@@ -62,7 +63,7 @@ class Ablations:
         other: Specification of a text of another domain; None: no such rows.
         tokens: Calibration tokens.
         rates: Bits per value at which rows are compared.
-        length: Tokens of a sequence, of which the last 128 are scored.
+        length: Tokens of a scored sequence, of which the last 128 are scored.
     """
 
     def __init__(
@@ -72,9 +73,9 @@ class Ablations:
         self.length, self.session = length, Session(loaded, batch_size=4)
         self.source = CalibrationSet(self.session, self.sequences(text, tokens))
 
-    def sequences(self, text: str, tokens: int) -> Sequences:
+    def sequences(self, text: str, tokens: int, length: int = CALIBRATION_LENGTH) -> Sequences:
         """Return a text in sequences of `length` tokens."""
-        return pack(read_text(text), self.loaded.tokenizer, tokens=tokens, max_length=self.length)
+        return pack(read_text(text), self.loaded.tokenizer, tokens=tokens, max_length=length)
 
     def cases(self, parts: list[str]) -> Iterator[Case]:
         """Yield the rows of the named parts."""
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--rates", default="0.25,0.5", help="bits per value; default: 0.25,0.5")
     parser.add_argument("--calibration-tokens", type=int, default=65_536, help="calibration tokens; default: 65536")
     parser.add_argument("--calibration-text", default="stdlib", help="calibration text; default: stdlib")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence; default: 512")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a scored sequence; default: 512")
     parser.add_argument("--text", default="stdlib:held-out", help="scored text; default: stdlib:held-out")
     parser.add_argument("--other", help="calibration text of another domain")
     parser.add_argument("--other-held-out", help="held-out text of the domain of --other, scored by the part `domain`")
@@ -223,7 +224,7 @@ def main() -> None:
             rows = [
                 row
                 for text in [arguments.text, *others]
-                for row in scored(ablations.session, cases, ablations.sequences(text, arguments.tokens))
+                for row in scored(ablations.session, cases, ablations.sequences(text, arguments.tokens, arguments.length))
             ]
             show(rows)
             figures += rows
