@@ -64,7 +64,7 @@ def test_help_shows_examples(capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["bench", "--help"])
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and "Examples" in out and "eigencache bench --output docs/leaderboard" in out
+    assert exit_.value.code == 0 and "Examples" in out and "eigencache bench --output leaderboard" in out
     assert "an interrupted run resumes when it is started again" in " ".join(out.split())
 
 

@@ -23,7 +23,7 @@ def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_terminal_of_any_encoding_gets_all_of_a_table(encoding: str, tmp_path: Path) -> None:
     env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
-    record = Path(__file__).parents[2] / "docs" / "leaderboard" / "ref-llama.json"
+    record = Path(__file__).parents[2] / "docs" / "leaderboard" / "bundled" / "ref-llama.json"
     code = (
         "import sys; from eigencache.cli.app import main\n"
         "from eigencache.report.bench.equal_loss import frontier_table\nfrom eigencache.records.bench import BenchRecord\n"

@@ -8,7 +8,7 @@ import pytest
 from eigencache.records.bench import BenchPoint, BenchRecord, EqualLoss
 from planted_sweeps import quality
 
-LEADERBOARD = Path(__file__).parents[2] / "docs" / "leaderboard"
+LEADERBOARD = Path(__file__).parents[2] / "docs" / "leaderboard" / "bundled"
 
 
 def point(bits: float, delta: float, seed: int = 0, method: str = "m") -> BenchPoint:

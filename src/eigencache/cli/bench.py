@@ -25,7 +25,7 @@ from eigencache.cli.options import (
 EXAMPLES = """
 [b]Examples[/b]\n
   eigencache bench ref-llama --methods eigen,kvtc,int --lengths 512 --seeds 1\n
-  eigencache bench --output docs/leaderboard\n
+  eigencache bench --output leaderboard\n
   eigencache bench ref-qwen2 --methods eigen,kvtc-no-window --points 0.1,0.3,1 --tasks copy,recall --prompts 8\n
   eigencache bench meta-llama/Llama-3.2-1B --text wikitext2 --lengths 2048\n
   eigencache bench ref-llama --methods eigen,kvtc,kvtc-sinks --step 16\n
