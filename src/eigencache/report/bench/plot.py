@@ -23,6 +23,8 @@ _LEAST = 1e-5  # nats; a KL below, such as that of an exact cache, is drawn here
 
 def plot_bench(record: BenchRecord) -> Figure:
     """Plot KL by bits per value, one panel per context length; means over seeds with their mean intervals."""
+    from matplotlib.ticker import LogLocator  # optional, as all of matplotlib
+
     contexts = sorted(record.corpora)
     figure = new_figure(6.2 * len(contexts), 5.6, f"{record.model.name}: divergence by bytes of the compressed cache")
     panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
@@ -45,7 +47,9 @@ def plot_bench(record: BenchRecord) -> Figure:
                 label=method,
             )
         dress(axes, f"context {context:,} tokens", "bits per value, without side information", "KL (nats per token)")
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yscale("log")
         for kl in DIVERGENCES:
             axes.axhline(kl, color="#6a737d", linewidth=0.8, linestyle=":")
