@@ -298,7 +298,8 @@ class EigenCodec:
                 continue
             columns = slice(start, stage.stop)
             x = self.transform.mean[columns] + self.transform.centered(torch.cat(pending, -1), start)
-            x = x + (shift if isinstance(shift, float) else shift[:, columns])
+            if isinstance(shift, Tensor):
+                x = x + shift[:, columns]
             yield self.layout.within(start, stage.stop).slots(x[:, wanted], header.start + span.start)
             start, pending = stage.stop, []
 

@@ -195,10 +195,10 @@ class StagedTransform:
         self, integers: Tensor, step: float, quantizer: DeadZone, first: Tensor | None = None
     ) -> Iterator[tuple[Stage, Tensor]]:
         """Yield every stage with its decoded columns of z [..., stop − start]; arguments are those of `quantize`."""
-        before = None
+        before: Tensor | None = None
         pieces = integers.split([len(stage) for stage in self.stages], -1)
         for (stage, part), q in zip(self._parts(quantizer), pieces, strict=True):
-            expected = 0.0 if before is None and first is None else first if before is None else stage.expected(before)
+            expected = stage.expected(before) if before is not None else 0.0 if first is None else first
             before = (part.dequantize(q) * step) @ stage.rows + expected
             yield stage, before
 
