@@ -56,7 +56,7 @@ def test_the_record_is_that_of_what_was_asked_for(board: tuple[Path, str, str]) 
 def test_tables_and_stages_are_printed(board: tuple[Path, str, str]) -> None:
     _, out, err = board
     assert "ref-deepseek, context 48 tokens: bits per value at equal ΔNLL" in out and "context 56 tokens" in out
-    for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens: scoring"):
+    for stage in ("seed 0: fitting kvtc-no-window", "seed 1: vectors", "seed 1, 48 tokens, kvtc-no-window: scoring"):
         assert f"ref-deepseek: {stage}" in err, stage
 
 
@@ -70,19 +70,19 @@ def test_help_shows_examples(capsys) -> None:
 
 def test_an_interrupted_bench_continues(board, tmp_path, monkeypatch, capsys) -> None:
     """What was kept before is neither fitted nor scored again, and the file of it is gone in the end."""
+    from eigencache.evaluate.codec_scoring import score_codecs
     from eigencache.studies.bench import run as bench_module
 
     monkeypatch.chdir(tmp_path)
-    scored = bench_module._scored
     calls: list[int] = []
 
-    def once(*args, **options):
-        calls.append(args[3])
-        if len(calls) == 2:
+    def once(session, text, codecs, protocol, **options):
+        calls.append(protocol.length)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return scored(*args, **options)
+        return score_codecs(session, text, codecs, protocol, **options)
 
-    monkeypatch.setattr(bench_module, "_scored", once)
+    monkeypatch.setattr(bench_module, "score_codecs", once)
     command = ["bench", "ref-deepseek", *FEW, "--methods", "int", "--seeds", "1", "-o", "out"]
     with pytest.raises(SystemExit) as exit_:
         main(command)
@@ -91,7 +91,7 @@ def test_an_interrupted_bench_continues(board, tmp_path, monkeypatch, capsys) ->
     assert [path.name for path in Path("out").iterdir()] == ["ref-deepseek.partial"]
     with pytest.raises(SystemExit) as exit_:
         main(command)
-    assert exit_.value.code == 0 and calls == [48, 56, 56]
+    assert exit_.value.code == 0 and calls == [48, 56, 48, 56, 56]  # uncompressed, then `int`, whose last is repeated
     assert "ref-deepseek.partial" not in {path.name for path in Path("out").iterdir()}
     found, whole = (BenchRecord.load(folder / "ref-deepseek.json") for folder in (Path("out"), board[0]))
     assert found.points == [p for p in whole.points if p.method == "int"]
