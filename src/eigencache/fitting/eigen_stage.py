@@ -31,21 +31,13 @@ class Halves(NamedTuple):
 
 
 class FittedStage(NamedTuple):
-    """A stage with its quantizer.
+    """A stage with its quantizer."""
 
-    Args:
-        stage: prediction and basis.
-        quantizer: thresholds and reconstruction points [r].
-        classes: class of every coefficient [r], the same in all stages: quarters of an octave of the deviation in steps.
-        symbols: integers of the vectors that the basis has not seen, int32 [n, r].
-        decoded: the decoded columns of both halves, for the next stage; empty if they are not wanted.
-    """
-
-    stage: Stage
-    quantizer: DeadZone
-    classes: Tensor
-    symbols: Tensor
-    decoded: Halves
+    stage: Stage  # prediction and basis
+    quantizer: DeadZone  # thresholds and reconstruction points [r]
+    classes: Tensor  # class of every coefficient [r], the same in all stages: quarters of an octave of the deviation in steps
+    symbols: Tensor  # integers of the vectors that the basis has not seen, int32 [n, r]
+    decoded: Halves  # the decoded columns of both halves, for the next stage; empty if they are not wanted
 
 
 def fit_stage(
