@@ -35,9 +35,7 @@ class FittedStage(NamedTuple):
 
     stage: Stage  # prediction and basis
     quantizer: DeadZone  # thresholds and reconstruction points [r]
-    classes: (
-        Tensor  # class of every coefficient [r], the same in all stages: quarters of an octave of its deviation in steps
-    )
+    classes: Tensor  # quarters of an octave of the deviation of every coefficient in steps [r]; the same in all stages
     symbols: Tensor  # integers of the vectors that the basis has not seen, int32 [n, r]
     decoded: Halves  # the decoded columns of both halves, for the next stage; empty if they are not wanted
 
