@@ -135,9 +135,10 @@ class CacheCodec:
         not attended to, so that `generate` and the model go on at the right positions. Raises the container's errors for
         damage and for another codec's bytes, and `CodecError` for a stretch that layers with a window cannot go on from.
         """
-        codec, encoded, span = self._container(blob, tokens)
+        codec, encoded = self._container(blob, tokens)
         with own_modes(), torch.no_grad():
             cached = codec.decode(encoded, tokens)
+            span = range(encoded.tokens)[tokens]
             return cache_holding(self.loaded.model, cached, encoded.start + span.start, len(span))
 
     def decode_layers(self, blob: bytes, tokens: slice = slice(None)) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -146,7 +147,7 @@ class CacheCodec:
         Who fills a cache of their own can run the first layers of the model while the others are still being decoded.
         Raises what `decode` raises, for a damaged block before the first layer.
         """
-        codec, encoded, _ = self._container(blob, tokens)
+        codec, encoded = self._container(blob, tokens)
         layers = codec.decode_layers(encoded, tokens)
         return iter(lambda: self._next(layers), None)  # type: ignore[arg-type, return-value]
 
@@ -155,8 +156,8 @@ class CacheCodec:
         with own_modes(), torch.no_grad():
             return next(layers, None)
 
-    def _container(self, blob: bytes, tokens: slice) -> tuple[EigenCodec, EncodedBytes, range]:
-        """The stored codec, a container, and which of its tokens are wanted."""
+    def _container(self, blob: bytes, tokens: slice) -> tuple[EigenCodec, EncodedBytes]:
+        """The stored codec and a container of which `tokens` are wanted."""
         self.require_model(self.loaded.model)
         if not isinstance(blob, bytes | bytearray | memoryview):
             raise CodecError(f"a {type(blob).__name__} is no container: give the bytes, of a file Path(…).read_bytes()")
@@ -166,8 +167,7 @@ class CacheCodec:
                 f"tokens {tokens.start or 0} to {'the end' if tokens.stop is None else tokens.stop}: every layer has a "
                 f"window, so that {header.tokens} tokens from position {header.start} on are there: count from their first"
             )
-        span = range(header.tokens)[tokens] if isinstance(tokens, slice) else range(0)
-        return codec, EncodedBytes((bytes(blob),), header.start, header.tokens), span
+        return codec, EncodedBytes((bytes(blob),), header.start, header.tokens)
 
     def save(self, folder: str | Path) -> None:
         """Write the codec into a folder, stored and live part in one step. Raises `OutputError` where that fails."""

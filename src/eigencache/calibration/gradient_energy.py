@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 
-POSITIONS = 16  # first positions whose energy is kept apart
+POSITIONS = 16  # first positions, each with an energy of its own
 # A position is a sink if its gradient energy is this many times that of a token after the first 16. At a context of 2,048
 # tokens, such a token causes 3 % of the loss if it is coded like the others; storing it exactly takes 0.8 % of the bytes at
 # one bit per value. On WikiText-2 the first token has 2,822 (SmolLM2), 68 (Gemma 3) and 1,772 times (Qwen2.5-Coder), and no

@@ -97,10 +97,13 @@ class Layout:
             columns[:, missing:].unflatten(-1, (-1, part.dim)).copy_(x.transpose(1, 2))
         return vectors
 
-    def slots(self, vectors: Tensor, start: int) -> Slots:
-        """Return the slots of vectors [batch, seq, width], keys rotated: the inverse of `vectors`."""
+    def slots(self, vectors: Tensor, start: int, angles_at: "LastAngles | None" = None) -> Slots:
+        """Return the slots of vectors [batch, seq, width], keys rotated: the inverse of `vectors`.
+
+        `angles_at` is shared by calls for the same tokens, whose angles are computed once.
+        """
         columns = vectors.split([part.width for part in self.parts], -1)
-        return rotated(slots_of(zip(self.parts, columns, strict=True)), self.rotations, start)
+        return rotated(slots_of(zip(self.parts, columns, strict=True)), self.rotations, start, angles_at)
 
     def require_all(self, cached: Cached) -> None:
         """Raise `CodecError` unless the cache holds exactly the heads of the layout: other heads would be lost."""
@@ -125,7 +128,7 @@ def unrotated(cached: Cached, rotations: Rotations, start: int, tokens: int | No
         CodecError: The cache lacks a layer of `rotations`.
     """
     slots = {(i, slot): x for i, both in cached.items() for slot, x in enumerate(both)}
-    angles_at = _Angles()
+    angles_at = LastAngles()
     for layer_idx, (slot, rotation) in rotations.items():
         if (layer_idx, slot) not in slots:
             raise CodecError(f"the cache has no layer {layer_idx}: this codec was fitted on another model")
@@ -136,9 +139,9 @@ def unrotated(cached: Cached, rotations: Rotations, start: int, tokens: int | No
     return slots
 
 
-def rotated(slots: Slots, rotations: Rotations, start: int) -> Slots:
+def rotated(slots: Slots, rotations: Rotations, start: int, angles_at: "LastAngles | None" = None) -> Slots:
     """Return the slots with those in `rotations` rotated to positions `start`, `start` + 1, and so on."""
-    result, angles_at = dict(slots), _Angles()
+    result, angles_at = dict(slots), angles_at or LastAngles()
     for layer_idx, (slot, rotation) in rotations.items():
         x = slots[layer_idx, slot]
         angles = angles_at.of(rotation, range(start, start + x.shape[2])).to(x.device)
@@ -168,7 +171,7 @@ def slots_of(columns: Iterable[tuple[Part, Tensor]]) -> Slots:
     return {key: torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])], 1) for key, parts in by_slot.items()}
 
 
-class _Angles:
+class LastAngles:
     """Caches the last angles: layers mostly share them, and cos and sin in float64 are slow."""
 
     def __init__(self) -> None:

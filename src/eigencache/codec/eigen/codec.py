@@ -29,7 +29,7 @@ from eigencache.codec.eigen.threads import parallel
 from eigencache.codec.eigen.token_features import Embed
 from eigencache.codec.eigen.token_predictor import TokenPredictor
 from eigencache.codec.eigen.transform import StagedTransform
-from eigencache.codec.layout import Layout, Slots, by_layer
+from eigencache.codec.layout import LastAngles, Layout, Slots, by_layer
 from eigencache.codec.sinks_and_window import FIRST_EXACT, middle_of
 from eigencache.errors import CodecError
 from eigencache.kernels.rans.backend import Backend
@@ -291,16 +291,16 @@ class EigenCodec:
         begin = header.tokens_of(sections[0]).start
         shift = self._from_position(header.start + begin, symbols.shape[1])
         wanted = slice(span.start - begin, span.stop - begin)
-        start, pending = 0, []
+        start, pending, ends, angles_at = 0, [], self.layout.layer_ends, LastAngles()
         for stage, z in self.transform.dequantized(symbols, self.step, self.quantizer, self._first(ranks)):
             pending.append(z)
-            if stage.stop not in self.layout.layer_ends:
+            if stage.stop not in ends:
                 continue
             columns = slice(start, stage.stop)
             x = self.transform.mean[columns] + self.transform.centered(torch.cat(pending, -1), start)
             if isinstance(shift, Tensor):
                 x = x + shift[:, columns]
-            yield self.layout.within(start, stage.stop).slots(x[:, wanted], header.start + span.start)
+            yield self.layout.within(start, stage.stop).slots(x[:, wanted], header.start + span.start, angles_at)
             start, pending = stage.stop, []
 
     def _tensors(self) -> Iterable[Tensor]:
