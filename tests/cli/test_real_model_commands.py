@@ -141,7 +141,7 @@ def test_the_commands_suit_a_model_of_full_size(model: str, tmp_path: Path) -> N
         assert int(option(words, "--max-length", "512")) <= config.max_position_embeddings
         if words[0] == "probe":
             budget = float(option(words, "--memory", "4")) * 2**30
-            assert Accumulator(shapes, SCOPES, sequences=64, budget=int(budget)).folds >= 4
+            assert Accumulator(shapes, SCOPES, sequences=64, tokens=32_768, budget=int(budget)).folds >= 4
 
 
 def test_repeated_sentences_raise_the_energy_of_random_weights(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from eigencache.calibration.session import Session
 from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
@@ -177,3 +177,31 @@ def test_a_record_survives_the_disk(loaded, sequences, tmp_path) -> None:
     record = probe_model(Session(loaded("gpt2")), sequences(*LENGTHS), SETTINGS)
     record.save(tmp_path / "record.json")
     assert ProbeRecord.load(tmp_path / "record.json") == record
+
+
+def many_layers() -> LlamaForCausalLM:
+    """A model whose layers together are too wide for a matrix of moments: 24 layers of 64 dimensions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=24,
+        vocab_size=128, max_position_embeddings=128,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_layers_too_wide_for_a_matrix_have_a_sample_whose_support_is_judged(loaded, sequences) -> None:
+    one, text = loaded(many_layers()), sequences(*LENGTHS)
+    everything = probe_model(Session(one), text, SETTINGS)
+    assert {s.scope for s in everything.spectra} == {"head", "layer", "all"}
+    (values,) = everything.select("values", "all")
+    joined = np.concatenate([vectors(one.model, text.ids, i, "values").reshape(sum(LENGTHS), -1) for i in range(24)], -1)
+    expected = svd_eigenvalues(joined, True)
+    np.testing.assert_allclose(values.eigenvalues[: len(expected)], expected, atol=1e-5 * expected[0])
+    assert (values.width, values.vectors, len(values.eigenvalues)) == (1536, sum(LENGTHS), 1536)
+    assert values.rank_90 is None
+    assert values.refusals
+    assert any("ranks refused" in line and "values at scope all" in line for line in everything.warnings)
+    alone = probe_model(Session(one), text, ProbeSettings(scopes=("all",), demonstration=False))
+    assert {s.scope for s in alone.spectra} == {"all"}
+    (matrix,) = alone.select("values", "all")
+    np.testing.assert_allclose(matrix.eigenvalues[:100], values.eigenvalues[:100], rtol=1e-3)

@@ -1,9 +1,12 @@
 """A sweep says what ranks cost, takes up where it stopped, and refuses what cannot be measured."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
@@ -14,6 +17,7 @@ from eigencache.report.quality.sweep_plot import plot_sweep
 from eigencache.report.quality.sweep_table import furthest, safety_table, sweep_table
 from eigencache.studies.recommend.candidates import settings_of
 from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
+from tiny_models import tiny
 
 PROTOCOL = ReadingProtocol(kind="prefix", length=20)
 
@@ -127,3 +131,22 @@ def test_default_ranks_are_ten_steps_and_never_zero() -> None:
     assert Plan(PCASettings()).ranks_for(32) == [3, 6, 10, 13, 16, 19, 22, 26, 29, 32]
     assert Plan(PCASettings()).ranks_for(4) == [1, 2, 3, 4]
     assert np.all(np.diff(Plan(PCASettings()).ranks_for(7)) > 0)
+
+
+def test_all_layers_of_a_wide_model_share_a_basis_of_as_many_directions_as_the_text_carries(loaded, sequences) -> None:
+    config = copy.deepcopy(tiny("llama").config)
+    config.num_hidden_layers = 48
+    torch.manual_seed(0)
+    session = Session(loaded(LlamaForCausalLM(config).eval()))
+    calibration = PCACalibration(session, sequences(*(64,) * 40), scopes=("all",))
+    plans = [Plan(PCASettings(target, "all", metric="fisher"), ranks=(2, 16, None)) for target in ("v", "kv")]
+    record = sweep_model(
+        session, sequences(*(48,) * 6, seed=1), calibration, plans, ReadingProtocol(kind="prefix", length=24)
+    )
+    for series in record.series:
+        assert [point.rank for point in series.points] == [2, 16, series.width]
+        losses = [point.quality.kl for point in series.points]
+        assert losses == sorted(losses, reverse=True)
+    notes = [line for line in record.warnings if "independent vectors carry a basis of" in line]
+    assert len(notes) == 2, "one of keys and one of values, which both plans share"
+    assert all("of 1,536 dimensions, 10 for each" in line for line in notes), notes

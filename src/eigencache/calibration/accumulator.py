@@ -1,7 +1,8 @@
 """Accumulate moments of captured tensors. Heads are blocks of layers, so one matrix per tensor serves all scopes.
 
 At scope `all` the vectors of all layers are concatenated. The moments of a layer or of a head are diagonal blocks of that
-matrix. Where it would be too wide, each layer has its own matrix, and where only scope `head` is requested, each head.
+matrix. Where it would be too wide, scope `all` has a sample of the vectors and each layer its own matrix, and where only
+scope `head` is requested, each head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eigencache.calibration.sampling import Sampling
 from eigencache.errors import StatisticsError
 from eigencache.geometry import kind_and_frame
 from eigencache.records.base import Scope
 from eigencache.spectral.measure import Place
 from eigencache.spectral.moments import Moments
 
-MAX_WIDTH = 1280  # at scope `all`; a decomposition costs O(width³), about a second at this width
+WIDEST = 1280  # dimensions of a matrix at scope `all`; a decomposition costs O(width³), about a second at this width
+SAMPLED = WIDEST  # vectors of a sample of all layers, where they are wider than that
+_SAMPLES = 1 / 4  # of the memory, at most
 
 
 @dataclass(frozen=True)
@@ -50,44 +54,57 @@ class _Store:
 class Accumulator:
     """Moments of every captured tensor, per fold of sequences. Memory does not grow with the number of tokens."""
 
-    def __init__(self, shapes: dict[str, list[Columns]], scopes: Sequence[Scope], *, sequences: int, budget: int) -> None:
+    def __init__(
+        self,
+        shapes: dict[str, list[Columns]],
+        scopes: Sequence[Scope],
+        *,
+        sequences: int,
+        tokens: int,
+        budget: int,
+        widest: int = WIDEST,
+        sampled: int = SAMPLED,
+    ) -> None:
         """Allocate as many folds, at most 16, as the budget allows.
 
         Args:
             shapes: tensor name → columns of its layers.
             scopes: scopes of the moments.
             sequences: number of sequences that will be added.
+            tokens: number of tokens that will be added.
             budget: bytes that the moments may take.
+            widest: most dimensions of a matrix at scope `all`.
+            sampled: about how many vectors of all layers to keep, where they are too wide for a matrix.
 
         Raises:
             StatisticsError: not even two folds fit the budget.
         """
-        self.notes: list[str] = []
-        self._scopes = {name: self._affordable(name, columns, scopes) for name, columns in shapes.items()}
+        self.samplings: dict[str, Sampling] = {}  # scope `all` of tensors that are too wide
+        wide = [name for name, columns in shapes.items() if "all" in scopes and _width(columns) > widest]
+        narrower: tuple[Scope, ...] = tuple(scope for scope in scopes if scope != "all")
+        self._scopes = {name: narrower if name in wide else tuple(scopes) for name in shapes}
+        left = budget
+        if wide:
+            left -= int(_SAMPLES * budget)
+            vector = sum(Sampling.nbytes(_width(shapes[name])) for name in wide)
+            step = -(-tokens // max(1, min(sampled, (budget - left) // vector)))
+            self.samplings = {name: Sampling(step) for name in wide}
         self._shapes, self._stores, self.sequences = shapes, {}, sequences
-        self.folds = self._most_folds(budget)
+        self.folds = self._most_folds(left)
         if not self.folds:
             raise StatisticsError(
-                f"The moments need {self._nbytes(2) / 2**30:.1f} GiB, more than a `memory` of {budget / 2**30:.1f} GiB. "
+                f"The moments need {self._nbytes(2) / 2**30:.1f} GiB, more than {left / 2**30:.1f} GiB of `memory`. "
                 "Raise `memory`, choose fewer layers, or use `scope` head."
             )
-
-    def _affordable(self, name: str, columns: list[Columns], scopes: Sequence[Scope]) -> tuple[Scope, ...]:
-        """Return the scopes, without `all` where all layers together are too wide to decompose."""
-        width = sum(c.width for c in columns)
-        if "all" in scopes and width > MAX_WIDTH:
-            self.notes.append(f"{name}: scope all left out, {width:,} dimensions are more than {MAX_WIDTH:,}")
-            scopes = [scope for scope in scopes if scope != "all"]
-        return tuple(scopes)
 
     @staticmethod
     def _sizes(columns: list[Columns], scopes: Sequence[Scope]) -> list[tuple[int, int]]:
         """Return (width, blocks) of the moments that serve the scopes."""
         if "all" in scopes:
-            return [(sum(c.width for c in columns), 1)]
+            return [(_width(columns), 1)]
         if "layer" in scopes:
             return [(c.width, 1) for c in columns]
-        return [(c.dim, c.heads) for c in columns]
+        return [(c.dim, c.heads) for c in columns] if "head" in scopes else []
 
     def _nbytes(self, folds: int) -> int:
         sizes = [size for name, columns in self._shapes.items() for size in self._sizes(columns, self._scopes[name])]
@@ -115,7 +132,11 @@ class Accumulator:
         rows_of: dict[int, list[int]] = {}
         for row, sequence in enumerate(sequences):
             rows_of.setdefault(self.fold_of(sequence), []).append(row)
+        for name, sampling in self.samplings.items():
+            sampling.add([tensors[name][c.layer_idx] for c in self._shapes[name]], sequences, lengths)
         for name, columns in self._shapes.items():
+            if not self._scopes[name]:
+                continue
             store = self._stores.get(name) or self._open(name, tensors[name][columns[0].layer_idx].device)
             for fold, rows in rows_of.items():
                 kept = [lengths[row] for row in rows]
@@ -137,7 +158,7 @@ class Accumulator:
         return self._stores[name]
 
     def places(self) -> Iterator[tuple[Place, Moments]]:
-        """Yield every place of the requested scopes with its moments: heads and layers, then all layers."""
+        """Yield every place that has a matrix, with its moments: heads and layers, then all layers."""
         for name, store in self._stores.items():
             kind, frame = kind_and_frame(name)
             for index, c in enumerate(store.columns):
@@ -163,6 +184,10 @@ def shapes_of(tensors: dict[str, dict[int, Tensor]]) -> dict[str, list[Columns]]
             shapes.setdefault(name, []).append(columns)
             start += columns.width
     return shapes
+
+
+def _width(columns: list[Columns]) -> int:
+    return sum(c.width for c in columns)
 
 
 def _vectors(tensor: Tensor, rows: list[int], lengths: list[int]) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eigencache.calibration.accumulator import Accumulator, Columns, shapes_of
+from eigencache.calibration.accumulator import SAMPLED, WIDEST, Accumulator, Columns, shapes_of
 from eigencache.calibration.pass_memory import beside_a_pass
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
@@ -46,6 +46,8 @@ def gather(
     *,
     layers: tuple[int, ...] | None = None,
     kinds: Collection[str] = KINDS,
+    widest: int = WIDEST,
+    sampled: int = SAMPLED,
 ) -> CapturedMoments:
     """Capture a text and return its moments. Progress is reported as "capturing" after each batch.
 
@@ -55,6 +57,8 @@ def gather(
         scopes: scopes of the moments.
         layers: layers to capture; by default all that have a cache.
         kinds: kinds of tensors to keep.
+        widest: most dimensions of a matrix of moments at scope `all`.
+        sampled: about how many vectors of all layers to keep, where they are too wide for a matrix of moments.
 
     Raises:
         LayerError: a layer does not exist or has no cache.
@@ -80,7 +84,15 @@ def gather(
             tensors = {n: t for n, t in captured_by_name(captured).items() if kind_and_frame(n)[0] in kinds}
             if accumulator is None:
                 columns = shapes_of(tensors)
-                accumulator = Accumulator(columns, scopes, sequences=len(sequences.ids), budget=left)
+                accumulator = Accumulator(
+                    columns,
+                    scopes,
+                    sequences=len(sequences.ids),
+                    tokens=sum(map(len, sequences.ids)),
+                    budget=left,
+                    widest=widest,
+                    sampled=sampled,
+                )
             accumulator.add(tensors, indices, lengths)
             del captured, tensors
             release()

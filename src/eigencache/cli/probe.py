@@ -55,7 +55,11 @@ def run(
     text: Text = "stdlib",
     frame: Annotated[FrameName, typer.Option("--frame", help="Keys before rotation, after it, or both.")] = FrameName.both,
     scope: Annotated[
-        list[ScopeName] | None, typer.Option("--scope", help="Scope of the spectra; can be repeated; default: all three.")
+        list[ScopeName] | None,
+        typer.Option(
+            "--scope",
+            help="Scope of the spectra; can be repeated; default: all three. all alone takes longer and supports more ranks.",
+        ),
     ] = None,
     view: Annotated[
         View,

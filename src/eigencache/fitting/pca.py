@@ -19,11 +19,12 @@ from eigencache.codec.pca import Part, PCACodec, PCAGroup
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
+from eigencache.fitting.wide_pca import fit_wide_transform
 from eigencache.geometry import KVGeometry, Layer, kind_and_frame
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
 from eigencache.records.base import Scope
-from eigencache.spectral.measure import Place, effective_vectors
+from eigencache.spectral.measure import DOUBTFUL_BELOW, Place, effective_vectors
 from eigencache.spectral.metric import block_diagonal, regularized
 from eigencache.spectral.moments import Moments, SecondOrder
 from eigencache.spectral.rope import Rotation
@@ -40,6 +41,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "key_rope": ("key_rope",),
 }
 _SLOT = {"keys": 0, "values": 1, "latent": 0, "key_rope": 1}
+_SAMPLED = 65_536  # vectors of a basis of all layers, where they are too wide for a matrix; fewer if memory is short
 MIN_SUPPORT = 1  # least number of independent vectors per dimension of a basis
 
 
@@ -131,7 +133,7 @@ class PCACalibration:
     @cached_property
     def captured(self) -> CapturedMoments:
         """The moments of the calibration text."""
-        return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds)
+        return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds, sampled=_SAMPLED)
 
     @cached_property
     def _kinds(self) -> tuple[str, str]:
@@ -144,6 +146,30 @@ class PCACalibration:
     @cached_property
     def _moments(self) -> dict[Place, Moments]:
         return dict(self.captured.accumulator.places())
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on bases that fewer than 10 independent vectors per dimension support, of those fitted so far."""
+        least: dict[tuple[str, Scope], float] = {}
+        for (name, scope), support in self._doubtful:
+            least[name, scope] = min(support, least.get((name, scope), support))
+        doubts = [
+            f"{name} at scope {scope}: a basis from {support:.1f} independent vectors per dimension, {DOUBTFUL_BELOW} needed"
+            for (name, scope), support in least.items()
+        ]
+        return [*doubts, *self._limits]
+
+    @cached_property
+    def _doubtful(self) -> list[tuple[tuple[str, Scope], float]]:
+        return []
+
+    @cached_property
+    def _limits(self) -> list[str]:
+        return []
+
+    @cached_property
+    def _shared(self) -> dict[tuple[str, str, float, bool], Transform]:
+        return {}
 
     @cached_property
     def _fitted(self) -> dict[PCASettings, PCACodec]:
@@ -195,22 +221,53 @@ class PCACalibration:
     def _transform(
         self, place: Place, name: str, parts: list[Part], settings: PCASettings, pool: list[Place] | None = None
     ) -> Transform:
+        if place.scope == "all" and name in self.captured.accumulator.samplings:
+            return self._wide(name, parts, settings)
         moments = self._moments.get(place)
         if moments is None:
-            raise StatisticsError(
-                f"{name}: scope {place.scope} was not captured or is too wide to decompose. Choose a narrower `scope`."
-            )
+            raise StatisticsError(f"{name}: scope {place.scope} was not captured. Choose another `scope`.")
         total = moments.total() if pool is None else _pooled([self._moments[head].total() for head in pool])
         self._check_support(moments, total, name, place)
         if settings.basis == "random":
             return random_transform(total, self.session.seed).to(torch.float32)
         metric = None
         if settings.metric != FROBENIUS:
-            layers = self.metric(settings.metric)[name]
-            blocks = [layers[p.layer_idx][head] for p in parts for head in range(*p.heads)]
+            blocks = self._blocks(name, parts, settings.metric)
             metric = regularized(sum(blocks) / len(blocks) if pool else block_diagonal(blocks))  # type: ignore[arg-type]
         fitted = fit_transform(total, metric=metric, alpha=settings.alpha, centered=settings.centered)
         return fitted.to(torch.float32)
+
+    def _blocks(self, name: str, parts: list[Part], metric: str) -> list[Tensor]:
+        """Return the diagonal blocks of a metric, one per head; empty for the Frobenius norm."""
+        if metric == FROBENIUS:
+            return []
+        layers = self.metric(metric)[name]
+        return [layers[p.layer_idx][head] for p in parts for head in range(*p.heads)]
+
+    def _wide(self, name: str, parts: list[Part], settings: PCASettings) -> Transform:
+        """Return the transform of all layers that are too wide for a matrix; `k`, `v` and `kv` share it."""
+        if settings.basis != "fitted":
+            raise StatisticsError(
+                f"{name}: all layers are too wide for a {settings.basis} basis. Choose a narrower `scope`."
+            )
+        key = name, settings.metric, settings.alpha, settings.centered
+        if key not in self._shared:
+            self.session.on_progress(f"{name}: basis of all layers", 0, 1)
+            sample, contexts = self.captured.accumulator.samplings[name].sample, self.sequences.corpus.distinct_8grams
+            transform, independent = fit_wide_transform(
+                sample,
+                self._blocks(name, parts, settings.metric),
+                alpha=settings.alpha,
+                centered=settings.centered,
+                contexts=contexts,
+            )
+            self.session.on_progress(f"{name}: basis of all layers", 1, 1)
+            self._limits.append(
+                f"{name}, all layers: {independent:,.0f} independent vectors carry a basis of {transform.rank:,} of "
+                f"{transform.width:,} dimensions, {DOUBTFUL_BELOW} for each"
+            )
+            self._shared[key] = transform
+        return self._shared[key]
 
     def _check_support(self, moments: Moments, total: SecondOrder, name: str, place: Place) -> None:
         eigenvalues, basis = eigenbasis_of(total.covariance)
@@ -222,6 +279,8 @@ class PCACalibration:
                 f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
                 f"{moments.width:,} dimensions. Raise `tokens` or choose a narrower `scope`."
             )
+        if independent < DOUBTFUL_BELOW * moments.width:
+            self._doubtful.append(((name, place.scope), independent / moments.width))
 
 
 def _pooled(parts: list[SecondOrder]) -> SecondOrder:

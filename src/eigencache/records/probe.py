@@ -24,7 +24,7 @@ class Spectrum(Record):
     scope: Scope
     centered: Centered
     width: int  # p
-    vectors: int  # n, tokens in the moments
+    vectors: int  # n, vectors in the moments: all tokens, or a sample of them at scope `all` of wide models
     effective_vectors: float | None  # n_eff ≤ n, corrected for autocorrelation; None with too few sequences
     distinct_contexts: int  # distinct 8-grams of the text: an upper bound of the independent vectors
     support: float  # min(n_eff, distinct_contexts) / p; below 10 ranks are doubtful, below 1 withheld

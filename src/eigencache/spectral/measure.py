@@ -121,10 +121,13 @@ def _spectrum(
     total, basis, n_eff = shared.total, shared.basis, shared.n_eff
     matrix = total.covariance if centered else total.second_moment
     eigenvalues = shared.eigenvalues if centered else sp.eigenvalues_of(matrix)
-    width, variances = moments.width, matrix.diagonal()
+    width = moments.dimensions
+    eigenvalues = _padded(eigenvalues, width)
+    variances, squares = moments.raw(total)
+    variances = variances if centered else squares
     support = min(n_eff or total.count, distinct_contexts) / width
     refusals, warnings = _verdicts(support, width, n_eff, distinct_contexts)
-    dead = sp.dead_dimensions(variances, total.second_moment.diagonal(), moments.precision)
+    dead = sp.dead_dimensions(variances, squares, moments.precision)
     constant = bool(dead.all())
     if constant:
         refusals.append("every vector is the same: there is no spectrum")
@@ -173,6 +176,11 @@ def _spectrum(
     )
 
 
+def _padded(eigenvalues: Tensor, width: int) -> Tensor:
+    """Return eigenvalues [..., p] from those of the span of the vectors; the others are zero."""
+    return torch.nn.functional.pad(eigenvalues, (0, width - eigenvalues.shape[-1]))
+
+
 def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) -> tuple[list[str], list[str]]:
     """Return refusals and warnings for a support, as sentences with figures."""
     have = f"{contexts:,} distinct contexts" if n_eff is None or contexts < n_eff else f"{n_eff:,.0f} effective vectors"
@@ -188,18 +196,25 @@ def _verdicts(support: float, width: int, n_eff: float | None, contexts: int) ->
     return [], []
 
 
-def _halves(moments: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Return covariance and eigenbasis of the even and the odd folds; None if either half has zero covariance."""
+@dataclass(frozen=True)
+class _Half:
+    """Moments of every other fold: number of vectors, covariance [p, p] and its eigenvectors as columns [p, p]."""
+
+    count: float
+    covariance: Tensor
+    basis: Tensor
+
+
+def _halves(moments: Moments) -> tuple[_Half, _Half] | None:
+    """Return the even and the odd folds; None if either half has zero covariance."""
     folds = [f for f in range(moments.folds) if moments.count[f]]
     if len(folds) < 2:
         return None
-    result = []
-    for first in (0, 1):
-        covariance = moments.total(folds=folds[first::2]).covariance
-        if not covariance.any():
-            return None
-        result.append((covariance, sp.eigenbasis_of(_fast(covariance))[1]))
-    return result[0], result[1]
+    even, odd = (moments.total(folds=folds[first::2]) for first in (0, 1))
+    if not even.covariance.any() or not odd.covariance.any():
+        return None
+    first, second = (_Half(t.count, t.covariance, sp.eigenbasis_of(_fast(t.covariance))[1]) for t in (even, odd))
+    return first, second
 
 
 def _fast(matrix: Tensor) -> Tensor:
@@ -212,17 +227,22 @@ def _along(matrix: Tensor, basis: Tensor) -> Tensor:
     return (basis * (matrix.to(basis.dtype) @ basis)).sum(0, dtype=torch.float64).clamp_min(0)
 
 
-def _held_out(halves: tuple, points: list[int]) -> dict[int, float]:
-    """Return the energy of each half in the basis of the other, averaged, by number of directions."""
-    (first, first_basis), (second, second_basis) = halves
-    crossed = _along(first, second_basis), _along(second, first_basis)
+def _held_out(halves: tuple[_Half, _Half], points: list[int]) -> dict[int, float]:
+    """Return the energy of each half in the basis of the other, averaged, by number of directions.
+
+    A half of n vectors has n − 1 directions about its mean, so higher ranks are left out, except all dimensions.
+    """
+    first, second = halves
+    crossed = _along(first.covariance, second.basis), _along(second.covariance, first.basis)
     shares = sp.energy_shares(torch.stack(crossed)).mean(0)
-    return {k + 1: float(shares[k]) for k in points}
+    most = min(half.count for half in halves) - 1
+    return {k + 1: float(shares[min(k, len(shares) - 1)]) for k in points if k < most or k == points[-1]}
 
 
-def _split_half(halves: tuple, rank: int) -> float:
+def _split_half(halves: tuple[_Half, _Half], rank: int) -> float:
     """Return the mean squared cosine of the principal angles between the leading subspaces of the halves."""
-    return float(sp.principal_cosines(halves[0][1][:, :rank], halves[1][1][:, :rank]).square().mean())
+    first, second = (half.basis[:, :rank] for half in halves)
+    return float(sp.principal_cosines(first, second).square().mean())
 
 
 def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
@@ -241,7 +261,7 @@ def _statistics(values: Tensor, variances: Tensor) -> dict[str, Tensor]:
 
 
 def _intervals(
-    moments: Moments, total: SecondOrder, basis: Tensor, live: Tensor, halves: tuple, seed: int
+    moments: Moments, total: SecondOrder, basis: Tensor, live: Tensor, halves: tuple[_Half, _Half], seed: int
 ) -> dict[str, Interval]:
     """Return 95 % intervals by a bootstrap over folds (groups of whole sequences); the spread is that of dimensions `live`.
 
@@ -272,7 +292,8 @@ def _intervals(
 
     values = resampled(along, means @ basis.cpu()).sort(-1, descending=True).values
     samples = _statistics(values, resampled(raw, means[:, live.cpu()]))
-    whole, *parts = (_statistics(_along(m, b), m.diagonal()[live]) for m, b in ((total.covariance, fast), *halves))
+    matrices = (total.covariance, fast), *((half.covariance, half.basis) for half in halves)
+    whole, *parts = (_statistics(_along(m, b), m.diagonal()[live]) for m, b in matrices)
     ends, intervals = torch.tensor([0.025, 0.975], dtype=torch.float64), {}
     for name, sample in samples.items():
         bias = float(sum(part[name] for part in parts) / len(parts) - whole[name])

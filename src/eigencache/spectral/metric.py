@@ -24,13 +24,26 @@ def regularized(metric: Tensor, epsilon: float = EPSILON) -> Tensor:
     Raises:
         StatisticsError: The metric contains NaN or infinite values, or its trace is not positive.
     """
-    trace = torch.trace(metric)
-    if not metric.isfinite().all() or trace <= 0:
+    return regularized_blocks([metric], epsilon)[0]
+
+
+def regularized_blocks(blocks: Sequence[Tensor], epsilon: float = EPSILON) -> list[Tensor]:
+    """Return the diagonal blocks of the regularized block-diagonal matrix with the given blocks.
+
+    Args:
+        blocks: Diagonal blocks of M, each square, float64; they are symmetrized first.
+        epsilon: ε, relative to the mean eigenvalue of all blocks.
+
+    Raises:
+        StatisticsError: A block contains NaN or infinite values, or the trace of all is not positive.
+    """
+    trace = sum(float(torch.trace(block)) for block in blocks)
+    if not all(block.isfinite().all() for block in blocks) or trace <= 0:
         raise StatisticsError(
-            f"the metric has a trace of {float(trace):.3g}, a positive one is required: the calibration gave no gradients"
+            f"the metric has a trace of {trace:.3g}, a positive one is required: the calibration gave no gradients"
         )
-    width = len(metric)
-    return (metric + metric.mT) / 2 + epsilon * trace / width * torch.eye(width, dtype=metric.dtype, device=metric.device)
+    added = epsilon * trace / sum(map(len, blocks))
+    return [(b + b.mT) / 2 + added * torch.eye(len(b), dtype=b.dtype, device=b.device) for b in blocks]
 
 
 def roots(metric: Tensor, alpha: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,7 @@ class Moments:
         device: Device of the sums.
 
     Attributes:
+        dimensions: Dimension of the vectors; more than `width` where that is the dimension of their span.
         count: Vectors per fold [folds], float64.
         mean: Mean of every fold [folds, blocks, width].
         scatter: Scatter about the mean of the fold [folds, blocks, width, width].
@@ -99,6 +100,7 @@ class Moments:
     def __init__(self, width: int, *, blocks: int = 1, folds: int = 1, device: str | torch.device = "cpu") -> None:
         options = {"dtype": torch.float64, "device": device}
         self.width, self.blocks, self.folds = width, blocks, folds
+        self.dimensions = width
         self.count = torch.zeros(folds, dtype=torch.float64)
         self.mean = torch.zeros(folds, blocks, width, **options)
         self.scatter = torch.zeros(folds, blocks, width, width, **options)
@@ -179,7 +181,8 @@ class Moments:
         view.scatter = self.scatter[:, block : block + 1, columns, columns]
         view.between = self.between[block : block + 1, columns, columns]
         view._total_mean = self._total_mean[block : block + 1, columns]
-        view.width, view.precision = view.mean.shape[-1], self.precision
+        view.width = view.dimensions = view.mean.shape[-1]
+        view.precision = self.precision
         return view
 
     def total(self, block: int = 0, folds: Sequence[int] | None = None) -> SecondOrder:
@@ -198,6 +201,14 @@ class Moments:
             _combine(count, mean, scatter, n, self.mean[fold, block] - mean, self.scatter[fold, block])
             count += n
         return SecondOrder(count, mean, symmetric(scatter))
+
+    def raw(self, total: SecondOrder) -> tuple[Tensor, Tensor]:
+        """Return the variances about the mean and the mean squares of the raw dimensions, each [dimensions].
+
+        Args:
+            total: Moments of one block over all folds.
+        """
+        return total.covariance.diagonal(), total.second_moment.diagonal()
 
     def between_sequences(self, block: int = 0) -> Tensor:
         """Return the scatter [p, p] of the sequence means about the total mean, weighted by sequence length."""

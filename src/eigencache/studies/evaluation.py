@@ -115,7 +115,12 @@ def evaluate_codecs(
         divergence=[Divergence(**d) for part in kept.done for d in part.get("divergence", ())],
         retrieval=[Retrieval(**r) for part in kept.done for r in part.get("retrieval", ())],
         ledgers=ledgers,
-        warnings=[*sequences.corpus.warnings, *fitted_on.warnings, *([overlap] if overlap else [])],
+        warnings=[
+            *sequences.corpus.warnings,
+            *fitted_on.warnings,
+            *([overlap] if overlap else []),
+            *(calibration.notes if isinstance(calibration, PCACalibration) else ()),
+        ],
     )
 
 

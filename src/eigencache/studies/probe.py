@@ -3,23 +3,27 @@
 The text is read once. Each batch is captured and added to moments, from which all statistics are computed at the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 
-from eigencache.calibration.accumulator import Accumulator, shapes_of
+from eigencache.calibration.accumulator import SAMPLED, WIDEST, Accumulator, shapes_of
 from eigencache.calibration.moments import CapturedMoments, captured_by_name, gather
 from eigencache.calibration.session import Session
 from eigencache.calibration.sinks import measure_sinks
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
+from eigencache.geometry import kind_and_frame
 from eigencache.models.capture import Capture
-from eigencache.progress import Progress, silent
+from eigencache.progress import silent
 from eigencache.records.base import SCOPES, Scope
 from eigencache.records.probe import ClassicRow, FrameComparison, ProbeRecord, Spectrum
-from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, measure_both
+from eigencache.spectral.measure import DOUBTFUL_BELOW, REFUSED_BELOW, Place, measure_both
+from eigencache.spectral.moments import Moments
+from eigencache.spectral.wide import DECOMPOSED
 from eigencache.studies.legacy_probe import (
     REPEATED,
     SAMPLES,
@@ -62,7 +66,9 @@ def probe_model(session: Session, sequences: Sequences, settings: ProbeSettings 
         StatisticsError: The requested frame was not captured, or an error of `gather`.
     """
     settings = settings or ProbeSettings()
-    gathered = gather(session, sequences, settings.scopes, layers=settings.layers)
+    alone = settings.scopes == ("all",)  # the user waits for this scope only, so it may take minutes
+    widest, sampled = (DECOMPOSED, DECOMPOSED) if alone else (WIDEST, SAMPLED)
+    gathered = gather(session, sequences, settings.scopes, layers=settings.layers, widest=widest, sampled=sampled)
     return probe_gathered(session, gathered, settings)
 
 
@@ -78,7 +84,7 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
         StatisticsError: The requested frame was not captured.
     """
     corpus, notes = gathered.sequences.corpus, gathered.notes
-    spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, session.seed, session.on_progress)
+    spectra = _spectra(gathered.accumulator, corpus.distinct_8grams, session)
     classic = classic_rows(spectra, "this text")
     if settings.demonstration:
         classic += _demonstration(session, settings)
@@ -89,7 +95,7 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
         raise StatisticsError(f"`frame` {settings.frame}: {'; '.join(notes) or 'no tensor was captured in this frame'}")
     with gathered.watch:
         sinks = measure_sinks(session, gathered.sequences, settings.layers, gradients=settings.gradients)
-    notices = [*corpus.warnings, *session.loaded.geometry.notes, *notes, *gathered.accumulator.notes]
+    notices = [*corpus.warnings, *session.loaded.geometry.notes, *notes]
     options: dict[str, Any] = asdict(settings) | {
         "batch_size": session.batch_size,
         "seed": session.seed,
@@ -110,19 +116,26 @@ def probe_gathered(session: Session, gathered: CapturedMoments, settings: ProbeS
     )
 
 
-def _spectra(accumulator: Accumulator, contexts: int, seed: int, on_progress: Progress) -> list[Spectrum]:
+def _spectra(accumulator: Accumulator, contexts: int, session: Session) -> list[Spectrum]:
     """Compute every spectrum, centered and uncentered; n_eff after RoPE is capped at its value before it."""
     places = list(accumulator.places())
+    whole = len(places) + len(accumulator.samplings)
     spectra: list[Spectrum] = []
     before: dict[tuple, float | None] = {}
-    for done, (place, moments) in enumerate(places, 1):
+    for done, (place, moments) in enumerate(chain(places, _wide_places(accumulator)), 1):
         key = (place.layer_idx, place.head, place.kind, place.scope)
-        both = measure_both(place, moments, distinct_contexts=contexts, at_most=before.get(key), seed=seed)
+        both = measure_both(place, moments, distinct_contexts=contexts, at_most=before.get(key), seed=session.seed)
         spectra += both
         if place.frame == "pre_rope":
             before[key] = both[0].effective_vectors
-        on_progress("spectra", done, len(places))
+        session.on_progress("spectra", done, whole)
     return spectra
+
+
+def _wide_places(accumulator: Accumulator) -> Iterator[tuple[Place, Moments]]:
+    """Yield all layers of the tensors that are too wide for a matrix, one at a time to save memory."""
+    for name, sampling in accumulator.samplings.items():
+        yield Place(None, None, *kind_and_frame(name), "all"), sampling.sample.moments()
 
 
 def _demonstration(session: Session, settings: ProbeSettings) -> list[ClassicRow]:
@@ -134,11 +147,17 @@ def _demonstration(session: Session, settings: ProbeSettings) -> list[ClassicRow
         for index, sample in enumerate(samples):
             tensors = captured_by_name(capture.run(torch.tensor([sample], device=loaded.device)))
             if accumulator is None:
-                accumulator = Accumulator(shapes_of(tensors), ("layer",), sequences=len(samples), budget=session.memory)
+                accumulator = Accumulator(
+                    shapes_of(tensors),
+                    ("layer",),
+                    sequences=len(samples),
+                    tokens=sum(map(len, samples)),
+                    budget=session.memory,
+                )
             accumulator.add(tensors, [index], [len(sample)])
     assert accumulator is not None
     distinct = distinct_contexts(samples)
-    spectra = _spectra(accumulator, distinct, session.seed, silent)
+    spectra = _spectra(accumulator, distinct, session.reporting(silent))
     return classic_rows(spectra, REPEATED, copies=SAMPLES // len(samples), distinct=distinct)
 
 

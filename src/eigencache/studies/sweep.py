@@ -148,7 +148,12 @@ def sweep_model(
         run=watch.run(calibration.session.seed, {"batch_size": session.batch_size, "forced": force}),
         uncompressed_nll=scores.uncompressed_nll,
         series=[_series_record(session.loaded, s, scores) for s in series],
-        warnings=[*sequences.corpus.warnings, *calibration.sequences.corpus.warnings, *([overlap] if overlap else [])],
+        warnings=[
+            *sequences.corpus.warnings,
+            *calibration.sequences.corpus.warnings,
+            *([overlap] if overlap else []),
+            *calibration.notes,
+        ],
     )
 
 

@@ -195,18 +195,12 @@ def test_the_finer_pass_takes_the_best_of_each_target_the_runner_up_and_full_ran
 
 
 def test_every_scope_that_is_different_and_affordable_is_tried(loaded) -> None:
-    scopes, left_out = targets_and_scopes(loaded("llama").geometry)
-    assert scopes == {target: ("head", "layer", "all") for target in ("v", "k", "kv")}
-    assert not left_out
-    assert targets_and_scopes(loaded("deepseek_v2").geometry)[0] == {
-        "latent": ("head", "all"),
-        "key_rope": ("head", "all"),
-    }
     geometry = loaded("llama").geometry
+    assert targets_and_scopes(geometry) == {target: ("head", "layer", "all") for target in ("v", "k", "kv")}
+    assert targets_and_scopes(loaded("deepseek_v2").geometry) == {"latent": ("head", "all"), "key_rope": ("head", "all")}
     wide = geometry.model_copy(update={"layers": geometry.layers * 100})
-    scopes, left_out = targets_and_scopes(wide)
-    assert scopes["kv"] == ("head", "layer")
-    assert len(left_out) == 3
+    assert targets_and_scopes(wide)["kv"] == ("head", "layer", "all")
+    assert targets_and_scopes(wide, 1280)["kv"] == ("head", "layer")
 
 
 def test_what_the_calibration_text_cannot_carry_is_left_out_and_said(loaded, sequences) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from eigencache.calibration.accumulator import MAX_WIDTH
 from eigencache.calibration.metrics import FROBENIUS
 from eigencache.codec.pca import CoefficientBits
 from eigencache.errors import StatisticsError
@@ -51,39 +50,31 @@ class Search:
     )
 
 
-def targets_and_scopes(geometry: KVGeometry) -> tuple[dict[Target, tuple[Scope, ...]], list[str]]:
-    """Return the scopes to try for every target of a model.
+def targets_and_scopes(geometry: KVGeometry, widest: int | None = None) -> dict[Target, tuple[Scope, ...]]:
+    """Return the scopes to try for every target of a model, narrowest first.
 
-    `layer` is skipped for layers with a single head, where it equals `head`. `all` is skipped if the layers together
-    exceed `MAX_WIDTH` dimensions.
+    `layer` is skipped for layers with a single head, where it equals `head`.
 
-    Returns:
-        Scopes by target, and the reason for every target without scope `all`.
+    Args:
+        geometry: Geometry of the model.
+        widest: Most dimensions of scope `all`. Default: any number.
     """
     layers = [layer for layer in geometry.layers if layer.cached]
-    widths: dict[Target, list[int]]
+    widths: dict[Target, int]
     if geometry.mla:
         latents = [layer.mla for layer in layers if layer.mla]
         widths = {
-            "latent": [sum(mla.kv_lora_rank for mla in latents)],
-            "key_rope": [sum(mla.qk_rope_head_dim for mla in latents)],
+            "latent": sum(mla.kv_lora_rank for mla in latents),
+            "key_rope": sum(mla.qk_rope_head_dim for mla in latents),
         }
         one_head = True
     else:
         k = sum(layer.num_key_value_heads * layer.head_dim for layer in layers)
         v = sum(layer.num_key_value_heads * layer.v_head_dim for layer in layers)
-        widths = {"v": [v], "k": [k], "kv": [k, v]}
+        widths = {"v": v, "k": k, "kv": max(k, v)}
         one_head = all(layer.num_key_value_heads == 1 for layer in layers)
-    scopes_by_target: dict[Target, tuple[Scope, ...]] = {}
-    left_out: list[str] = []
-    for target, wide in widths.items():
-        scopes: list[Scope] = ["head"] if one_head else ["head", "layer"]
-        if max(wide) <= MAX_WIDTH:
-            scopes.append("all")
-        else:
-            left_out.append(f"{target}, all layers in one basis: {max(wide):,} dimensions exceed the limit of {MAX_WIDTH:,}")
-        scopes_by_target[target] = tuple(scopes)
-    return scopes_by_target, left_out
+    narrow: tuple[Scope, ...] = ("head",) if one_head else ("head", "layer")
+    return {t: (*narrow, "all") if widest is None or wide <= widest else narrow for t, wide in widths.items()}
 
 
 def coarse_plans(geometry: KVGeometry, calibration: PCACalibration, search: Search) -> tuple[list[Plan], list[str]]:
@@ -102,7 +93,7 @@ def coarse_plans(geometry: KVGeometry, calibration: PCACalibration, search: Sear
     Raises:
         StatisticsError: The calibration set is too small for every setting.
     """
-    wanted, left_out = targets_and_scopes(geometry)
+    wanted, left_out = targets_and_scopes(geometry), []
     settings = [
         PCASettings(target, scope, metric=metric)
         for target, scopes in wanted.items()

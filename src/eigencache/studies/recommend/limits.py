@@ -100,7 +100,7 @@ def _of_search(advice: Advice) -> list[str]:
     """List settings that the model allows and that were not measured."""
     series = [s for sweep in advice.sweeps.values() for s in sweep.series if s.basis == "fitted"]
     tried = {s.target for s in series}
-    wanted, _ = targets_and_scopes(advice.model.geometry)
+    wanted = targets_and_scopes(advice.model.geometry)
     lines = [f"not measured: {WORDS[target]}" for target in wanted if target not in tried]
     lines += _given_only(advice, wanted) if "given" in advice.sweeps else []
     if advice.model.geometry.mla:

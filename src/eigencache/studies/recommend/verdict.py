@@ -4,6 +4,7 @@ PCA bases come from the moments of the probe, so the text is not read again for 
 and at fewer rates than in `sweep` and `recommend`. The recommendation reports their number.
 """
 
+from eigencache.calibration.accumulator import WIDEST
 from eigencache.calibration.metrics import Metrics
 from eigencache.calibration.moments import CapturedMoments
 from eigencache.calibration.session import Session
@@ -82,10 +83,10 @@ def _judged_pca(calibration: PCACalibration, held_out: Sequences, protocol: Read
 def verdict_plans(loaded: LoadedModel) -> list[Plan]:
     """Return the plans of a verdict.
 
-    They are every target per head in 16 bits, keys after RoPE about zero (the worst case), and the whole cache in its
-    widest scope in 8 and 4 bits.
+    They are every target per head in 16 bits, keys after RoPE about zero (the worst case), and the whole cache in 8 and 4
+    bits in the widest scope that has a matrix of moments.
     """
-    scopes, _ = targets_and_scopes(loaded.geometry)
+    scopes = targets_and_scopes(loaded.geometry, WIDEST)
     plans = [Plan(PCASettings(target, "head", metric="fisher"), shares=SHARES) for target in targets_of(loaded)]
     if loaded.geometry.rope is not None and not loaded.geometry.mla:
         plans.append(Plan(PCASettings("k", "head", "post", centered=False), shares=SHARES))
