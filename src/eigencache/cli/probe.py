@@ -58,7 +58,7 @@ def run(
         list[ScopeName] | None,
         typer.Option(
             "--scope",
-            help="Scope of the spectra; can be repeated; default: all three. all alone takes longer and supports more ranks.",
+            help="Scope of the spectra; can be repeated; default: all three. With all alone, more vectors are read.",
         ),
     ] = None,
     view: Annotated[

@@ -150,18 +150,15 @@ class PCACalibration:
     @property
     def notes(self) -> list[str]:
         """Remarks on bases that fewer than 10 independent vectors per dimension support, of those fitted so far."""
-        least: dict[tuple[str, Scope], float] = {}
-        for (name, scope), support in self._doubtful:
-            least[name, scope] = min(support, least.get((name, scope), support))
         doubts = [
             f"{name} at scope {scope}: a basis from {support:.1f} independent vectors per dimension, {DOUBTFUL_BELOW} needed"
-            for (name, scope), support in least.items()
+            for (name, scope), support in self._doubtful.items()
         ]
         return [*doubts, *self._limits]
 
     @cached_property
-    def _doubtful(self) -> list[tuple[tuple[str, Scope], float]]:
-        return []
+    def _doubtful(self) -> dict[tuple[str, Scope], float]:
+        return {}
 
     @cached_property
     def _limits(self) -> list[str]:
@@ -280,7 +277,8 @@ class PCACalibration:
                 f"{moments.width:,} dimensions. Raise `tokens` or choose a narrower `scope`."
             )
         if independent < DOUBTFUL_BELOW * moments.width:
-            self._doubtful.append(((name, place.scope), independent / moments.width))
+            support, known = independent / moments.width, self._doubtful.get((name, place.scope), DOUBTFUL_BELOW)
+            self._doubtful[name, place.scope] = min(support, known)
 
 
 def _pooled(parts: list[SecondOrder]) -> SecondOrder:
