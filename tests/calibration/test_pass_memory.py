@@ -5,6 +5,8 @@ import pytest
 from eigencache.calibration.pass_memory import backward_nbytes, beside_a_pass, forward_nbytes, scoring_nbytes
 from eigencache.calibration.session import Session
 from eigencache.errors import StatisticsError
+from eigencache.evaluate.likelihood import scored_batches
+from eigencache.records.quality import ReadingProtocol
 from stub_codecs import random_sequences, tiny_loaded
 
 
@@ -27,6 +29,18 @@ def test_scoring_takes_as_many_sequences_as_their_logits_allow(monkeypatch: pyte
     sizes = [scoring_nbytes(loaded, batch, 40) for batch in (1, 2, 3, 8)]
     assert sizes[1] == 2 * sizes[0] and sizes[2] == sizes[3] == 3 * sizes[0]
     assert scoring_nbytes(loaded, 8, 400) > 10 * sizes[0] / 2  # one sequence at least
+
+
+def test_scoring_that_does_not_fit_is_refused_before_it_runs() -> None:
+    loaded, text = tiny_loaded("llama"), random_sequences(*[40] * 5)
+    protocol = ReadingProtocol(kind="prefix", length=30)
+    needed = scoring_nbytes(loaded, 2, 40, 10)
+    assert len(scored_batches(Session(loaded, 2, memory=needed), text, protocol)) == 3
+    words = (
+        r"Scoring 10 tokens after 30 needs about \S+ GiB beside the model for 2 sequences at a time, more than a `memory`"
+    )
+    with pytest.raises(StatisticsError, match=words):
+        scored_batches(Session(loaded, 2, memory=needed - 1), text, protocol)
 
 
 def test_what_a_pass_leaves_is_for_statistics() -> None:

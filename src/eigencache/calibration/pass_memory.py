@@ -60,16 +60,45 @@ def backward_nbytes(loaded: LoadedModel, tokens: int = BACKWARD_TOKENS) -> int:
     return _FLOAT * (tokens * saved + _LOGITS * logits)
 
 
-def scoring_nbytes(loaded: LoadedModel, batch: int, length: int) -> int:
-    """Return the bytes of scoring a codec on the second halves of sequences, of as many at a time as the logits allow.
+def scoring_nbytes(loaded: LoadedModel, batch: int, length: int, scored: int | None = None) -> int:
+    """Return the bytes of scoring a codec, on as many sequences at a time as the logits allow.
 
     Args:
         loaded: the model.
         batch: most sequences of a pass.
         length: tokens of a sequence.
+        scored: scored tokens of a pass and sequence. Default: half of the sequence.
     """
-    tokens = length * max(1, min(batch, LOGITS // (length // 2 * loaded.embedded_ids)))
-    return forward_nbytes(loaded, tokens) + _FLOAT * _COMPARED * tokens // 2 * loaded.embedded_ids
+    scored = length // 2 if scored is None else scored
+    rows = affordable_rows(loaded, batch, scored)
+    return forward_nbytes(loaded, rows * length) + _FLOAT * _COMPARED * rows * scored * loaded.embedded_ids
+
+
+def affordable_rows(loaded: LoadedModel, batch: int, scored: int) -> int:
+    """Return how many sequences of a batch are scored at a time: as many as their logits allow, at least one."""
+    return max(1, min(batch, LOGITS // max(1, scored * loaded.embedded_ids)))
+
+
+def check_scoring(session: Session, length: int, scored: int) -> int:
+    """Return the bytes of scoring a codec.
+
+    Args:
+        session: the model, the size of its batches, and the memory that is allowed.
+        length: tokens of the longest sequence.
+        scored: most scored tokens of a pass and sequence.
+
+    Raises:
+        StatisticsError: scoring needs more than is allowed.
+    """
+    needed = scoring_nbytes(session.loaded, session.batch_size, length, scored)
+    if needed > session.memory:
+        rows = affordable_rows(session.loaded, session.batch_size, scored)
+        raise StatisticsError(
+            f"Scoring {scored:,} tokens after {length - scored:,} needs about {needed / 2**30:.2g} GiB beside the model for "
+            f"{rows} sequences at a time, more than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory`, or "
+            "lower `batch_size` or `max_length`."
+        )
+    return needed
 
 
 def _widths(loaded: LoadedModel) -> tuple[int, int]:

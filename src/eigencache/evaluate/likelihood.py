@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eigencache.calibration.pass_memory import affordable_rows, check_scoring
 from eigencache.calibration.session import Session
 from eigencache.codec.base import CacheMaker, Compressor
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, CorpusError
 from eigencache.evaluate.prefix import Prefix, Window, check_positions, read, read_prefix
-from eigencache.memory import LOGITS, release
+from eigencache.memory import release
 from eigencache.models.load import LoadedModel
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 
@@ -111,10 +112,13 @@ def scored_batches(session: Session, sequences: Sequences, protocol: ReadingProt
 
     Raises:
         CorpusError: No sequence is long enough.
+        StatisticsError: Scoring needs more memory than the session allows.
     """
-    longest = max(stop - start for start, stop in pieces(max(map(len, sequences.ids)), protocol)[1:] or [(0, 1)])
-    affordable = max(1, LOGITS // (longest * session.loaded.embedded_ids))
-    return batches_of(sequences, protocol, min(session.batch_size, affordable))
+    length = max(map(len, sequences.ids))
+    longest = max(stop - start for start, stop in pieces(length, protocol)[1:] or [(0, 1)])
+    batches = batches_of(sequences, protocol, affordable_rows(session.loaded, session.batch_size, longest))
+    check_scoring(session, length, longest)
+    return batches
 
 
 def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int) -> list[list[np.ndarray]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eigencache.calibration.pass_memory import check_scoring
 from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.codec.placement import placed
@@ -34,6 +35,7 @@ from eigencache.studies.bench.methods import METHODS
 LOSSES = (0.003, 0.01, 0.03, 0.1)  # nats
 COMPARABLE = 0.03  # nats of KL; generation and retrieval use the cheapest point of a method within it
 _PREFIXES = 1 / 4  # share of the memory for prefixes
+_FLOAT = 4  # bytes
 _NO_METHOD, _GENERATED = "", "generated"  # in place of a method: the uncompressed cache, and generation and retrieval
 
 
@@ -89,6 +91,7 @@ def bench_model(
     Raises:
         CorpusError: Held-out text overlaps the calibration text and `force` is false.
         ModelError: The model has fewer positions than a sequence has tokens.
+        StatisticsError: Scoring needs more memory than the session allows.
     """
     watch = Stopwatch()
     check_positions(session.loaded, max(text.corpus.max_length for text in held_out.values()))
@@ -102,6 +105,7 @@ def bench_model(
         {"model": session.loaded.sha256, "texts": texts, "tokens": tokens, "settings": repr(together), "by": "method"},
     )
     prefixes = KeptPrefixes(int(session.memory * _PREFIXES))
+    session.on_progress(_memory(session, held_out, settings), 0, 1)
     run = _BenchRun(session, calibration, tokens, dict(sorted(held_out.items())), settings, kept, prefixes)
     run.measure(methods)
     lines = [line for line in kept.done if line["method"] in (*methods, _GENERATED)]
@@ -126,6 +130,16 @@ def bench_model(
         run=watch.run(settings.seeds[0], {"batch_size": session.batch_size, "calibration_tokens": tokens, "forced": force}),
         warnings=[w for w in (*calibration.corpus.warnings, *overlaps) if w],
     )
+
+
+def _memory(session: Session, held_out: Mapping[int, Sequences], settings: BenchSettings) -> str:
+    """Return one line with the predicted memory of scoring. Raises `StatisticsError` if it is more than is allowed."""
+    piece = settings.step or settings.scored
+    scoring = max(check_scoring(session, context + settings.scored, piece) for context in held_out)
+    texts = sum(context * len(text.ids) for context, text in held_out.items())
+    prefixes = min(int(session.memory * _PREFIXES), _FLOAT * session.loaded.geometry.values_per_token * texts)
+    needed, allowed = (scoring + prefixes) / 2**30, session.memory / 2**30
+    return f"scoring takes about {needed:.1f} GiB beside the model, of {allowed:.1f} GiB allowed"
 
 
 def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
