@@ -3,13 +3,16 @@
     python benchmarks/ablations.py ref-llama --parts scope,metric,text,block,kept,group,size,domain --output ablations.json
 
 Rows are compared at equal bits per value, with all bytes counted, unless a row says otherwise. ΔNLL and KL are measured on
-held-out text after an encoded prefix. Token prediction is off unless a row names it.
+held-out text after an encoded prefix. Side information is divided over 1,000,000 stored tokens. Token prediction is off
+unless a row names it.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +24,7 @@ from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
 from eigencache.errors import BudgetError
 from eigencache.evaluate.codec_scoring import score_codecs
+from eigencache.evaluate.prefix import KeptPrefixes
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import at_bits
 from eigencache.models.load import LoadedModel, load
@@ -32,6 +36,8 @@ PLAIN = EigenSettings(text=False)
 CALIBRATION_LENGTH = 512  # tokens of a sequence that codecs are fitted on
 SCORED = 128  # tokens at the end of a sequence
 TOLERANCE = 0.02  # of the rate; the bits of a row are counted
+AMORTIZED = 1_000_000  # tokens stored, over which side information is divided
+COLUMNS = ("Bits", "Bits with side information", "ΔNLL", "KL")
 TITLES = {
     "scope": "What a stage covers",
     "metric": "Metric and its exponent",
@@ -39,19 +45,23 @@ TITLES = {
     "block": "Block size",
     "kept": "Sinks and window in 16 bits",
     "group": "Layers of a group",
-    "size": "Calibration tokens",
+    "size": "Calibration tokens and what a stage covers",
     "domain": "Fitted on one domain, tested on another",
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One row of a table: a codec and its label."""
+    """One row of a table: a codec that is fitted when it is needed, and its label."""
 
     part: str
     words: tuple[str, ...]
     rate: float  # requested bits per value
-    codec: Codec
+    fitted: Callable[[], Codec]
+
+    def row(self, model: str, text: str) -> dict:
+        """Return what identifies the row in a file."""
+        return {"model": model, "part": self.part, "words": list(self.words), "rate": self.rate, "text": text}
 
 
 class Ablations:
@@ -103,10 +113,10 @@ class Ablations:
     def block(self) -> Iterator[Case]:
         """Yield codecs of different block sizes."""
         for text in (False, True):
-            fit = fit_eigen(self.source, EigenSettings(text=text))
+            fitted = cache(partial(fit_eigen, self.source, EigenSettings(text=text)))
             for block in (16, 64, 128, 512):  # which decides the size alone
                 words = (f"{block} tokens" + (", text" if text else ""),)
-                yield from self._of(replace(fit, settings=replace(fit.settings, block=block)), "block", words)
+                yield from self._of(lambda f=fitted, b=block: _in_blocks(f(), b), "block", words)
 
     def kept(self) -> Iterator[Case]:
         """Yield codecs with different sinks and windows in 16 bits."""
@@ -120,11 +130,11 @@ class Ablations:
             yield from self._at("group", (f"groups of {group}",), replace(PLAIN, group=group))
 
     def size(self) -> Iterator[Case]:
-        """Yield codecs fitted on different numbers of tokens."""
-        for tokens in (8192, 16_384, 32_768, 65_536, 131_072):
+        """Yield all scopes, fitted on a fourth, on half and on all of the calibration tokens."""
+        for tokens in (self.tokens // 4, self.tokens // 2, self.tokens):
             source = CalibrationSet(self.session, self.sequences(self.calibration, tokens))
-            yield from self._at("size", (f"{tokens:,} tokens",), PLAIN, source)
-            yield from self._at("size", (f"{tokens:,} tokens, text",), EigenSettings(), source)
+            for scope in ("layer", "groups", "joint"):
+                yield from self._at("size", (f"{tokens:,} tokens", scope), replace(PLAIN, scope=scope), source)
 
     def domain(self) -> Iterator[Case]:
         """Yield codecs fitted on different domains."""
@@ -137,34 +147,48 @@ class Ablations:
     def _at(
         self, part: str, words: tuple[str, ...], settings: EigenSettings, source: CalibrationSet | None = None
     ) -> Iterator[Case]:
-        yield from self._of(fit_eigen(source or self.source, settings), part, words)
+        yield from self._of(cache(partial(fit_eigen, source or self.source, settings)), part, words)
 
-    def _of(self, fit: EigenFit, part: str, words: tuple[str, ...]) -> Iterator[Case]:
+    def _of(self, fitted: Callable[[], EigenFit], part: str, words: tuple[str, ...]) -> Iterator[Case]:
+        context = self.length - SCORED
         for rate in self.rates:
-            try:
-                point = at_bits(fit, rate, context=self.length - SCORED, tolerance=TOLERANCE)
-                yield Case(part, words, rate, point.codec)
-            except BudgetError:
-                continue
+            yield Case(
+                part, words, rate, lambda rate=rate: at_bits(fitted(), rate, context=context, tolerance=TOLERANCE).codec
+            )
 
 
-def scored(session: Session, cases: list[Case], text: Sequences) -> list[dict]:
-    """Return bits per value and quality of every case, as rows for JSON.
+def _in_blocks(fit: EigenFit, block: int) -> EigenFit:
+    return replace(fit, settings=replace(fit.settings, block=block))
+
+
+class Scorer:
+    """Scores rows one by one. Prefixes are read once.
 
     Args:
         session: The model.
-        cases: The rows.
         text: The scored text.
     """
-    codecs = {f"{index}": case.codec for index, case in enumerate(cases)}
-    protocol = ReadingProtocol(kind="prefix", length=text.corpus.max_length - SCORED)
-    scores = score_codecs(session, text, codecs, protocol, calibration=text.corpus)
-    rows = []
-    for index, case in enumerate(cases):
-        quality = scores.quality[f"{index}"]
-        about = {"part": case.part, "words": case.words, "rate": case.rate, "bits": 16 / quality.compression_ratio}
-        rows.append(about | {"model": session.loaded.name, "text": text.corpus.name, "quality": quality.model_dump()})
-    return rows
+
+    def __init__(self, session: Session, text: Sequences) -> None:
+        self.session, self.text = session, text
+        self.prefixes = KeptPrefixes(session.memory // 4)
+        self.protocol = ReadingProtocol(kind="prefix", length=text.corpus.max_length - SCORED)
+
+    def figure(self, case: Case, row: dict) -> dict:
+        """Return the row with the quality of its codec, and its bits per value without and with side information."""
+        codec = case.fitted()
+        scores = score_codecs(
+            self.session,
+            self.text,
+            {"codec": codec},
+            self.protocol,
+            calibration=self.text.corpus,
+            read_first=self.prefixes,
+        )
+        quality = scores.quality["codec"]
+        values = AMORTIZED * self.session.loaded.geometry.values_per_token
+        bits = 16 / quality.compression_ratio
+        return row | {"bits": bits, "stored_bits": bits + 8 * codec.nbytes / values, "quality": quality.model_dump()}
 
 
 def tables_of(figures: list[dict]) -> Iterator[Table]:
@@ -172,17 +196,22 @@ def tables_of(figures: list[dict]) -> Iterator[Table]:
     for model, part, text in dict.fromkeys((f["model"], f["part"], f["text"]) for f in figures):
         selected = [f for f in figures if (f["model"], f["part"], f["text"]) == (model, part, text)]
         rates = sorted({f["rate"] for f in selected})
-        columns = ["Row", *(f"{name} at {rate:g}" for rate in rates for name in ("Bits", "ΔNLL", "KL"))]
+        columns = ["Row", *(f"{name} at {rate:g}" for rate in rates for name in COLUMNS)]
         rows = []
         for words in dict.fromkeys(tuple(f["words"]) for f in selected):
             cells = [", ".join(words)]
             for rate in rates:
                 figure = next((f for f in selected if tuple(f["words"]) == words and f["rate"] == rate), None)
                 if figure is None:
-                    cells += ["—"] * 3
+                    cells += ["—"] * len(COLUMNS)
                     continue
                 quality = Quality(**figure["quality"])
-                cells += [f"{figure['bits']:.3f}", interval_cell(quality), f"{quality.kl:.4f}"]
+                cells += [
+                    f"{figure['bits']:.3f}",
+                    f"{figure['stored_bits']:.3f}",
+                    interval_cell(quality),
+                    f"{quality.kl:.4f}",
+                ]
             rows.append(tuple(cells))
         yield Table(f"{model}: {TITLES[part]}; scored on {text}", tuple(columns), tuple(rows))
 
@@ -201,7 +230,9 @@ def main() -> None:
     parser.add_argument("--other-held-out", help="held-out text of the domain of --other, scored by the part `domain`")
     parser.add_argument("--tokens", type=int, default=24_576, help="scored tokens; default: 24576")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.add_argument("--output", type=Path, help="JSON file of the figures, written after every part")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file of the figures, written after every row; rows in it are not measured again"
+    )
     parser.add_argument("--read", type=Path, nargs="+", help="print the tables of such JSON files without measuring")
     arguments = parser.parse_args()
     console = Console()
@@ -213,23 +244,29 @@ def main() -> None:
     if arguments.read:
         show([figure for path in arguments.read for figure in json.loads(path.read_text())])
         return
-    rates, figures = tuple(map(float, arguments.rates.split(","))), []
+    rates, output = tuple(map(float, arguments.rates.split(","))), arguments.output
+    figures = json.loads(output.read_text()) if output and output.exists() else []
     for name in arguments.models:
         ablations = Ablations(
             load(name), arguments.calibration_text, arguments.other, arguments.calibration_tokens, rates, arguments.length
         )
         for part in arguments.parts.split(","):
-            cases = list(ablations.cases([part]))
             others = [arguments.other_held_out] if part == "domain" and arguments.other_held_out else []
-            rows = [
-                row
-                for text in [arguments.text, *others]
-                for row in scored(ablations.session, cases, ablations.sequences(text, arguments.tokens, arguments.length))
-            ]
-            show(rows)
-            figures += rows
-            if arguments.output:
-                arguments.output.write_text(json.dumps(figures, indent=1))
+            for text in [arguments.text, *others]:
+                scorer = Scorer(ablations.session, ablations.sequences(text, arguments.tokens, arguments.length))
+                for case in ablations.cases([part]):
+                    row = case.row(ablations.loaded.name, scorer.text.corpus.name)
+                    if any(row.items() <= figure.items() for figure in figures):
+                        continue
+                    try:
+                        figures.append(scorer.figure(case, row))
+                    except BudgetError as error:
+                        print(f"{part}, {', '.join(case.words)}: no row. {error}", file=sys.stderr)
+                        continue
+                    print(f"{part}, {', '.join(case.words)}: measured", file=sys.stderr)
+                    if output:
+                        output.write_text(json.dumps(figures, indent=1))
+    show(figures)
 
 
 if __name__ == "__main__":
