@@ -85,10 +85,10 @@ class Accumulator:
         self._scopes = {name: narrower if name in wide else tuple(scopes) for name in shapes}
         left = budget
         if wide:
-            left -= int(_SAMPLES * budget)
-            vector = sum(Sampling.nbytes(_width(shapes[name])) for name in wide)
-            step = -(-tokens // max(1, min(sampled, (budget - left) // vector)))
-            self.samplings = {name: Sampling(step) for name in wide}
+            vector = Sampling.nbytes([_width(shapes[name]) for name in wide])
+            kept = max(1, min(sampled, tokens, int(_SAMPLES * budget) // vector))
+            self.samplings = {name: Sampling(-(-tokens // kept)) for name in wide}
+            left -= kept * vector
         self._shapes, self._stores, self.sequences = shapes, {}, sequences
         self.folds = self._most_folds(left)
         if not self.folds:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eigencache.spectral.wide import Sample
 
-_NUMBER, _COPIES = 4, 4  # bytes of a number; of these copies of the vectors, three are made by a decomposition
+_NUMBER, _COPIES = 4, 3  # bytes of a number, and copies of the vectors that a decomposition makes
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it are spread evenly over the unit interval
 
 
@@ -23,9 +23,13 @@ class Sampling:
         self._kept: dict[int, Tensor] = {}  # sequence → vectors [n, p]
 
     @staticmethod
-    def nbytes(width: int) -> int:
-        """Return the bytes of a vector of `width` dimensions, and of the copies that a decomposition makes."""
-        return _COPIES * _NUMBER * width
+    def nbytes(widths: Sequence[int]) -> int:
+        """Return the bytes of a vector of every tensor, and of the copies that the decomposition of one of them makes.
+
+        Args:
+            widths: dimensions of the tensors.
+        """
+        return _NUMBER * (sum(widths) + _COPIES * max(widths))
 
     def add(self, layers: Sequence[Tensor], sequences: Sequence[int], lengths: Sequence[int]) -> None:
         """Add one batch.

@@ -135,7 +135,9 @@ class PCACalibration:
     @cached_property
     def captured(self) -> CapturedMoments:
         """The moments of the calibration text."""
-        return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds, first=FIRST_EXACT, sampled=_SAMPLED)
+        return self.gathered or gather(
+            self.session, self.sequences, self.scopes, kinds=self._kinds, first=FIRST_EXACT, sampled=_SAMPLED
+        )
 
     @cached_property
     def _kinds(self) -> tuple[str, str]:
