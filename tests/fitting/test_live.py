@@ -22,7 +22,7 @@ from eigencache.fitting import live_search
 from eigencache.fitting.eigen_basis import scaled_metrics
 from eigencache.fitting.live import SAFE, LiveFit, LiveSettings, _stored_metric, fit_live
 from eigencache.fitting.live_search import TRIED, fit_live_target
-from eigencache.fitting.live_slot import FittedSlot, fitted_steps, large_mean
+from eigencache.fitting.live_slot import FittedSlot, fit_slot, fitted_steps, large_mean
 from eigencache.kernels.packed.format import BLOCK, GROUP, Widths
 from eigencache.models.load import LoadedModel
 from eigencache.models.tapped_cache import tapped_cache
@@ -92,6 +92,27 @@ def test_costs_are_the_errors_of_the_steps_and_no_other_step_is_much_better() ->
         for factor in (0.8, 0.9, 1.12, 1.25) if bits < 6 else ():
             assert (error(found * factor) > 0.97 * error(found)).all(), (bits, factor)
     assert all((costs[more] < costs[fewer]).all() for fewer, more in itertools.pairwise((0, 2, 4, 6, 8)))
+
+
+def test_coefficients_beyond_the_range_of_their_width_are_counted() -> None:
+    x = torch.randn(2, 4000, 16, generator=torch.Generator().manual_seed(0))
+    eye = torch.eye(16).expand(2, 16, 16)
+    slot = fit_slot(x, torch.arange(4000), None, eye, eye, 16)
+    centered = (x - slot.mean[:, None]).double()
+    y = torch.einsum("bcd,bnd->bcn", slot.encoder.double(), centered)
+    for bits, steps in slot.steps.items():
+        codes = (y / steps[..., None] + (2**bits - 1) / 2).round()
+        outside = ((codes < 0) | (codes > 2**bits - 1)).double().mean(-1)
+        torch.testing.assert_close(slot.saturated[bits].double(), outside, atol=1e-3, rtol=0)
+    assert 0 < slot.saturated[2].mean() < 0.2
+    assert slot.saturated[8].mean() < 0.001
+
+
+def test_the_share_of_saturated_coefficients_is_that_of_the_widths_of_the_codec() -> None:
+    fit = fitted("llama")
+    shares = [fit.saturated(bits) for bits in (2, 4, SAFE)]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 <= shares[-1] < shares[0] < 0.3
 
 
 def test_a_coefficient_that_is_always_zero_costs_nothing_and_has_a_step() -> None:
@@ -184,7 +205,7 @@ def drawn_slot(seed: int, heads: int = 1, bundles: int = 1, groups: int = 2) -> 
         left = left * torch.rand(bundles, count, generator=generator)
     matrices = torch.randn(2, bundles, count, heads // bundles * count, generator=generator)
     steps = {bits: torch.rand(bundles, count, generator=generator) + bits for bits in (2, 4, 6, 8)}
-    return FittedSlot(torch.zeros(heads, count), None, matrices[0], matrices[1], steps, costs)
+    return FittedSlot(torch.zeros(heads, count), None, matrices[0], matrices[1], steps, costs, {})
 
 
 def test_digits_stand_by_width_and_carry_step_and_place() -> None:
@@ -414,7 +435,8 @@ def test_bits_and_safety_are_scored_once_and_taken_whatever_they_lose(monkeypatc
 def test_the_promise_is_what_was_scored_and_the_bytes_of_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     (codec, expected), _ = reached(monkeypatch, lambda _: 0.125, lambda _: 0.25, bits=3.0)
     values = 3 * 2 * 2 * 16
-    assert expected.model_dump() == {
+    assert 0 < (expected.out_of_range or 0) < 0.1
+    assert expected.model_dump(exclude={"out_of_range"}) == {
         "context": 1000,
         "bits_per_value": 8 * codec.nbytes_of(1000) / (1000 * values),
         "coded_bits": codec.bits_per_value * values,

@@ -55,6 +55,15 @@ def test_the_notes_state_the_loss_what_is_coded_and_the_side_information() -> No
     assert stored.endswith("Shared by 32,000 stored tokens, it adds 0.050 bits per value.")
 
 
+def test_what_escapes_or_saturates_is_stated_where_it_was_counted() -> None:
+    expected = EXPECTED.model_copy(update={"out_of_range": 0.00123})
+    escaped = codec_table(EIGEN.model_copy(update={"expected": expected})).notes[1]
+    assert "0.12 % of the held-out integers exceed their table and cost 32 bits more." in escaped
+    saturated = live_table(LIVE.model_copy(update={"expected": expected})).notes[1]
+    assert "0.12 % of the packed coefficients saturate in the calibration set." in saturated
+    assert not any("%" in table.notes[1] for table in (codec_table(EIGEN), live_table(LIVE)))
+
+
 def test_without_an_interval_or_a_break_even_context_none_is_stated() -> None:
     expected = EXPECTED.model_copy(update={"delta_nll_interval": None})
     loss, stored = live_table(LIVE.model_copy(update={"expected": expected})).notes

@@ -100,10 +100,11 @@ def settings_of(**chosen: Any) -> EigenSettings:
 
 
 class Point(NamedTuple):
-    """A codec, and the mean bits of a coded held-out token under its entropy tables, without the states of the lanes."""
+    """A codec and what its entropy tables make of the held-out tokens."""
 
     codec: EigenCodec
-    coded_bits: float
+    coded_bits: float  # mean of a token, without the states of the lanes
+    escaped: float  # share of the integers that are beyond their table
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,11 +203,12 @@ class EigenFit:
             text=self.text,
             positions=self.positions,
         )
-        coded_bits = self.sizes[step] = self._coded_bits(codec)
+        coded_bits, escaped = self._coded(codec)
+        self.sizes[step] = coded_bits
         payload = coded_bits * self.settings.block / 8
         lanes = next((n for n in _LANES if 2 * n <= _WASTE * payload), _LANES[-1])
         release()
-        return Point(replace(codec, lanes=lanes), coded_bits)
+        return Point(replace(codec, lanes=lanes), coded_bits, escaped)
 
     def bits_per_value(self, point: Point, context: int) -> float:
         """Return the bits of a container of `context` tokens per cached value, as measured on the held-out sequences."""
@@ -233,16 +235,17 @@ class EigenFit:
         self.on_progress("fitting at one quantization step", len(spans), len(spans))
         return stages
 
-    def _coded_bits(self, codec: EigenCodec) -> float:
-        """Return the mean bits of the integers of a held-out token."""
-        bits, held = 0.0, self.held
+    def _coded(self, codec: EigenCodec) -> tuple[float, float]:
+        """Return the mean bits of the integers of a held-out token, and the share of them beyond their table."""
+        bits, escapes, held = 0.0, 0, self.held
         for rows in torch.arange(len(held.vectors)).split(_ROWS):
             z = held.vectors.columns(0, self.layout.width, rows)
             first = None if held.first is None else held.first[rows]
             symbols = codec.transform.quantize(z, codec.step, codec.quantizer, first)
             ranks = None if held.ranks is None else held.ranks[rows]
-            bits += codec.tables.bits(self._with_digits(ranks, symbols).T.numpy())
-        return bits / len(held.vectors)
+            more = codec.tables.bits_and_escapes(self._with_digits(ranks, symbols).T.numpy())
+            bits, escapes = bits + more[0], escapes + more[1]
+        return bits / len(held.vectors), escapes / (len(held.vectors) * len(codec.tables.table_of))
 
     def _with_digits(self, ranks: Tensor | None, symbols: Tensor) -> Tensor:
         """Put the digits of the tokens, if they are coded, before the integers of their coefficients [n, r]."""

@@ -54,7 +54,8 @@ def fit_target(
         assert max_nll is not None
         point = at_loss(fit, session, max_nll)
     quality = score_held_out(session, fit.held_out, {"fitted": point.codec})["fitted"]
-    return Fitted(point.codec, expected_of(quality, context, fit.bits_per_value(point, context), point.coded_bits))
+    bits_per_value = fit.bits_per_value(point, context)
+    return Fitted(point.codec, expected_of(quality, context, bits_per_value, point.coded_bits, point.escaped))
 
 
 def at_bits(

@@ -13,7 +13,7 @@ CONTEXT = 2048  # default context length, in tokens, at which a size is evaluate
 DEFAULT_MAX_NLL = 0.01  # default loss budget, in nats per token
 
 
-def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bits: float) -> Expected:
+def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bits: float, out_of_range: float) -> Expected:
     """Return the expected size and loss that are saved with a codec.
 
     Args:
@@ -21,11 +21,13 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
         context: context length, in tokens, of `bits_per_value`.
         bits_per_value: size of all that is stored, sinks, window and headers included.
         coded_bits: mean bits of one coded token, of all layers together.
+        out_of_range: share of the numbers that escape or saturate.
     """
     return Expected(
         context=context,
         bits_per_value=bits_per_value,
         coded_bits=coded_bits,
+        out_of_range=out_of_range,
         tokens=quality.tokens,
         delta_nll=quality.delta_nll,
         delta_nll_interval=quality.delta_nll_interval,

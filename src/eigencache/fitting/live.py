@@ -89,6 +89,18 @@ class LiveFit:
         Raises:
             BudgetError: `bits` is not above 0 and at most 8, or too low for one group of coefficients.
         """
+        return self._codec(self._widths_at(bits), name or f"{self.settings.describe()} · {bits:g} bits")
+
+    def saturated(self, bits: float) -> float:
+        """Return the share of the packed coefficients of the calibration vectors that are out of range in `at_bits`."""
+        widths = self._widths_at(bits)
+        shares = [
+            self.slots[place].saturated[b][widths[place] == b] for place in self.slots for b in self.slots[place].saturated
+        ]
+        return float(torch.cat(shares).double().mean())
+
+    def _widths_at(self, bits: float) -> dict[tuple[int, int], Tensor]:
+        """Return the bit widths of the highest rate that is at most `bits` per packed value; errors as for `at_bits`."""
         check_bits(bits)
         low, high = -60.0, 60.0  # logarithm of the price of a bit
         for _ in range(_ROUNDS):
@@ -97,7 +109,7 @@ class LiveFit:
         widths = self._widths(math.exp(high))
         if not self._rate(widths):
             raise BudgetError(f"{bits:g} bits per value are too few for one group of {GROUP} coefficients. Use more.")
-        return self._codec(widths, name or f"{self.settings.describe()} · {bits:g} bits")
+        return widths
 
     def safe(self) -> LiveCodec:
         """Return the codec of 6.9 bits per value, which loses less than 8 bits for all keys and 4 for all values."""

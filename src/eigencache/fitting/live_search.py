@@ -8,7 +8,7 @@ from eigencache.codec.live.codec import LiveCodec
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, StatisticsError
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, loss_of, score_held_out
-from eigencache.fitting.live import LiveFit
+from eigencache.fitting.live import SAFE, LiveFit
 from eigencache.kernels.packed.format import BLOCK
 from eigencache.records.fit import Expected
 
@@ -58,11 +58,12 @@ def fit_live_target(
             f"Sequences of {held_out.corpus.max_length} tokens are too short: no block of {BLOCK} tokens is ever packed. "
             f"Use `max_length` ≥ {2 * (exact + BLOCK)}."
         )
-    chosen = fit.safe() if safe else None if bits is None else fit.at_bits(bits)
-    candidates = [chosen] if chosen else [fit.at_bits(b) for b in TRIED]
-    names = {f"{codec.bits_per_value:.4f}": codec for codec in candidates}
+    rates = (SAFE,) if safe else TRIED if bits is None else (bits,)
+    tried = {rate: fit.safe() if safe else fit.at_bits(rate) for rate in rates}
+    rate_of = {f"{codec.bits_per_value:.4f}": rate for rate, codec in tried.items()}
+    names = {name: tried[rate] for name, rate in rate_of.items()}
     quality = score_held_out(session, held_out, names)
-    if chosen:
+    if len(rates) == 1:
         name = next(iter(names))
     else:
         ordered = sorted(names, key=float)
@@ -78,6 +79,10 @@ def fit_live_target(
     return FittedLive(
         codec,
         expected_of(
-            quality[name], context, 8 * codec.nbytes_of(context) / (context * values), codec.bits_per_value * values
+            quality[name],
+            context,
+            8 * codec.nbytes_of(context) / (context * values),
+            codec.bits_per_value * values,
+            fit.saturated(rate_of[name]),
         ),
     )

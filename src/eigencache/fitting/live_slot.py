@@ -27,6 +27,7 @@ class FittedSlot:
         decoder: rows of its inverse, of the same shape.
         steps: bit width → quantization steps [bundles, coefficients].
         costs: bit width, 0 included → mean squared error in the metric [bundles, coefficients].
+        saturated: bit width → share of the vectors whose coefficient is out of range [bundles, coefficients].
     """
 
     mean: Tensor
@@ -35,6 +36,7 @@ class FittedSlot:
     decoder: Tensor
     steps: dict[int, Tensor]
     costs: dict[int, Tensor]
+    saturated: dict[int, Tensor]
 
     def widths(self, price: float) -> Tensor:
         """Return the bit widths that minimize distortion + `price` · bits.
@@ -103,8 +105,10 @@ def fit_slot(
         encoders.append((torch.block_diag(*root[members]) @ basis).mT)
         decoders.append(basis.mT @ torch.block_diag(*inverse[members]))
         coefficients.append((vectors @ basis).mT)
-    steps, costs = fitted_steps(torch.stack(coefficients))
-    return FittedSlot(mean, rotated_mean or None, torch.stack(encoders), torch.stack(decoders), steps, costs)
+    y = torch.stack(coefficients)
+    steps, costs = fitted_steps(y)
+    saturated = {bits: (y.abs() > 2 ** (bits - 1) * s[..., None]).float().mean(-1) for bits, s in steps.items()}
+    return FittedSlot(mean, rotated_mean or None, torch.stack(encoders), torch.stack(decoders), steps, costs, saturated)
 
 
 def fitted_steps(y: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -13,11 +13,16 @@ _NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Expected(Record):
-    """Size and loss of a codec, measured at fitting on held-out sequences; stored in the card of the codec."""
+    """Size and loss of a codec, measured at fitting on held-out sequences; stored in the card of the codec.
+
+    `out_of_range` is, for `eigen`, the share of the integers beyond their entropy table, which cost 32 bits more. For a live
+    codec it is the share of the packed coefficients beyond their bit width, which saturate, in the calibration set.
+    """
 
     context: PositiveInt  # tokens; the context length of `bits_per_value`
     bits_per_value: _Positive  # all bytes of a sequence of `context` tokens
     coded_bits: _NonNegative  # bits per entropy-coded token, without the states of the lanes
+    out_of_range: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the numbers; None in codecs of before
     tokens: PositiveInt  # scored
     delta_nll: _Finite  # nats per token above the uncompressed cache
     delta_nll_interval: tuple[_Finite, _Finite] | None  # 95 %; None with fewer than 8 sequences

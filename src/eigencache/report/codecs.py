@@ -12,13 +12,26 @@ def codec_table(record: FittedEigenRecord) -> Table:
     coded = f"{record.coded_coefficients:,} of {record.values_per_token:,} coefficients per token are coded; {kept}"
     shared = 8 * record.stored_once_nbytes / (record.amortize * record.values_per_token)
     amortized = f"Shared by {record.amortize:,} stored tokens, it adds {shared:.3f} bits per value."
-    return _table(record, f"{coded} {_stored_once(record)} {amortized}")
+    return _table(record, f"{coded} {_escaped(record.expected)}{_stored_once(record)} {amortized}")
 
 
 def live_table(record: FittedLiveRecord) -> Table:
     """Return the bytes of one sequence by context length for a fitted `LiveCodec`."""
     kept = f"{record.sinks} sinks and at most {record.longest_window} most recent tokens are stored in 16 bits."
-    return _table(record, f"{record.packed_bits_per_value:.3f} bits per packed value; {kept} {_stored_once(record)}")
+    packed = f"{record.packed_bits_per_value:.3f} bits per packed value; {kept}"
+    return _table(record, f"{packed} {_saturated(record.expected)}{_stored_once(record)}")
+
+
+def _escaped(expected: Expected) -> str:
+    share = expected.out_of_range
+    return (
+        "" if share is None else f"{100 * share:.2g} % of the held-out integers exceed their table and cost 32 bits more. "
+    )
+
+
+def _saturated(expected: Expected) -> str:
+    share = expected.out_of_range
+    return "" if share is None else f"{100 * share:.2g} % of the packed coefficients saturate in the calibration set. "
 
 
 def _table(record: FittedRecord, note: str) -> Table:

@@ -57,6 +57,16 @@ def test_bits_are_what_the_words_take():
     assert 8 * len(data) == pytest.approx(tables.bits(symbols), rel=1e-3)
 
 
+def test_integers_beyond_their_table_are_counted():
+    tables, symbols = fit_tables(laplacian([3, 0.2, 900], 4000), np.arange(3)), laplacian([3, 0.2, 900], 500, seed=3)
+    before = tables.bits_and_escapes(symbols)[1]
+    symbols[0, 7], symbols[1, 9], symbols[2, 11] = 2**20, -3000, 2**30
+    bits, escapes = tables.bits_and_escapes(symbols)
+    assert before <= 2
+    assert escapes == before + 3
+    assert bits == tables.bits(symbols)
+
+
 def test_variances_are_about_those_of_what_was_fitted():
     symbols = laplacian([9, 0.4, 900], 20_000)
     found = fit_tables(symbols, np.array([2, 0, 1])).variances()

@@ -54,12 +54,17 @@ class EntropyTables:
 
     def bits(self, symbols: np.ndarray) -> float:
         """Return the ideal code length, Σ −log₂ of the shares, of `symbols` [coefficients, tokens] in bits."""
-        total = 0.0
+        return self.bits_and_escapes(symbols)[0]
+
+    def bits_and_escapes(self, symbols: np.ndarray) -> tuple[float, int]:
+        """Return what `bits` returns, and how many of the symbols are beyond their table and cost 32 bits more."""
+        total, escapes = 0.0, 0
         for table, (shift, half, edges) in enumerate(zip(self.shifts, self.halves, self.starts, strict=True)):
             counts = _counts(symbols[self.table_of == table], int(shift), int(half))
             bits = PRECISION - np.log2(np.diff(edges[: 2 * half + 3])) + np.append(np.full(2 * half + 1, shift), 32)
             total += float(counts @ bits)
-        return total
+            escapes += int(counts[-1])
+        return total, escapes
 
 
 def fit_tables(symbols: np.ndarray, table_of: np.ndarray) -> EntropyTables:
