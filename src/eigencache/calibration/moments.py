@@ -1,7 +1,7 @@
 """Capture the moments of a text in one pass; the probe and all PCA codecs are computed from them."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -9,7 +9,7 @@ from eigencache.calibration.accumulator import SAMPLED, WIDEST, Accumulator, Col
 from eigencache.calibration.pass_memory import beside_a_pass
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import ModelError, NonFiniteError, StatisticsError, TokenizerMismatchError
+from eigencache.errors import ModelError, NonFiniteError, TokenizerMismatchError
 from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.memory import release
 from eigencache.models.capture import Capture, CapturedLayer
@@ -46,7 +46,6 @@ def gather(
     *,
     layers: tuple[int, ...] | None = None,
     kinds: Collection[str] = KINDS,
-    first: int = 0,
     widest: int = WIDEST,
     sampled: int = SAMPLED,
 ) -> CapturedMoments:
@@ -58,7 +57,6 @@ def gather(
         scopes: scopes of the moments.
         layers: layers to capture; by default all that have a cache.
         kinds: kinds of tensors to keep.
-        first: tokens at the beginning of every sequence to leave out.
         widest: most dimensions of a matrix of moments at scope `all`.
         sampled: about how many vectors of all layers to keep, where they are too wide for a matrix of moments.
 
@@ -68,12 +66,9 @@ def gather(
         NoCacheError: the model has no cache.
         TokenizerMismatchError: the model does not embed all token ids.
         ModelError: the sequences are longer than the positions of the model.
-        StatisticsError: a pass or the moments exceed `memory`, or all sequences are too short.
+        StatisticsError: a pass or the moments exceed `memory`.
     """
     watch = Stopwatch()
-    sequences = replace(sequences, ids=[ids for ids in sequences.ids if len(ids) > first])
-    if not sequences.ids:
-        raise StatisticsError(f"No sequence has more than the {first} first tokens, which are left out. Give longer text.")
     left = beside_a_pass(session, sequences)
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     accumulator, columns, done = None, {}, 0
@@ -86,23 +81,19 @@ def gather(
                     input_ids.to(session.loaded.device), attention_mask.to(session.loaded.device) if padded else None
                 )
             check_finite(captured)
-            tensors = {
-                name: {i: x[:, :, first:] for i, x in layers.items()}
-                for name, layers in captured_by_name(captured).items()
-                if kind_and_frame(name)[0] in kinds
-            }
+            tensors = {n: t for n, t in captured_by_name(captured).items() if kind_and_frame(n)[0] in kinds}
             if accumulator is None:
                 columns = shapes_of(tensors)
                 accumulator = Accumulator(
                     columns,
                     scopes,
                     sequences=len(sequences.ids),
-                    tokens=sum(len(ids) - first for ids in sequences.ids),
+                    tokens=sum(map(len, sequences.ids)),
                     budget=left,
                     widest=widest,
                     sampled=sampled,
                 )
-            accumulator.add(tensors, indices, [length - first for length in lengths])
+            accumulator.add(tensors, indices, lengths)
             del captured, tensors
             release()
             done += len(indices)

@@ -87,8 +87,6 @@ class PCASettings:
 class PCACalibration:
     """The moments and metrics of a model on a text, from which any PCA codec is fitted; each is measured on first use.
 
-    Both leave out the first tokens of every sequence, which are attention sinks in pretrained models and stored exactly.
-
     Args:
         session: the model and how it is run; `seed` draws random bases.
         sequences: the calibration text.
@@ -135,9 +133,7 @@ class PCACalibration:
     @cached_property
     def captured(self) -> CapturedMoments:
         """The moments of the calibration text."""
-        return self.gathered or gather(
-            self.session, self.sequences, self.scopes, kinds=self._kinds, first=FIRST_EXACT, sampled=_SAMPLED
-        )
+        return self.gathered or gather(self.session, self.sequences, self.scopes, kinds=self._kinds, sampled=_SAMPLED)
 
     @cached_property
     def _kinds(self) -> tuple[str, str]:
