@@ -59,14 +59,13 @@ def fit_live_target(
             f"Use `max_length` ≥ {2 * (exact + BLOCK)}."
         )
     rates = (SAFE,) if safe else TRIED if bits is None else (bits,)
-    tried = {rate: fit.safe() if safe else fit.at_bits(rate) for rate in rates}
-    rate_of = {f"{codec.bits_per_value:.4f}": rate for rate, codec in tried.items()}
-    names = {name: tried[rate] for name, rate in rate_of.items()}
-    quality = score_held_out(session, held_out, names)
+    codecs = [(rate, fit.safe() if safe else fit.at_bits(rate)) for rate in rates]
+    tried = {f"{codec.bits_per_value:.4f}": (rate, codec) for rate, codec in codecs}
+    quality = score_held_out(session, held_out, {name: codec for name, (_, codec) in tried.items()})
     if len(rates) == 1:
-        name = next(iter(names))
+        name = next(iter(tried))
     else:
-        ordered = sorted(names, key=float)
+        ordered = sorted(tried, key=float)
         within = [i for i in range(len(ordered)) if all(loss_of(quality[n]) <= limit for n in ordered[i:])]
         if not within:
             least = loss_of(quality[ordered[-1]])
@@ -74,7 +73,7 @@ def fit_live_target(
                 f"`max_nll`={limit:g} nats cannot be met: 8 bits lose {least:.4f} nats. Use a larger `max_nll`."
             )
         name = ordered[within[0]]
-    codec = names[name]
+    rate, codec = tried[name]
     values = session.loaded.geometry.values_per_token
     return FittedLive(
         codec,
@@ -83,6 +82,6 @@ def fit_live_target(
             context,
             8 * codec.nbytes_of(context) / (context * values),
             codec.bits_per_value * values,
-            fit.saturated(rate_of[name]),
+            fit.saturated(rate),
         ),
     )
