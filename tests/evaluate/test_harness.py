@@ -149,19 +149,19 @@ def test_a_saved_codec_is_read_from_its_folder(saved: Path) -> None:
 def test_a_saved_eigen_codec_is_read_from_its_folder(tmp_path: Path) -> None:
     loaded, chosen, watch = bundled("ref-llama"), EigenSettings(metric="frobenius"), Stopwatch()
     text = pack(read_text("stdlib"), loaded.tokenizer, tokens=4096, max_length=128)
-    codec, coded_bits = fit_eigen(CalibrationSet(Session(loaded), text), chosen).at_step(2.0)
+    point = fit_eigen(CalibrationSet(Session(loaded), text), chosen).at_step(2.0)
     expected = Expected(
         context=128,
         bits_per_value=1,
-        coded_bits=coded_bits,
+        coded_bits=point.coded_bits,
         tokens=1,
         delta_nll=0,
         delta_nll_interval=None,
         kl=0,
         top1_agreement=1,
     )
-    save_codec(tmp_path / "codec", codec, *eigen_fitting_of(chosen, expected, loaded, text, watch.run(0, {})))
-    given = ("none", str(tmp_path / "codec"), codec)
+    save_codec(tmp_path / "codec", point.codec, *eigen_fitting_of(chosen, expected, loaded, text, watch.run(0, {})))
+    given = ("none", str(tmp_path / "codec"), point.codec)
     plain, low, again = (model(one).loglikelihood(asked("loglikelihood", *PAIRS)) for one in given)
     assert low == again
     assert low[0][0] != plain[0][0]
