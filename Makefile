@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: run test test-fast test-versions check docs clean
 
 run: $(VENV)/.run
-	$(BIN)/eigencache report smollm2 ref-deepseek --tokens 20480 --held-out-tokens 4096
+	$(BIN)/eigencache report smollm2 ref-deepseek --tokens 20480 --held-out-tokens 2048
 
 test: $(VENV)/.dev
 	$(PYTEST)

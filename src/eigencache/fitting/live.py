@@ -159,9 +159,10 @@ def fit_live(source: CalibrationSet, settings: LiveSettings | None = None) -> Li
     live = [_live(stored(place)) for place in places]
     roots, inverses = scaled_metrics([metrics[place] for place in places], alpha, live)
     slots = {}
-    for place, root, inverse in zip(places, roots, inverses, strict=True):
+    for done, (place, root, inverse) in enumerate(zip(places, roots, inverses, strict=True), 1):
         slots[place] = fit_slot(stored(place), positions, rotations.get(place), root, inverse, settings.shared)
         release()
+        source.session.on_progress("fitting bases and steps of the live cache", done, len(places))
     return LiveFit(settings, slots, sinks, source.session.loaded.model.dtype, reach)
 
 

@@ -93,6 +93,7 @@ class PCACalibration:
         scopes: the scopes of the moments to collect.
         gathered: moments of `sequences` in `scopes`, where they have been captured before.
         metrics: the metrics measured so far, by name.
+        metric_tokens: tokens of the text that a metric is measured on.
 
     Raises:
         StatisticsError: sequences so long that the model rotates their keys differently.
@@ -103,6 +104,7 @@ class PCACalibration:
     scopes: tuple[Scope, ...] = ("head",)
     gathered: CapturedMoments | None = None
     metrics: dict[str, Metrics] = field(default_factory=dict)
+    metric_tokens: int = METRIC_TOKENS
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -115,7 +117,7 @@ class PCACalibration:
     def metric(self, name: str) -> Metrics:
         """Return a metric's matrices, measured on first use. Raises `StatisticsError` for an unknown name."""
         if name not in self.metrics:
-            text = spread_out(self.sequences, METRIC_TOKENS)
+            text = spread_out(self.sequences, self.metric_tokens)
             self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
         return self.metrics[name]
 

@@ -64,6 +64,7 @@ class CodecSearch:
         metrics: Error metrics that were measured on the calibration text before, by name.
         shared: Fit all families on the same vectors. By default `live` samples its own, as its command does, and the vectors
             of `eigen` are freed before.
+        most_vectors: Most vectors to fit on. None: as many as the memory allows.
         tolerance: Relative tolerance of a rate of `eigen`. The rate that was reached is recorded. A larger one is faster.
     """
 
@@ -76,6 +77,7 @@ class CodecSearch:
     rates: Mapping[CodecFamily, tuple[float, ...]]
     metrics: dict[str, Metrics] = field(default_factory=dict)
     shared: bool = False
+    most_vectors: int | None = None
     tolerance: float = 0.03
 
 
@@ -107,7 +109,7 @@ def measure_codecs(
         The codecs of every family with their losses. If the model or the text does not suit a family: the reason.
     """
     try:
-        source = CalibrationSet(session.named("codecs"), search.calibration, metrics=search.metrics)
+        source = CalibrationSet(session.named("codecs"), search.calibration, search.most_vectors, search.metrics)
     except REFUSALS as error:
         return [_refused(family, [f"{family}: {error}"]) for family in families]
     return [_measured_once(session.named(NAMES[family]), source, search, family, partials) for family in families]

@@ -25,7 +25,9 @@ from eigencache.studies.recommend.pca import PCAResult
 from eigencache.studies.recommend.recommend import CODEC_FAMILIES, assembled, chosen_in
 from eigencache.studies.sweep import Plan, sweep_model
 
-SHARES = (0.25, 0.5, 0.75)
+METRIC_TOKENS, VECTORS = 4096, 10_240  # fewer than a fit by itself takes, to judge in minutes
+TOLERANCE = 0.35  # of a rate of `eigen`: the rate that was reached is recorded, and hardly any step is fitted twice
+SHARES, WORST = (0.25, 0.5, 0.75), (0.5,)
 RATES: dict[CodecFamily, tuple[float, ...]] = {"eigen": (0.5, 1, 2), "live": (2.5, 4, SAFE)}
 QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 0.25, 0.5)), (4, (0.25, 0.5)))
 
@@ -49,10 +51,23 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     overlap = check_overlap(held_out.ids, text.ids)
     metrics: dict[str, Metrics] = {}
     try:
-        pca = _judged_pca(PCACalibration(session, text, gathered=gathered, metrics=metrics), held_out, protocol, budget)
+        calibration = PCACalibration(session, text, gathered=gathered, metrics=metrics, metric_tokens=METRIC_TOKENS)
+        pca = _judged_pca(calibration, held_out, protocol, budget)
     except REFUSALS as error:
         pca = PCAResult(refusal=str(error))
-    wanted = CodecSearch(text, held_out, None, budget, protocol, recipe, RATES, metrics, shared=True, tolerance=0.1)
+    wanted = CodecSearch(
+        text,
+        held_out,
+        None,
+        budget,
+        protocol,
+        recipe,
+        RATES,
+        metrics,
+        shared=True,
+        most_vectors=VECTORS,
+        tolerance=TOLERANCE,
+    )
     codecs = measure_codecs(session, wanted, CODEC_FAMILIES, {})
     return assembled(
         pca,
@@ -89,7 +104,7 @@ def verdict_plans(loaded: LoadedModel) -> list[Plan]:
     scopes = targets_and_scopes(loaded.geometry, WIDEST)
     plans = [Plan(PCASettings(target, "head", metric="fisher"), shares=SHARES) for target in targets_of(loaded)]
     if loaded.geometry.rope is not None and not loaded.geometry.mla:
-        plans.append(Plan(PCASettings("k", "head", "post", centered=False), shares=SHARES))
+        plans.append(Plan(PCASettings("k", "head", "post", centered=False), shares=WORST))
     whole = "latent" if loaded.geometry.mla else "kv"
     widest = PCASettings(whole, scopes[whole][-1], metric="fisher")
     return plans + [Plan(widest, bits, shares=shares) for bits, shares in QUANTIZED]
