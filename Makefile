@@ -13,12 +13,12 @@ OLDEST := 5.17.0
 NEWEST := 5.24.0
 PIP := $(BIN)/python -m pip install --quiet
 PINNED := $(PIP) --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 --durations-min 10
 
 .PHONY: run test test-fast test-versions check docs clean
 
 run: $(VENV)/.run
-	$(BIN)/eigencache report smollm2 ref-deepseek --tokens 20480 --held-out-tokens 2048
+	$(BIN)/eigencache report smollm2 ref-deepseek --tokens 20480 --held-out-tokens 4096 --max-length 256
 
 test: $(VENV)/.dev
 	$(PYTEST)

@@ -94,7 +94,11 @@ def run(
         Path | None, typer.Option("--save-codec", help="Folder to save the fitted codec in; needs a single rank.")
     ] = None,
     codec: Annotated[
-        Path | None, typer.Option("--codec", help="Folder of a saved codec of this model; nothing is fitted.")
+        Path | None,
+        typer.Option(
+            "--codec",
+            help="Folder of a saved codec of this model; nothing is fitted. A live codec is in its subfolder `live`.",
+        ),
     ] = None,
     force: Force = False,
     output: OutputJson = None,

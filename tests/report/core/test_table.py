@@ -31,7 +31,7 @@ def test_no_line_is_wider_than_the_terminal_and_rows_keep_their_identity(width: 
 def test_columns_are_hidden_from_the_right_and_named() -> None:
     text = " ".join(text_of(TABLE, 80).split())
     assert "Number 0" not in text.split("hidden at")[1] and "1000.125" in text
-    assert "7 columns hidden at 80 characters: Number 6, Number 7, " in text and "Number 11 and 1 more." in text
+    assert "7 columns hidden at 80 characters: Number 6; Number 7; " in text and "Number 11 and 1 more." in text
     needed = int(text.split("COLUMNS=")[1].rstrip("."))
     assert "hidden" not in text_of(TABLE, needed) and "hidden" in text_of(TABLE, needed - 1)
 
@@ -39,7 +39,7 @@ def test_columns_are_hidden_from_the_right_and_named() -> None:
 def test_columns_to_hide_first_are_hidden_first() -> None:
     table = Table("t", COLUMNS, ROWS, words=TABLE.words, identity=2, hidden_first=("Number 0", "Number 1"))
     (note,) = text_of(table, 130).split("hidden at 130 characters: ")[1:]
-    assert note.startswith("Number 0, Number 1")
+    assert note.startswith("Number 0; Number 1")
 
 
 def test_one_number_is_shown_however_narrow_the_terminal() -> None:

@@ -86,7 +86,7 @@ class Table:
     def _hidden_note(self, shown: list[int], room: int) -> str:
         """Name the hidden columns, and the width at which all are shown."""
         hidden = [name for index, name in enumerate(self.columns) if index not in shown]
-        names = ", ".join(hidden[:_NAMED]) + (f" and {len(hidden) - _NAMED} more" if len(hidden) > _NAMED else "")
+        names = "; ".join(hidden[:_NAMED]) + (f" and {len(hidden) - _NAMED} more" if len(hidden) > _NAMED else "")
         needed = self._needed(list(range(len(self.columns))), _WORD_LIMITS[1])
         return (
             f"{len(hidden)} column{'s' if len(hidden) > 1 else ''} hidden at {room} characters: {names}. All columns need "

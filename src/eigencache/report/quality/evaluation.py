@@ -76,8 +76,12 @@ def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
         cells = [found.get(codec, "not applicable") for codec in codecs]
         rows.append((one.task, f"{one.length}", depth, f"{one.uncompressed.accuracy:.2f}", *cells))
     examples = record.retrieval[0].uncompressed.examples
-    notes = (f"Share of {examples} examples whose answer tokens are all predicted as the most likely token.",)
-    return Table(f"{record.model.name}: retrieval", columns, tuple(rows), notes, identity=3)
+    notes = [f"Share of {examples} examples whose answer tokens are all predicted as the most likely token."]
+    if not all(one.applicable for one in record.retrieval):
+        notes.append(
+            "Not applicable: with the uncompressed cache, the model fails so often that no codec can be judged by it."
+        )
+    return Table(f"{record.model.name}: retrieval", columns, tuple(rows), tuple(notes), identity=3)
 
 
 def ledger_table(record: EvaluationRecord) -> Table:

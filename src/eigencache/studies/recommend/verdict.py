@@ -27,9 +27,9 @@ from eigencache.studies.sweep import Plan, sweep_model
 
 METRIC_TOKENS, VECTORS = 4096, 10_240  # fewer than a fit by itself takes, to judge in minutes
 TOLERANCE = 0.35  # of a rate of `eigen`: the rate that was reached is recorded, and hardly any step is fitted twice
-SHARES, WORST = (0.25, 0.5, 0.75), (0.5,)
+SHARES, WORST = (0.5, 0.75), (0.5,)
 RATES: dict[CodecFamily, tuple[float, ...]] = {"eigen": (0.5, 1, 2), "live": (2.5, 4, SAFE)}
-QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.125, 0.25, 0.5)), (4, (0.25, 0.5)))
+QUANTIZED: tuple[tuple[CoefficientBits, tuple[float, ...]], ...] = ((8, (0.25, 0.5)), (4, (0.25, 0.5)))
 
 
 def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budget: Budget, recipe: Recipe) -> Advice:
