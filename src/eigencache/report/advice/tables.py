@@ -77,7 +77,9 @@ def _settings(advice: Advice) -> Table:
         "ΔNLL, held-out",
     )
     candidates = [c for c in (advice.chosen, *advice.others, advice.nearest) if c is not None]
-    title = "best PCA setting of every target within the budget" if advice.chosen else "no PCA setting within the budget"
+    title = (
+        "best PCA setting of every target, chosen within the budget" if advice.chosen else "no PCA setting within the budget"
+    )
     return Table(
         f"{advice.model.name}: {title}",
         columns,

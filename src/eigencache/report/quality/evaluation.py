@@ -33,10 +33,11 @@ def likelihood_table(record: EvaluationRecord) -> Table:
         for part in record.likelihood
         for quality in part.results
     )
+    intervals = any(quality.delta_nll_interval for part in record.likelihood for quality in part.results)
     notes = (
         f"{record.corpus.name}; basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
         "Ratio = bytes of the compressed tokens in 16 bits / bytes of them compressed. The basis is stored once and not "
-        "included. Intervals: 95 %, paired bootstrap over sequences.",
+        "included." + (" Intervals: 95 %, paired bootstrap over sequences." if intervals else ""),
     )
     warnings = tuple(record.warnings)
     return Table(f"{record.model.name}: likelihood", columns, rows, notes, warnings, frozenset({"Protocol"}), 2)
