@@ -76,6 +76,16 @@ def test_fit_shows_both_codecs_and_writes_the_live_one_beside_the_other(fitted: 
     assert "bits per packed value" in out[live:] and "most recent tokens are stored in 16 bits" in out[live:]
 
 
+@pytest.mark.parametrize(("codec", "noted"), [("codec", True), (f"codec/{LIVE}", False)])
+def test_evaluate_says_which_of_both_codecs_it_leaves_out(
+    here: Path, codec: str, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("--tokens", 2048, "--max-length", 256, "--prompts", 0, "--tasks", "none")
+    out = said(capsys, "evaluate", "ref-llama", "--codec", codec, *few)
+    assert (f"The live codec of codec was not evaluated. For it, give --codec codec/{LIVE}" in out) is noted
+    assert ("eigen · groups" in out) is noted
+
+
 def test_each_folder_holds_what_was_asked_for(fitted: tuple[Path, str]) -> None:
     stored, live = load_codec(fitted[0] / "codec"), load_live(fitted[0] / "codec")
     assert isinstance(stored.codec, EigenCodec) and isinstance(live.codec, LiveCodec)

@@ -123,6 +123,7 @@ def run(
     from eigencache.api import evaluate
     from eigencache.cli.progress import progress_bar
     from eigencache.codec.pca import CoefficientBits as CodecBits
+    from eigencache.codec.saved.folder import LIVE
     from eigencache.corpora.resolve import read_text
     from eigencache.fitting.pca import PCASettings
     from eigencache.report.quality.evaluation import evaluation_tables
@@ -163,6 +164,9 @@ def run(
     console = Console()
     for table in evaluation_tables(record):
         console.print(table)
+    if codec and (codec / LIVE).is_dir():
+        note = f"The live codec of {codec} was not evaluated. For it, give --codec {codec / LIVE}"
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_written(output, save_to)
 
 
