@@ -41,7 +41,7 @@ class Goal:
             max_nll: largest ΔNLL and largest KL, in nats per token.
 
         Raises:
-            BudgetError: several targets are given, or one is not a number above 0.
+            BudgetError: several targets are given, or one is not a number above 0, or no smaller than 16 bits per value.
         """
         given = {name: x for name, x in (("bits", bits), ("ratio", ratio), ("max_nll", max_nll)) if x is not None}
         if len(given) > 1:
@@ -52,6 +52,9 @@ class Goal:
                 raise BudgetError(f"`{name}`={x!r} must be a number above 0, not a {type(x).__name__}.")
             if not (isfinite(x) and x > 0):
                 raise BudgetError(f"`{name}`={x:g} must be a number above 0.")
+            if (name == "bits" and x >= 16) or (name == "ratio" and x <= 1):
+                remedy = "bits below 16" if name == "bits" else "a ratio above 1"
+                raise BudgetError(f"`{name}`={x:g} would not be smaller than the 16-bit cache. Use {remedy}.")
         if ratio is not None:
             return cls(bits=16 / ratio)
         return cls(bits, None if bits else max_nll or DEFAULT_MAX_NLL)
