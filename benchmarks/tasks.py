@@ -212,7 +212,8 @@ def main() -> None:
     examples = [e for path in arguments.data for e in examples_of(path, arguments.samples, arguments.execute)]
     points, output = arguments.codecs.split(","), arguments.output
     lines: list[dict[str, Any]] = json.loads(output.read_text()) if output and output.exists() else []
-    done = {(line["task"], line["name"]): line["results"] for line in lines if line["model"] == arguments.model}
+    own = [line for line in lines if line["model"] == arguments.model]
+    done = {(line["task"], line["name"]): line["results"] for line in own}
     codecs: dict[str, Codec | None] = {}
     try:
         loaded = load(arguments.model)
@@ -222,20 +223,19 @@ def main() -> None:
             made = fitted(session, points, arguments.calibration_text, arguments.calibration_tokens)
             codecs = {UNCOMPRESSED: None, **made}
         for example in track(examples, "answering"):
-            results = done.get((example.task, example.name), {})
+            results = done.setdefault((example.task, example.name), {})
             missing = {name: codec for name, codec in codecs.items() if name not in results}
             if not missing:
                 continue
+            if not results:
+                own.append({"model": arguments.model, "task": example.task, "name": example.name, "results": results})
+                lines.append(own[-1])
             results |= measure(loaded, example, missing)
-            if (example.task, example.name) not in done:
-                done[example.task, example.name] = results
-                line = {"model": arguments.model, "task": example.task, "name": example.name, "results": results}
-                lines.append(line)
             if output:
                 output.write_text(json.dumps(lines, indent=1))
     except EigencacheError as error:
         sys.exit(str(error))
-    table = table_of(arguments.model, [x for x in lines if x["model"] == arguments.model], [UNCOMPRESSED, *points])
+    table = table_of(arguments.model, own, [UNCOMPRESSED, *points])
     print(table.markdown()) if arguments.markdown else Console().print(table)
 
 
