@@ -120,6 +120,9 @@ def test_a_gguf_file_whose_end_is_missing_says_so(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match=r"cut\.gguf: cannot be loaded: it is not a whole GGUF file .*Download it again\.$"):
         load(str(tmp_path / "cut.gguf"), tokenizer="ref-llama")
+    (tmp_path / "head.gguf").write_bytes(data[:100])
+    with pytest.raises(ModelError, match=r"head\.gguf: cannot be loaded: it (ends within|is not a whole).*Download it again\.$"):
+        load(str(tmp_path / "head.gguf"), tokenizer="ref-llama")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF" + bytes(60), b"no model at all"])

@@ -274,7 +274,9 @@ class _one_line:
                     f"{self.spec}: not a model on the hub, not a folder, not one of {', '.join(NAMES)}"
                     f"{did_you_mean(self.spec)}: check the name"
                 ) from error
-            case OSError() | ValueError() | ImportError() | KeyError() | IndexError() | RuntimeError() | struct.error():
+            case struct.error():
+                raise ModelError(f"{self.spec}: cannot be loaded: it ends within its header. Download it again.") from error
+            case OSError() | ValueError() | ImportError() | KeyError() | IndexError() | RuntimeError():
                 local = self.spec in NAMES or Path(self.spec).expanduser().exists()
                 guess = "" if local else did_you_mean(self.spec)
                 raise ModelError(f"{self.spec}: cannot be loaded{guess}: {_first_line(error)}") from error
