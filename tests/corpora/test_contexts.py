@@ -43,7 +43,7 @@ ENOUGH = {"tokens": 65_536, "distinct": 60_000, "repetition": 0.08, "sequences":
 
 def test_enough_text_gives_no_warning():
     assert context_warnings(**ENOUGH) == []
-    assert context_warnings(**ENOUGH | {"distinct": MIN_CONTEXTS, "repetition": 0.5, "sequences": 16}) == []
+    assert context_warnings(**ENOUGH | {"distinct": MIN_CONTEXTS, "repetition": 0.5, "sequences": 8}) == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_enough_text_gives_no_warning():
         ),
         ({"distinct": 999}, "TOO LITTLE TEXT: only 999 distinct 8-token contexts (minimum 1,000): "),
         ({"copies": 3}, "COPIED SEQUENCES: 3 of 128 equal an earlier one: held-out figures are not held out"),
-        ({"sequences": 15}, "FEW SEQUENCES: 15 (minimum 16): no intervals are given"),
+        ({"sequences": 7}, "FEW SEQUENCES: 7 (minimum 8): no intervals are given"),
     ],
 )
 def test_each_lack_gives_one_sentence_with_its_figures(changed, warning):

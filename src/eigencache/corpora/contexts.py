@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 CONTEXT = 8  # tokens; a power of two. Contexts that differ within 8 tokens give different vectors in every trained model
 MAX_REPETITION = 0.5  # above it, most contexts repeat an earlier one, and the halves for held-out statistics are copies
 MIN_CONTEXTS = 1_000  # about ten per dimension of a head of 96: fewer do not support a rank
-MIN_SEQUENCES = 16  # a bootstrap over fewer gives intervals that are too narrow
+MIN_SEQUENCES = 8  # a bootstrap over fewer gives intervals that are too narrow
 
 
 def distinct_contexts(ids: Iterable[ArrayLike]) -> int:

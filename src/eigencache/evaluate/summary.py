@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from eigencache.corpora.contexts import MIN_SEQUENCES
 from eigencache.records.base import Interval
 from eigencache.records.quality import Quality, SequenceLoss
 
 REPLICATES = 2000
-MIN_SEQUENCES = 8  # bootstrap intervals of fewer sequences are too narrow
 
 
 def summarize(

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from eigencache.corpora.contexts import distinct_contexts, total_contexts
+from eigencache.corpora.contexts import MIN_SEQUENCES, distinct_contexts, total_contexts
 from eigencache.corpora.overlap import MAX_SHARE, overlap_share
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError
-from eigencache.evaluate.summary import MIN_SEQUENCES
 from eigencache.records.quality import ReadingProtocol
 
 
