@@ -121,7 +121,9 @@ def test_a_gguf_file_whose_end_is_missing_says_so(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cut\.gguf: cannot be loaded: it is not a whole GGUF file .*Download it again\.$"):
         load(str(tmp_path / "cut.gguf"), tokenizer="ref-llama")
     (tmp_path / "head.gguf").write_bytes(data[:100])
-    with pytest.raises(ModelError, match=r"head\.gguf: cannot be loaded: it (ends within|is not a whole).*Download it again\.$"):
+    with pytest.raises(
+        ModelError, match=r"head\.gguf: cannot be loaded: it (ends within|is not a whole).*Download it again\.$"
+    ):
         load(str(tmp_path / "head.gguf"), tokenizer="ref-llama")
 
 
