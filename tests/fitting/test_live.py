@@ -445,6 +445,7 @@ def test_the_promise_is_what_was_scored_and_the_bytes_of_the_context(monkeypatch
         "delta_nll_interval": (-0.5, 0.5),
         "kl": 0.25,
         "top1_agreement": 0.75,
+        "chosen_by_loss": False,
     }
     assert codec.bits_per_value < expected.bits_per_value < 16
 
@@ -456,7 +457,7 @@ def test_the_smallest_codec_within_the_loss_is_taken(goal: dict[str, float], mon
     sizes = sorted(c.bits_per_value for c in scored.codecs.values())
     assert len(sizes) >= 10 and sizes[0] <= 1.5 and sizes[-1] <= 8
     assert codec.bits_per_value == min(b for b in sizes if 4.0**-b <= limit)
-    assert expected.delta_nll == 4.0**-codec.bits_per_value
+    assert expected.delta_nll == 4.0**-codec.bits_per_value and expected.chosen_by_loss
 
 
 def test_a_loss_is_kept_by_the_divergence_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,13 @@ def test_without_an_interval_or_a_break_even_context_none_is_stated() -> None:
     assert stored.endswith("no sequence is long enough to break even.")
 
 
+def test_a_loss_that_chose_the_size_is_said_to_be_biased() -> None:
+    chosen = EXPECTED.model_copy(update={"chosen_by_loss": True})
+    said = "The size was chosen on the same tokens, which biases the loss downwards."
+    assert live_table(LIVE.model_copy(update={"expected": chosen})).notes[0].endswith(said)
+    assert said not in live_table(LIVE).notes[0]
+
+
 @pytest.mark.parametrize("record", [EIGEN, LIVE])
 def test_a_record_survives_json(record) -> None:
     assert type(record).model_validate_json(record.model_dump_json()) == record

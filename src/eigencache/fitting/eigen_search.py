@@ -55,7 +55,8 @@ def fit_target(
         point = at_loss(fit, session, max_nll)
     quality = score_held_out(session, fit.held_out, {"fitted": point.codec})["fitted"]
     bits_per_value = fit.bits_per_value(point, context)
-    return Fitted(point.codec, expected_of(quality, context, bits_per_value, point.coded_bits, point.escaped))
+    expected = expected_of(quality, context, bits_per_value, point.coded_bits, point.escaped, bits is None)
+    return Fitted(point.codec, expected)
 
 
 def at_bits(

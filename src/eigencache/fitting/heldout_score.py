@@ -13,7 +13,9 @@ CONTEXT = 2048  # default context length, in tokens, at which a size is evaluate
 DEFAULT_MAX_NLL = 0.01  # default loss budget, in nats per token
 
 
-def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bits: float, out_of_range: float) -> Expected:
+def expected_of(
+    quality: Quality, context: int, bits_per_value: float, coded_bits: float, out_of_range: float, chosen_by_loss: bool
+) -> Expected:
     """Return the expected size and loss that are saved with a codec.
 
     Args:
@@ -22,6 +24,7 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
         bits_per_value: size of all that is stored, sinks, window and headers included.
         coded_bits: mean bits of one coded token, of all layers together.
         out_of_range: share of the numbers that escape or saturate.
+        chosen_by_loss: whether the size is the smallest within a loss on the held-out sequences.
     """
     return Expected(
         context=context,
@@ -33,6 +36,7 @@ def expected_of(quality: Quality, context: int, bits_per_value: float, coded_bit
         delta_nll_interval=quality.delta_nll_interval,
         kl=quality.kl,
         top1_agreement=quality.top1_agreement,
+        chosen_by_loss=chosen_by_loss,
     )
 
 

@@ -83,5 +83,6 @@ def fit_live_target(
             8 * codec.nbytes_of(context) / (context * values),
             codec.bits_per_value * values,
             fit.saturated(rate),
+            len(rates) > 1,
         ),
     )

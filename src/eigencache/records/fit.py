@@ -28,6 +28,7 @@ class Expected(Record):
     delta_nll_interval: tuple[_Finite, _Finite] | None  # 95 %; None with fewer than 8 sequences
     kl: _Finite  # nats per token; rounding can make it negative
     top1_agreement: Annotated[float, Field(ge=0, le=1)]  # share of tokens
+    chosen_by_loss: bool = False  # whether the size is the smallest within a loss on these tokens
 
 
 class FittedRecord(Record):

@@ -69,4 +69,4 @@ def _loss(expected: Expected) -> str:
     return (
         f"ΔNLL {loss} per token, KL {expected.kl:.4f} nats, top-1 agreement {100 * expected.top1_agreement:.1f} %, on "
         f"{expected.tokens:,} held-out tokens; the first half of every sequence is compressed."
-    )
+    ) + (" The size was chosen on the same tokens, which biases the loss downwards." if expected.chosen_by_loss else "")
