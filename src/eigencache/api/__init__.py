@@ -1,7 +1,8 @@
 """The Python API: one public function per command. The command line parses, calls these and prints."""
 
+from eigencache.api.bench import bench
 from eigencache.api.codec import CacheCodec
-from eigencache.api.compress import bench, evaluate, recommend, sweep
+from eigencache.api.compress import evaluate, recommend, sweep
 from eigencache.api.fit import fit
 from eigencache.api.generate import generate, speed
 from eigencache.api.measure import compare, probe, report, score
