@@ -14,3 +14,16 @@ def test_fewer_vectors_are_sampled_evenly_over_the_text() -> None:
     assert few.samples.lengths == (40,) * 7 and few.held_out_samples.lengths == (40,)
     rows = torch.cat([torch.arange(i * 40, i * 40 + 40) for i in range(0, 28, 4)])
     assert torch.equal(few.samples.vectors(), whole.samples.vectors(rows))
+
+
+def test_a_metric_is_measured_on_as_many_tokens_as_told() -> None:
+    read: list[int] = []
+
+    def on_progress(what: str, _done: int, of: int) -> None:
+        if what == "fisher metric":
+            read.append(of)
+
+    for tokens in (80, 160):
+        session = Session(tiny_loaded("llama"), batch_size=1, on_progress=on_progress)
+        CalibrationSet(session, random_sequences(*[40] * 32), metric_tokens=tokens).metric("fisher")
+    assert set(read) == {2, 4}  # sequences of 40 tokens

@@ -42,6 +42,7 @@ class CalibrationSet:
             over the text; None: no limit but the session's memory.
         metrics: the metrics measured so far, by name. A `replace` of the set shares them.
         gradients: the gradient energy measured with the metric of a name.
+        metric_tokens: tokens of the text that a metric is measured on.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -52,6 +53,7 @@ class CalibrationSet:
     most_vectors: int | None = None
     metrics: dict[str, Metrics] = field(default_factory=dict)
     gradients: dict[str, GradientEnergy] = field(default_factory=dict)
+    metric_tokens: int = METRIC_TOKENS
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -113,7 +115,7 @@ class CalibrationSet:
 
     def _measured(self, name: str) -> Metrics:
         if name not in self.metrics:
-            text = spread_out(self.fitted_on, METRIC_TOKENS)
+            text = spread_out(self.fitted_on, self.metric_tokens)
             if name == "fisher":  # its backward passes give the gradient energy as well
                 self.metrics[name], self.gradients[name] = measure_fisher(self.session, text, self.rotations)
             else:

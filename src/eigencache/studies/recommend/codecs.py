@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eigencache.calibration.calibration_set import CalibrationSet
-from eigencache.calibration.metrics import Metrics
+from eigencache.calibration.metrics import METRIC_TOKENS, Metrics
 from eigencache.calibration.session import Session
 from eigencache.codec.byte_ledger import ledger, paid_back_at
 from eigencache.codec.eigen.codec import EigenCodec
@@ -65,6 +65,7 @@ class CodecSearch:
         shared: Fit all families on the same vectors. By default `live` samples its own, as its command does, and the vectors
             of `eigen` are freed before.
         most_vectors: Most vectors to fit on. None: as many as the memory allows.
+        metric_tokens: Tokens that other metrics are measured on.
         tolerance: Relative tolerance of a rate of `eigen`. The rate that was reached is recorded. A larger one is faster.
     """
 
@@ -78,6 +79,7 @@ class CodecSearch:
     metrics: dict[str, Metrics] = field(default_factory=dict)
     shared: bool = False
     most_vectors: int | None = None
+    metric_tokens: int = METRIC_TOKENS
     tolerance: float = 0.03
 
 
@@ -109,7 +111,13 @@ def measure_codecs(
         The codecs of every family with their losses. If the model or the text does not suit a family: the reason.
     """
     try:
-        source = CalibrationSet(session.named("codecs"), search.calibration, search.most_vectors, search.metrics)
+        source = CalibrationSet(
+            session.named("codecs"),
+            search.calibration,
+            search.most_vectors,
+            search.metrics,
+            metric_tokens=search.metric_tokens,
+        )
     except REFUSALS as error:
         return [_refused(family, [f"{family}: {error}"]) for family in families]
     return [_measured_once(session.named(NAMES[family]), source, search, family, partials) for family in families]

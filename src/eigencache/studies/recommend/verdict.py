@@ -25,7 +25,7 @@ from eigencache.studies.recommend.pca import PCAResult
 from eigencache.studies.recommend.recommend import CODEC_FAMILIES, assembled, chosen_in
 from eigencache.studies.sweep import Plan, sweep_model
 
-METRIC_TOKENS, VECTORS = 4096, 10_240  # fewer than a fit by itself takes, to judge in minutes
+QUICK_METRIC_TOKENS, VECTORS = 4096, 10_240  # fewer than a fit by itself takes, to judge in minutes
 TOLERANCE = 0.35  # of a rate of `eigen`: the rate that was reached is recorded, and hardly any step is fitted twice
 SHARES, WORST = (0.5, 0.75), (0.5,)
 RATES: dict[CodecFamily, tuple[float, ...]] = {"eigen": (0.5, 1, 2), "live": (2.5, 4, SAFE)}
@@ -51,7 +51,7 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     overlap = check_overlap(held_out.ids, text.ids)
     metrics: dict[str, Metrics] = {}
     try:
-        calibration = PCACalibration(session, text, gathered=gathered, metrics=metrics, metric_tokens=METRIC_TOKENS)
+        calibration = PCACalibration(session, text, gathered=gathered, metrics=metrics, metric_tokens=QUICK_METRIC_TOKENS)
         pca = _judged_pca(calibration, held_out, protocol, budget)
     except REFUSALS as error:
         pca = PCAResult(refusal=str(error))
@@ -66,6 +66,7 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
         metrics,
         shared=True,
         most_vectors=VECTORS,
+        metric_tokens=QUICK_METRIC_TOKENS,
         tolerance=TOLERANCE,
     )
     codecs = measure_codecs(session, wanted, CODEC_FAMILIES, {})
