@@ -7,7 +7,8 @@ from eigencache.calibration import metrics
 from eigencache.calibration.metrics import check_metric, metric, metric_named, metric_names
 from eigencache.calibration.session import Session
 from eigencache.errors import StatisticsError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 
 
 def test_a_registered_metric_is_measured_and_used(loaded, sequences, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CodecError, ModelError
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.fitting.provenance import eigen_fitting_of, fitting_of
 from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch

@@ -7,7 +7,8 @@ import torch
 
 from eigencache.calibration.session import Session
 from eigencache.errors import NonFiniteError, StatisticsError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from tiny_models import tiny
 
 

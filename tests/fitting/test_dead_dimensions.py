@@ -23,7 +23,8 @@ from eigencache.codec.layout import Layout, Part
 from eigencache.codec.saved.folder import load_codec
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
 from eigencache.fitting.live import fit_live
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.geometry import geometry_from_config
 from eigencache.models.folding import bases_of
 from eigencache.models.load import LoadedModel, with_evidence

@@ -16,7 +16,8 @@ from eigencache.codec.pca import PCACodec
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.live import LiveSettings, fit_live
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.models.tapped_cache import tapped_cache
 from stub_codecs import random_sequences, tiny_loaded
 

@@ -5,7 +5,8 @@ import pytest
 from eigencache.calibration.session import Session
 from eigencache.errors import CodecError, StatisticsError, UnsupportedArchitectureError
 from eigencache.evaluate.likelihood import score_through_cache
-from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of, width_of
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, targets_of, width_of
 from eigencache.records.quality import ReadingProtocol
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,8 @@ from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CorpusError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.fitting.provenance import fitting_of
 from eigencache.records.quality import EvaluationRecord, ReadingProtocol
 from eigencache.studies.evaluation import evaluate_codecs

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from eigencache.calibration.session import Session
 from eigencache.codec.saved.folder import SavedCodec, load_codec, save_codec
 from eigencache.errors import CodecError
-from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, targets_of
 from eigencache.fitting.provenance import fitting_of
 from eigencache.geometry import geometry_from_config
 from eigencache.models.codec_check import check_belongs

@@ -5,7 +5,8 @@ import torch
 
 from eigencache.calibration.session import Session
 from eigencache.errors import CodecError, UnsupportedArchitectureError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.geometry import geometry_from_config
 from eigencache.models.folding import coefficient_cache, folded
 from eigencache.models.load import LoadedModel

@@ -13,7 +13,8 @@ from eigencache import CompressedCache
 from eigencache.calibration.attention_metric import attention_metrics
 from eigencache.calibration.session import Session
 from eigencache.errors import UnsupportedArchitectureError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.fitting.token_predictor import vocabulary
 from eigencache.models.folding import coefficient_cache, folded
 from eigencache.models.key_bias import key_biases

@@ -8,7 +8,8 @@ from eigencache.calibration.session import Session
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import pack
 from eigencache.errors import CorpusError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.records.quality import EvaluationRecord, ReadingProtocol
 from eigencache.report.quality.evaluation import evaluation_tables
 from eigencache.studies.evaluation import evaluate_codecs

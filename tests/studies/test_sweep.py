@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CorpusError, StatisticsError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.records.quality import ReadingProtocol, SweepRecord
 from eigencache.report.quality.sweep_plot import plot_sweep
 from eigencache.report.quality.sweep_table import furthest, safety_table, sweep_table

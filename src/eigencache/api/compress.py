@@ -13,7 +13,8 @@ from eigencache.codec.saved.folder import check_replaceable, load_codec, save_co
 from eigencache.errors import CodecError, RecordError, StatisticsError
 from eigencache.evaluate.prefix import Window
 from eigencache.evaluate.tasks import task_named
-from eigencache.fitting.pca import PCACalibration, PCASettings, Target
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, Target
 from eigencache.fitting.provenance import fitting_of
 from eigencache.inputs import text_of
 from eigencache.models.codec_check import codec_for

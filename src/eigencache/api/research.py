@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
-from eigencache.fitting.pca import PCACalibration, PCASettings, Target
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, Target
 from eigencache.inputs import text_of
 from eigencache.records.adapter import AdapterRecord
 from eigencache.records.base import Scope

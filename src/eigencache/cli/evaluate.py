@@ -125,7 +125,7 @@ def run(
     from eigencache.codec.pca import CoefficientBits as CodecBits
     from eigencache.codec.saved.folder import LIVE
     from eigencache.corpora.resolve import read_text
-    from eigencache.fitting.pca import PCASettings
+    from eigencache.fitting.pca_settings import PCASettings
     from eigencache.report.quality.evaluation import evaluation_tables
 
     widths: dict[Bits, CodecBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}

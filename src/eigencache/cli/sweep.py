@@ -95,7 +95,7 @@ def run(
     from eigencache.cli.progress import progress_bar
     from eigencache.codec.pca import CoefficientBits as CodecBits
     from eigencache.corpora.resolve import read_text
-    from eigencache.fitting.pca import PCASettings
+    from eigencache.fitting.pca_settings import PCASettings
     from eigencache.report.core.drawing import save_figure
     from eigencache.report.quality.sweep_plot import plot_sweep
     from eigencache.report.quality.sweep_table import safety_table, sweep_table

@@ -6,7 +6,6 @@ MLA the cache holds `latent` and the rotary key. `k` and `v`, to which the laten
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +15,11 @@ from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, me
 from eigencache.calibration.moments import CapturedMoments, gather
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import Part, PCACodec, PCAGroup
-from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import CodecError, StatisticsError
+from eigencache.errors import StatisticsError
+from eigencache.fitting.pca_settings import KINDS_OF, PCASettings, check_target
 from eigencache.fitting.wide_pca import fit_wide_transform
-from eigencache.geometry import KVGeometry, Layer, kind_and_frame
-from eigencache.models.load import LoadedModel
+from eigencache.geometry import kind_and_frame
 from eigencache.models.rope_detection import rotations_of
 from eigencache.records.base import Scope
 from eigencache.spectral.measure import DOUBTFUL_BELOW, Place, effective_vectors
@@ -31,56 +29,9 @@ from eigencache.spectral.rope import Rotation
 from eigencache.spectral.spectrum import eigenbasis_of
 from eigencache.spectral.transform import Transform, fit_transform, random_transform
 
-Target = Literal["k", "v", "kv", "latent", "key_rope"]
-Basis = Literal["fitted", "pooled", "random"]
-_KINDS: dict[str, tuple[str, ...]] = {
-    "k": ("keys",),
-    "v": ("values",),
-    "kv": ("keys", "values"),
-    "latent": ("latent",),
-    "key_rope": ("key_rope",),
-}
 _SLOT = {"keys": 0, "values": 1, "latent": 0, "key_rope": 1}
 _SAMPLED = 65_536  # vectors of a basis of all layers, where they are too wide for a matrix; fewer if memory is short
 MIN_SUPPORT = 1  # least number of independent vectors per dimension of a basis
-
-
-@dataclass(frozen=True)
-class PCASettings:
-    """Settings of a PCA codec.
-
-    Args:
-        target: cached tensors to compress.
-        scope: vectors that share a basis: each head, each layer, or all layers.
-        frame: keys before or after rotation.
-        metric: error metric.
-        centered: subtract the mean.
-        alpha: exponent of the metric.
-        basis: `fitted`; `pooled`, one for all heads of a layer; or `random`, a control.
-        sinks: first tokens that stay in 16 bits.
-    """
-
-    target: Target = "v"
-    scope: Scope = "head"
-    frame: Literal["pre", "post"] = "pre"
-    metric: str = "frobenius"
-    centered: bool = True
-    alpha: float = 1.0
-    basis: Basis = "fitted"
-    sinks: int = FIRST_EXACT
-
-    def of(self, target: Target) -> "PCASettings":
-        """Return these settings with another target."""
-        return replace(self, target=target)
-
-    def describe(self) -> str:
-        """Return one line for tables."""
-        parts = [self.target, self.scope]
-        if self.target in ("k", "kv", "key_rope"):
-            parts.append(f"{self.frame}-RoPE")
-        parts.append(self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else ""))
-        parts += ["centered" if self.centered else "uncentered"]
-        return " · ".join(parts + ([] if self.basis == "fitted" else [f"{self.basis} basis"]))
 
 
 @dataclass(eq=False)
@@ -180,7 +131,7 @@ class PCACalibration:
         identified = self.rotations
         groups: list[PCAGroup] = []
         rotations: dict[int, tuple[int, Rotation]] = {}
-        for kind in _KINDS[settings.target]:
+        for kind in KINDS_OF[settings.target]:
             name = self._name(kind, settings.frame)
             groups += self._groups(name, settings)
             if name.endswith("_pre_rope"):
@@ -289,34 +240,3 @@ def _pooled(parts: list[SecondOrder]) -> SecondOrder:
     mean: Tensor = sum(part.count * part.mean for part in parts) / count  # type: ignore[assignment]
     about: Tensor = sum(part.count * part.second_moment for part in parts) / count  # type: ignore[assignment]
     return SecondOrder(count, mean, (about - torch.outer(mean, mean)) * count)
-
-
-def targets_of(loaded: LoadedModel) -> tuple[Target, ...]:
-    """Return the targets that the cache of a model has, the most common first."""
-    return ("latent", "key_rope") if loaded.geometry.mla else ("v", "k", "kv")
-
-
-def check_target(loaded: LoadedModel, target: Target) -> None:
-    """Raise `CodecError` for a target that the model does not cache."""
-    cached = sorted({kind for target_name in targets_of(loaded) for kind in _KINDS[target_name]})
-    if missing := [kind for kind in _KINDS[target] if kind not in cached]:
-        raise CodecError(
-            f"{loaded.name} does not cache {missing[0]}: it caches {' and '.join(cached)}. Choose another `target`."
-        )
-
-
-def width_of(geometry: KVGeometry, settings: PCASettings) -> int:
-    """Return the width of the widest transformed vector, the full rank of `fit`, from the architecture alone."""
-    widths = []
-    for kind in _KINDS[settings.target]:
-        sizes = [cached_size(layer, kind) for layer in geometry.layers if layer.cached]
-        whole = [heads * dim for heads, dim in sizes]
-        widths.append({"head": max(dim for _, dim in sizes), "layer": max(whole), "all": sum(whole)}[settings.scope])
-    return max(widths)
-
-
-def cached_size(layer: Layer, kind: str) -> tuple[int, int]:
-    """Return the KV heads of one layer and the numbers per head, for a kind of cached tensor."""
-    if layer.mla:
-        return 1, {"latent": layer.mla.kv_lora_rank, "key_rope": layer.mla.qk_rope_head_dim}[kind]
-    return layer.num_key_value_heads, {"keys": layer.head_dim, "values": layer.v_head_dim}[kind]

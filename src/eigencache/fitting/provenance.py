@@ -14,7 +14,8 @@ from eigencache.codec.saved.pca import PCACardSettings
 from eigencache.corpora.overlap import sketch
 from eigencache.corpora.sequences import Sequences
 from eigencache.fitting.eigen import EigenSettings
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import rotations_of
 from eigencache.records.base import Record

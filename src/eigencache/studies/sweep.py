@@ -14,7 +14,8 @@ from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
 from eigencache.evaluate.codec_scoring import CodecScores, score_codecs
-from eigencache.fitting.pca import PCACalibration, PCASettings, check_target, targets_of, width_of
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, check_target, targets_of, width_of
 from eigencache.models.load import LoadedModel
 from eigencache.records.base import SCOPES, Scope
 from eigencache.records.provenance import Stopwatch

@@ -23,7 +23,8 @@ from eigencache.codec.saved.folder import CARD, TENSORS, load_codec, save_codec
 from eigencache.codec.saved.pca import PCACard, PCACardSettings
 from eigencache.errors import CodecError, OutputError
 from eigencache.evaluate.prefix import read_prefix
-from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, targets_of
 from eigencache.fitting.provenance import fitting_of
 from eigencache.spectral.rope import PAIRINGS, Rotation
 from eigencache.spectral.transform import Transform

@@ -58,7 +58,8 @@ def test_full_rank_costs_nothing_and_low_rank_does_for_every_method(name, target
 
 
 def test_direct_pca_is_the_point_of_a_sweep_at_the_same_rank(study, loaded, sequences) -> None:
-    from eigencache.fitting.pca import PCACalibration, PCASettings
+    from eigencache.fitting.pca import PCACalibration
+    from eigencache.fitting.pca_settings import PCASettings
     from eigencache.studies.sweep import Plan, sweep_model
 
     held_out, text = sequences(*(48,) * 8, seed=1), sequences(*(48,) * 24)

@@ -6,7 +6,8 @@ import torch
 from eigencache.calibration.moments import gather
 from eigencache.calibration.session import Session
 from eigencache.errors import CorpusError
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.models.capture import Capture
 from eigencache.models.key_bias import key_biases
 from eigencache.records.advice import Budget

@@ -18,7 +18,8 @@ from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import score_codecs
 from eigencache.evaluate.likelihood import batches_of
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.models.residual import AdapterTarget, Site, find_sites, inserted
 from eigencache.progress import Progress
 from eigencache.records.adapter import AdapterRecord, Method, Truncation

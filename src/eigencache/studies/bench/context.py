@@ -18,7 +18,7 @@ from eigencache.codec.layout import Layout, Rotations
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.fitting.eigen import EigenFit, EigenSettings, fit_eigen
-from eigencache.fitting.pca import cached_size
+from eigencache.fitting.pca_settings import cached_size
 from eigencache.models.residual import find_sites, weight_rows
 
 RATES = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0)

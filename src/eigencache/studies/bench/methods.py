@@ -14,7 +14,8 @@ from eigencache.errors import BudgetError, CodecError
 from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.eigen_search import at_bits
 from eigencache.fitting.live import fit_live
-from eigencache.fitting.pca import PCACalibration, PCASettings
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings
 from eigencache.models.caches import hf_quantized, kvpress
 from eigencache.models.load import LoadedModel
 from eigencache.studies.bench.context import BenchContext

@@ -14,7 +14,8 @@ from eigencache.calibration.metrics import FROBENIUS
 from eigencache.codec.pca import CoefficientBits
 from eigencache.errors import StatisticsError
 from eigencache.fitting.live import SAFE
-from eigencache.fitting.pca import PCACalibration, PCASettings, Target
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, Target
 from eigencache.geometry import KVGeometry
 from eigencache.records.advice import CodecFamily
 from eigencache.records.base import Scope

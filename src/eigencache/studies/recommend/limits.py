@@ -1,6 +1,6 @@
 """List the limits of a recommendation: settings that were not measured, small samples and untested conditions."""
 
-from eigencache.fitting.pca import Target
+from eigencache.fitting.pca_settings import Target
 from eigencache.geometry import KVGeometry
 from eigencache.records.advice import WORDS, Advice, Candidate
 from eigencache.studies.recommend.candidates import METRICS, targets_and_scopes

@@ -12,7 +12,8 @@ from eigencache.codec.pca import CoefficientBits
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.fitting.live import SAFE
-from eigencache.fitting.pca import PCACalibration, PCASettings, targets_of
+from eigencache.fitting.pca import PCACalibration
+from eigencache.fitting.pca_settings import PCASettings, targets_of
 from eigencache.models.load import LoadedModel
 from eigencache.records.advice import Advice, Budget, CodecFamily
 from eigencache.records.provenance import Stopwatch
