@@ -71,7 +71,7 @@ def _settings(advice: Advice) -> Table:
         "Ratio",
         "Ratio of target",
         "Bytes per token",
-        "Basis bytes",
+        "Side information",
         "Break-even context",
         "ΔNLL, choice",
         "ΔNLL, held-out",
@@ -118,8 +118,8 @@ def _notes(advice: Advice) -> tuple[str, ...]:
         f"{parts} {advice.protocol.describe()}. {advice.uncompressed_nll:.4f} nats per token uncompressed.",
         f"A setting meets the budget if the upper end of its interval (ΔNLL, choice) does. Basis from "
         f"{advice.calibration.name}, {advice.calibration.tokens:,} tokens. Ratio = bytes of the 16-bit cache ({cached}) / "
-        "bytes of the compressed cache. The basis is stored once and not included. Intervals: 95 %, paired bootstrap over "
-        "sequences.",
+        "bytes of the compressed cache. Side information is stored once and not included. Intervals: 95 %, paired bootstrap "
+        "over sequences.",
     )
 
 

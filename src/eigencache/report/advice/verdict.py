@@ -76,8 +76,8 @@ def short_table(report: ReportRecord, names: Sequence[str]) -> Table | None:
     )
     notes = (
         f"Within the budget: the upper end of the interval of ΔNLL is at most {budget.nats:.5f} nats ({budget.given}). "
-        "Ratio = bytes of the 16-bit cache / bytes of the cache with the target compressed. The basis is stored once and "
-        "not included.",
+        "Ratio = bytes of the 16-bit cache / bytes of the cache with the target compressed. Side information is stored once "
+        "and not included.",
         "The loss is on the tokens that the choice used. `eigencache recommend MODEL` searches more settings and states the "
         "loss on held-out text.",
     )

@@ -36,8 +36,8 @@ def likelihood_table(record: EvaluationRecord) -> Table:
     intervals = any(quality.delta_nll_interval for part in record.likelihood for quality in part.results)
     notes = (
         f"{record.corpus.name}; basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
-        "Ratio = bytes of the compressed tokens in 16 bits / bytes of them compressed. The basis is stored once and not "
-        "included." + (" Intervals: 95 %, paired bootstrap over sequences." if intervals else ""),
+        "Ratio = bytes of the compressed tokens in 16 bits / bytes of them compressed. Side information is stored once and "
+        "not included." + (" Intervals: 95 %, paired bootstrap over sequences." if intervals else ""),
     )
     warnings = tuple(record.warnings)
     return Table(f"{record.model.name}: likelihood", columns, rows, notes, warnings, frozenset({"Protocol"}), 2)
@@ -87,7 +87,7 @@ def retrieval_table(record: EvaluationRecord | BenchRecord) -> Table:
 
 def ledger_table(record: EvaluationRecord) -> Table:
     """Return the bytes of one sequence by codec and context length."""
-    columns = ("Codec", "Context", "16-bit bytes", "Bytes", "Basis bytes", "Ratio", "Ratio with basis")
+    columns = ("Codec", "Context", "16-bit bytes", "Bytes", "Side information", "Ratio", "Ratio with side information")
     rows = tuple(
         (
             name if index == 0 else "",

@@ -55,8 +55,8 @@ def sweep_notes(record: SweepRecord) -> tuple[str, ...]:
         f"{record.corpus.name}: {scored.tokens:,} tokens scored in {scored.sequences} sequences, "
         f"{record.uncompressed_nll:.4f} nats per token uncompressed; {record.protocol.describe()}.",
         f"Basis from {record.calibration.name}, {record.calibration.tokens:,} tokens. "
-        f"Ratio = bytes of the 16-bit cache ({cached}) / bytes of the cache with the target compressed. The basis is stored "
-        "once and not included. Intervals: 95 %, paired bootstrap over sequences.",
+        f"Ratio = bytes of the 16-bit cache ({cached}) / bytes of the cache with the target compressed. Side information is "
+        "stored once and not included. Intervals: 95 %, paired bootstrap over sequences.",
     )
 
 

@@ -81,7 +81,7 @@ def _of_bytes(advice: Advice, chosen: Candidate) -> list[Evidence]:
             source=f"nbytes of the stored tensors, {quality.encoded_tokens:,} encoded tokens",
         ),
         Evidence(
-            claim="PCA: the basis, stored once and not included in the ratio",
+            claim="PCA: side information, stored once and not included in the ratio",
             figure=f"{quality.basis_nbytes:,} bytes, break-even context {chosen.break_even_context:,} tokens",
             source="nbytes of means, encoders and decoders",
         ),
