@@ -1,6 +1,9 @@
 """A recommendation names the codec for each use, with its bytes, its loss and its command."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 import planted_sweeps as planted
 from eigencache.records.advice import Advice, Budget, CodecAdvice, ReportRecord, Verdict
@@ -80,6 +83,13 @@ def test_the_table_has_every_rate_and_marks_the_recommended_one() -> None:
     assert [row["Recommended"] for row in rows] == ["", "yes", ""]
     assert (rows[1]["Ratio"], rows[1]["Ratio at 2,048"], rows[1]["Bytes per token"]) == ("14.00", "28.00", "9.1")
     assert (rows[1]["ΔNLL, held-out"], rows[0]["ΔNLL, held-out"]) == ("0.0050 [0.0030, 0.0070]", "—")
+
+
+def test_a_terminal_of_80_columns_shows_the_loss_beside_the_ratio() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(codec_table(stated(0.005, 0.002)))
+    heading = console.export_text().splitlines()[1:3]
+    assert "Ratio" in " ".join(heading) and "ΔNLL" in " ".join(heading)
 
 
 def test_evidence_shows_the_edge_and_limits_name_what_is_doubtful() -> None:

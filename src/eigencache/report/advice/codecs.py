@@ -89,7 +89,15 @@ def codec_table(advice: Advice) -> Table:
     )
     title = f"{advice.model.name}: codecs by use"
     rows = tuple(_row(one, candidate) for one, candidate in measured)
-    return Table(title, columns, rows, notes=notes, words=frozenset({"Codec", "Recommended"}), identity=3)
+    return Table(
+        title,
+        columns,
+        rows,
+        notes=notes,
+        words=frozenset({"Codec", "Recommended"}),
+        identity=3,
+        hidden_first=("Bytes per token", "Break-even context", "Side information", f"Ratio at {context:,}"),
+    )
 
 
 def _row(one: CodecAdvice, candidate: CodecCandidate) -> tuple[str, ...]:

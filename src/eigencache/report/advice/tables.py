@@ -86,6 +86,7 @@ def _settings(advice: Advice) -> Table:
         tuple(map(_setting, candidates)),
         notes=_notes(advice),
         warnings=tuple(advice.warnings),
+        hidden_first=("Bytes per token", "Break-even context", "Side information", "Ratio of target"),
     )
 
 
