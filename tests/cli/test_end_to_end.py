@@ -78,7 +78,7 @@ def test_compare_puts_records_and_reports_side_by_side(tmp_path: Path) -> None:
 
 
 def test_report_answers_for_every_model_and_writes_one_offline_page_and_its_data(tmp_path: Path) -> None:
-    few = ("--tokens", 8192, "--max-length", 256, "--held-out-tokens", 4096)
+    few = ("--tokens", 8192, "--max-length", 256, "--held-out-tokens", 2048)
     shown = run("report", "ref-llama", "ref-deepseek", *few, "-o", "out", folder=tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.json"}
     assert "report.html" in shown
