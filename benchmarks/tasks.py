@@ -120,20 +120,28 @@ def examples_of(path: Path, count: int, execute: bool) -> Iterator[Example]:
         yield code_example(task, line) if code else ruler_example(task, line)
 
 
+def parsed(name: str) -> tuple[str, str]:
+    """Return method and point of `METHOD:POINT`. Raises `CodecError` for an unknown method."""
+    method, colon, point = name.partition(":")
+    if not colon:
+        sys.exit(f"--codecs {name}: give METHOD:POINT, such as int:4.")
+    chosen_methods(method)
+    return method, point
+
+
 def fitted(session: Session, points: list[str], text: str, tokens: int) -> dict[str, Codec]:
     """Return one codec per `METHOD:POINT`. Ends the program where a method has no such point."""
     sequences = pack(read_text(text), session.loaded.tokenizer, tokens=tokens, max_length=session.loaded.default_length)
     bench, codecs = BenchContext(session, sequences), dict[str, Codec]()
-    for method, point in (name.split(":") for name in points):
+    for method, point in sorted(map(parsed, points), key=lambda one: METHODS[one[0]].fitted):  # a misspelt point shows early
         print(f"{method}:{point}: fitting", file=sys.stderr)
-        chosen_methods(method)
         bench.rates = (float(point),) if point.replace(".", "").isdigit() else ()
         made = METHODS[method].codecs(bench)
         codec = made.get(point)
         if codec is None or isinstance(codec, CacheMaker):
             sys.exit(f"--codecs {method}:{point}: no such codec. {method} has {', '.join(made) or 'none at this rate'}.")
         codecs[f"{method}:{point}"] = codec
-    return codecs
+    return {name: codecs[name] for name in points}
 
 
 @torch.no_grad()

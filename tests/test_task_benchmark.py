@@ -75,4 +75,6 @@ def test_a_run_keeps_its_answers_and_adds_codecs(
     assert results["uncompressed"] == first[0]["results"]["uncompressed"]
     assert results["uncompressed"]["bits"] == 16 and 8 < results["int:8"]["bits"] < 10 and 2 < results["int:2"]["bits"] < 4
     with pytest.raises(SystemExit, match="int has 8, 4, 3, 2"):
-        run(*options, "--codecs", "int:7")
+        run(*options, "--codecs", "eigen:1,int:7")  # said before a fit
+    with pytest.raises(SystemExit, match="give METHOD:POINT"):
+        run(*options, "--codecs", "eigen")
