@@ -9,7 +9,10 @@ from eigencache.report.core.measured import ABSENT
 from eigencache.report.core.table import Table
 
 _USUAL = 0.03  # nats; methods are sorted by their rate at this ΔNLL
-RELATIVE_NOTE = '">": even the highest rate tested misses the target.'
+RELATIVE_NOTE = (
+    '">": even the highest rate tested misses the target. "—": one of the two meets it at the lowest rate tested already, '
+    "or has no rate."
+)
 
 
 def frontier_table(record: BenchRecord, context: int) -> Table:
