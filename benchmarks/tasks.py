@@ -121,7 +121,7 @@ def examples_of(path: Path, count: int, execute: bool) -> Iterator[Example]:
 
 
 def parsed(name: str) -> tuple[str, str]:
-    """Return method and point of `METHOD:POINT`. Raises `CodecError` for an unknown method."""
+    """Return method and point of `METHOD:POINT`. Raises `CodecError` for an unknown method; no point ends the program."""
     method, colon, point = name.partition(":")
     if not colon:
         sys.exit(f"--codecs {name}: give METHOD:POINT, such as int:4.")

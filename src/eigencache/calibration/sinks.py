@@ -1,6 +1,6 @@
 """Find attention sinks by what they do: the attention that first tokens receive, and the gradient of the loss at them.
 
-In a pretrained model the first token is an attention sink. All heads attend to it, and its key and value are small, so
+In a pretrained model the first token is an attention sink. Most heads attend to it, and its key and value are small, so
 norms do not reveal it. They are measured as well, because other tokens may have massive ones.
 """
 

@@ -15,7 +15,7 @@ from eigencache.codec.quantization.fp8 import FP8_MAX, from_fp8, to_fp8
 from eigencache.codec.quantization.scales import divisor, scale_reaching
 from eigencache.errors import CodecError
 
-FIRST_EXACT = 4  # first tokens in 16 bits by default: all heads attend to them, and their keys and values are small
+FIRST_EXACT = 4  # first tokens in 16 bits by default: the first is an attention sink with a small key and value
 
 
 def middle_of(tokens: int, start: int, sinks: int, window: int) -> tuple[int, int]:

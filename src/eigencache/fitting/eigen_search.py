@@ -55,7 +55,9 @@ def fit_target(
         point = at_loss(fit, session, max_nll)
     quality = score_held_out(session, fit.held_out, {"fitted": point.codec})["fitted"]
     bits_per_value = fit.bits_per_value(point, context)
-    expected = expected_of(quality, context, bits_per_value, point.coded_bits, point.escaped, bits is None)
+    expected = expected_of(
+        quality, context, bits_per_value, point.coded_bits, point.escaped, chosen_by_loss=max_nll is not None
+    )
     return Fitted(point.codec, expected)
 
 

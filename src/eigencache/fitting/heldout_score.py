@@ -14,7 +14,13 @@ DEFAULT_MAX_NLL = 0.01  # default loss budget, in nats per token
 
 
 def expected_of(
-    quality: Quality, context: int, bits_per_value: float, coded_bits: float, out_of_range: float, chosen_by_loss: bool
+    quality: Quality,
+    context: int,
+    bits_per_value: float,
+    coded_bits: float,
+    out_of_range: float,
+    *,
+    chosen_by_loss: bool,
 ) -> Expected:
     """Return the expected size and loss that are saved with a codec.
 

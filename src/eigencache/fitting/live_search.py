@@ -83,6 +83,6 @@ def fit_live_target(
             8 * codec.nbytes_of(context) / (context * values),
             codec.bits_per_value * values,
             fit.saturated(rate),
-            len(rates) > 1,
+            chosen_by_loss=len(rates) > 1,
         ),
     )
