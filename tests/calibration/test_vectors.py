@@ -9,7 +9,7 @@ import torch
 
 from eigencache.calibration.moments import captured_by_name
 from eigencache.calibration.session import Session
-from eigencache.calibration.vectors import SampledVectors, Units, layout_of, sample_vectors, tensor_names
+from eigencache.calibration.vectors import SampledVectors, Units, affordable, layout_of, sample_vectors, tensor_names
 from eigencache.errors import NonFiniteError, StatisticsError, UnsupportedArchitectureError
 from eigencache.models.capture import Capture
 from eigencache.models.rope_detection import rotations_of
@@ -24,7 +24,8 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def sampled(loaded, sequences, what: str = "vectors", **options) -> SampledVectors:
-    return sample_vectors(Session(loaded, **options), sequences, rotations_of(loaded), what=what)
+    session = Session(loaded, **options)
+    return sample_vectors(session, affordable(session, sequences), rotations_of(loaded), what=what)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -48,6 +48,25 @@ def test_a_codec_is_fitted_shown_and_written(fitted: tuple[Path, str, str]) -> N
         assert f"ref-deepseek: {stage}" in err, stage
 
 
+def test_an_interrupted_fit_resumes_and_clears_what_it_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "ref-deepseek", *FEW, *PLAIN, "--ratio", "8", "-o", str(tmp_path / "codec")]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr("eigencache.fitting.fit.fit_target", interrupted)
+        main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["codec.partial"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        main(command)
+    assert "vectors, kept by an interrupted fit" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["codec"]
+
+
 def test_settings_and_goal_are_those_that_were_asked_for(fitted: tuple[Path, str, str]) -> None:
     saved = load_codec(fitted[0] / "deep" / "codec")
     codec, settings = saved.codec, saved.card.settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eigencache.api.codec import CacheCodec
@@ -42,6 +43,7 @@ def fit(
     seed: int = 0,
     memory: int | None = None,
     on_progress: Progress = silent,
+    partial: Path | None = None,
 ) -> CacheCodec:
     """Fit codecs to the cache of a model: `eigen`, which stores caches as bytes, the codec of `CompressedCache`, or both.
 
@@ -66,6 +68,8 @@ def fit(
         seed: recorded with the codec.
         memory: bytes that the fit may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
+        partial: folder that metric and vectors are kept in, so that an interrupted fit can be resumed; yours to delete. It
+            takes about 2 bytes per cached number and sampled token.
 
     Raises:
         EigencacheError: one of `eigencache.errors`, such as `BudgetError` for a goal that cannot be reached.
@@ -94,10 +98,11 @@ def fit(
         identity = loaded.sha256  # before the work: a model that changes meanwhile is noticed
         sequences = packed(session, source, tokens, max_length or calibration_length(loaded))
         if stored:
-            fitted = fit_codec(session, sequences, settings or EigenSettings(), goal, context=context, live=wanted)
+            chosen = settings or EigenSettings()
+            fitted = fit_codec(session, sequences, chosen, goal, context=context, live=wanted, partial=partial)
         else:
             assert wanted is not None
-            fitted = fit_live_codec(session, sequences, wanted, context=context)
+            fitted = fit_live_codec(session, sequences, wanted, context=context, partial=partial)
         codec = fitted.codec and fitted.codec.to(loaded.device)
         coded_bits = fitted.expected.coded_bits if fitted.expected else None
         live_codec = fitted.live and fitted.live.codec

@@ -3,13 +3,21 @@
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 from torch import Tensor
 
 from eigencache.calibration.fisher_metric import measure_fisher
 from eigencache.calibration.gradient_energy import GradientEnergy
+from eigencache.calibration.kept_measurements import (
+    KeptMeasurements,
+    metric_of,
+    tensors_of_metric,
+    tensors_of_vectors,
+    vectors_of,
+)
 from eigencache.calibration.metrics import FROBENIUS, METRIC_TOKENS, Metrics, check_metric, metric_named, spread_out
 from eigencache.calibration.session import Session
-from eigencache.calibration.vectors import SampledVectors, sample_vectors, tensor_names
+from eigencache.calibration.vectors import SampledVectors, affordable, rotated_slots, sample_vectors, tensor_names
 from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
@@ -43,6 +51,7 @@ class CalibrationSet:
         metrics: the metrics measured so far, by name. A `replace` of the set shares them.
         gradients: the gradient energy measured with the metric of a name.
         metric_tokens: tokens of the text that a metric is measured on.
+        kept: where measurements of an interrupted fit are found, and new ones are kept.
 
     Raises:
         StatisticsError: fewer than 16 sequences, or sequences whose keys the model rotates differently.
@@ -54,6 +63,7 @@ class CalibrationSet:
     metrics: dict[str, Metrics] = field(default_factory=dict)
     gradients: dict[str, GradientEnergy] = field(default_factory=dict)
     metric_tokens: int = METRIC_TOKENS
+    kept: KeptMeasurements = field(default_factory=KeptMeasurements)
 
     def __post_init__(self) -> None:
         self.session.require_steady(self.sequences)
@@ -115,11 +125,19 @@ class CalibrationSet:
 
     def _measured(self, name: str) -> Metrics:
         if name not in self.metrics:
-            text = spread_out(self.fitted_on, self.metric_tokens)
-            if name == "fisher":  # its backward passes give the gradient energy as well
-                self.metrics[name], self.gradients[name] = measure_fisher(self.session, text, self.rotations)
+            energy, what = None, f"{name} metric"
+            if (found := self.kept.find(what)) is not None:
+                self._resumed(what)
+                self.metrics[name], energy = metric_of(found)
             else:
-                self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+                text = spread_out(self.fitted_on, self.metric_tokens)
+                if name == "fisher":  # its backward passes give the gradient energy as well
+                    self.metrics[name], energy = measure_fisher(self.session, text, self.rotations)
+                else:
+                    self.metrics[name] = metric_named(name).measure(self.session, text, self.rotations)
+                self.kept.keep(what, tensors_of_metric(self.metrics[name], energy))
+            if energy is not None:
+                self.gradients[name] = energy
         return self.metrics[name]
 
     @property
@@ -129,7 +147,17 @@ class CalibrationSet:
     def _sampled(self, sequences: Sequences, what: str) -> SampledVectors:
         session = replace(self.session, memory=self.session.memory // 2)
         step = 1 if self.most_vectors is None else -(-sum(map(len, self.sequences.ids)) // self.most_vectors)
-        return sample_vectors(session, replace(sequences, ids=sequences.ids[::step]), self.rotations, what=what)
+        sampled = affordable(session, replace(sequences, ids=sequences.ids[::step]))
+        found = self.kept.find(what)
+        if found is not None and np.array_equal(found["ids"].numpy(), np.concatenate(sampled.ids)):
+            self._resumed(what)
+            return vectors_of(found, rotated_slots(self.rotations, mla=self.session.loaded.geometry.mla is not None))
+        samples = sample_vectors(session, sampled, self.rotations, what=what)
+        self.kept.keep(what, tensors_of_vectors(samples))
+        return samples
+
+    def _resumed(self, what: str) -> None:
+        self.session.on_progress(f"{what}, kept by an interrupted fit", 1, 1)
 
 
 def _trace(blocks: Tensor) -> Tensor:

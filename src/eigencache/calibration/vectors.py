@@ -143,20 +143,18 @@ class SampledVectors:
 def sample_vectors(
     session: Session, sequences: Sequences, rotations: dict[int, Rotation], *, what: str = "vectors"
 ) -> SampledVectors:
-    """Capture the vectors of all sequences, or of as many, evenly spaced over the text, as fit in memory.
+    """Capture the vectors of all sequences.
 
     Args:
-        session: the model and how it is run; `memory` limits the vectors.
-        sequences: the text.
+        session: the model and how it is run.
+        sequences: the text, as `affordable` returns it.
         rotations: rotation of the keys by layer.
         what: name of the work in progress reports.
 
     Raises:
         NonFiniteError: the model caches NaN or infinite values.
-        StatisticsError: not even one sequence fits in memory.
     """
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
-    sequences = _affordable(session, sequences)
     layout = units = None
     stored, lengths = torch.empty(0), [len(ids) for ids in sequences.ids]
     filled = 0
@@ -201,7 +199,12 @@ def layout_of(stored: dict[int, tuple[Tensor, Tensor]], rotations: dict[int, Rot
         for layer_idx, slots in sorted(stored.items())
         for slot in (0, 1)
     ]
-    return Layout(tuple(parts), {i: (int(mla), rotation) for i, rotation in rotations.items() if i in stored})
+    return Layout(tuple(parts), rotated_slots({i: r for i, r in rotations.items() if i in stored}, mla=mla))
+
+
+def rotated_slots(rotations: dict[int, Rotation], *, mla: bool) -> dict[int, tuple[int, Rotation]]:
+    """Return layer → the slot that the model rotates, and its rotation; with MLA the rotary key, else the keys."""
+    return {i: (int(mla), rotation) for i, rotation in rotations.items()}
 
 
 def tensor_names(layout: Layout, *, mla: bool) -> list[str]:
@@ -214,7 +217,12 @@ def tensor_names(layout: Layout, *, mla: bool) -> list[str]:
     return names
 
 
-def _affordable(session: Session, sequences: Sequences) -> Sequences:
+def affordable(session: Session, sequences: Sequences) -> Sequences:
+    """Return all sequences, or as many, evenly spaced over the text, as have vectors that fit in the session's memory.
+
+    Raises:
+        StatisticsError: not even one sequence fits.
+    """
     budget = session.memory // (2 * session.loaded.geometry.values_per_token)
     if budget < max(map(len, sequences.ids)):
         raise StatisticsError(

@@ -17,7 +17,9 @@ from eigencache.cli.options import (
     Text,
     Tokens,
     check_folder,
+    finish,
     in_bytes,
+    partial_of,
     print_written,
 )
 
@@ -96,7 +98,8 @@ def run(
 ) -> None:
     """Fit the codec `eigen`: transform, step and entropy tables, for a size or for a loss, and save it in a folder.
 
-    Size and loss are measured on an eighth of the text that nothing is fitted on.
+    Size and loss are measured on an eighth of the text that nothing is fitted on. An interrupted fit resumes when it is
+    started again: metric and vectors lie in OUTPUT.partial until the codec is written.
     """
     check_folder(output.parent)
     from rich.console import Console
@@ -105,7 +108,7 @@ def run(
     from eigencache.cli.progress import progress_bar
     from eigencache.codec.saved.folder import LIVE, check_replaceable
     from eigencache.corpora.resolve import read_text
-    from eigencache.errors import BudgetError
+    from eigencache.errors import BudgetError, EigencacheError
     from eigencache.fitting.eigen import settings_of
     from eigencache.fitting.fit import Goal, LiveGoal
     from eigencache.fitting.live import LiveSettings
@@ -135,28 +138,34 @@ def run(
         group=group,
         amortize=amortize,
     )
-    with progress_bar(model) as on_progress:
-        codec = fit(
-            model,
-            text=read_text(text),
-            bits=bits,
-            ratio=ratio,
-            max_nll=max_nll,
-            tokens=tokens,
-            max_length=max_length,
-            context=context,
-            settings=settings,
-            stored=not live_only,
-            live=wanted or False,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            memory=in_bytes(memory),
-            seed=seed,
-            on_progress=on_progress,
-        )
+    try:
+        with progress_bar(model) as on_progress:
+            codec = fit(
+                model,
+                text=read_text(text),
+                bits=bits,
+                ratio=ratio,
+                max_nll=max_nll,
+                tokens=tokens,
+                max_length=max_length,
+                context=context,
+                settings=settings,
+                stored=not live_only,
+                live=wanted or False,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                memory=in_bytes(memory),
+                seed=seed,
+                on_progress=on_progress,
+                partial=partial_of(output),
+            )
+    except EigencacheError:  # a refusal writes nothing; only an interruption leaves something to resume from
+        finish(output)
+        raise
     dropped = not codec.live and (output / LIVE).is_dir()
     codec.save(output)
+    finish(output)
     fitted, loaded, console = codec.fitted, codec.loaded, Console()
     assert fitted is not None  # it was fitted here
     values = loaded.geometry.values_per_token

@@ -1,5 +1,6 @@
 """The options that several subcommands share, spelled and explained once."""
 
+import shutil
 import tempfile
 from collections.abc import Iterable
 from enum import StrEnum
@@ -185,13 +186,16 @@ def unique(names: Iterable[str]) -> list[str]:
 
 
 def partial_of(output: Path | None) -> Path | None:
-    """Return the file beside an output that keeps results while a command runs, so that it can be resumed."""
+    """Return the file or folder beside an output that keeps results while a command runs, so that it can be resumed."""
     return output.with_name(f"{output.name}.partial") if output else None
 
 
 def finish(output: Path | None) -> None:
     """Remove what a command kept while it ran."""
-    if partial := partial_of(output):
+    partial = partial_of(output)
+    if partial is not None and partial.is_dir():
+        shutil.rmtree(partial)
+    elif partial is not None:
         partial.unlink(missing_ok=True)
 
 

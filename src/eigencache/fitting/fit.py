@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from math import isfinite
 from numbers import Real
+from pathlib import Path
 
 from eigencache.calibration.calibration_set import CalibrationSet
+from eigencache.calibration.kept_measurements import KeptMeasurements
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.codec import EigenCodec
 from eigencache.codec.saved.live import LiveCardSettings
@@ -107,6 +110,7 @@ def fit_codec(
     *,
     context: int = CONTEXT,
     live: LiveGoal | None = None,
+    partial: Path | None = None,
 ) -> FitResult:
     """Fit `eigen`, find its step, and measure its size and its loss on the held-out sequences.
 
@@ -117,6 +121,7 @@ def fit_codec(
         goal: the size or the loss to reach.
         context: context length, in tokens, at which a size is evaluated.
         live: the goal of a live codec to fit from the same vectors and metric as well.
+        partial: folder that keeps metric and vectors, to resume from. Default: none.
 
     Raises:
         BudgetError: the goal cannot be reached.
@@ -125,7 +130,7 @@ def fit_codec(
     watch = Stopwatch()
     memory = fit_memory(session, sequences, settings)
     session.on_progress(memory.describe(), 0, 1)
-    calibration = CalibrationSet(session, sequences, most_vectors=memory.sampled)
+    calibration = CalibrationSet(session, sequences, most_vectors=memory.sampled, kept=_kept(partial, session, sequences))
     fit = fit_eigen(calibration, settings)
     codec, expected = fit_target(fit, session, bits=goal.bits, max_nll=goal.max_nll, context=context)
     fitting = eigen_fitting_of(settings, expected, session.loaded, sequences, _run(watch, session))
@@ -135,10 +140,12 @@ def fit_codec(
     return FitResult(codec, expected, fitting, fitted, live_fitting)
 
 
-def fit_live_codec(session: Session, sequences: Sequences, live: LiveGoal, *, context: int = CONTEXT) -> FitResult:
+def fit_live_codec(
+    session: Session, sequences: Sequences, live: LiveGoal, *, context: int = CONTEXT, partial: Path | None = None
+) -> FitResult:
     """Fit the live codec alone. Arguments and errors are those of `fit_codec`."""
     watch = Stopwatch()
-    calibration = CalibrationSet(session, sequences, most_vectors=VECTORS)
+    calibration = CalibrationSet(session, sequences, most_vectors=VECTORS, kept=_kept(partial, session, sequences))
     fit = fit_live(calibration, live.settings)
     fitted = _at_goal(fit, calibration, live, context)
     about = LiveCardSettings(**asdict(fit.settings))
@@ -157,6 +164,18 @@ def _live(
 def _at_goal(fit: LiveFit, calibration: CalibrationSet, live: LiveGoal, context: int) -> FittedLive:
     goal = {"bits": live.bits, "max_nll": live.max_nll, "safe": live.safe}
     return fit_live_target(fit, calibration.session, calibration.held_out, context=context, **goal)  # type: ignore[arg-type]
+
+
+def _kept(partial: Path | None, session: Session, sequences: Sequences) -> KeptMeasurements:
+    key = {
+        "model": session.loaded.sha256,
+        "dtype": session.loaded.dtype_name,
+        "device": str(session.loaded.device),
+        "text": sequences.corpus.model_dump(),
+        "batch": session.batch_size,
+        "versions": {name: version(name) for name in ("eigencache", "torch", "transformers")},
+    }
+    return KeptMeasurements(partial, key)
 
 
 def _run(watch: Stopwatch, session: Session) -> Run:
