@@ -11,6 +11,7 @@ import pytest
 
 import cli_process
 from cli_process import shown as shown_by
+from eigencache.cli.app import main
 from eigencache.models.load import load_tokenizer
 from eigencache.models.sources import BUNDLED
 from eigencache.records.advice import ReportRecord
@@ -107,6 +108,14 @@ def test_score_prints_loss_and_copy_accuracy_and_writes_them(tmp_path: Path) -> 
     assert f"{score['loss_nats']:.3f}" in shown
     assert score["corpus"]["name"] == "stdlib:held-out"
     assert 0 < score["copy_accuracy"] <= 1
+
+
+def test_score_refuses_passes_that_do_not_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["score", "ref-llama", "--tokens", "4096", "--memory", "0.01"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 2 and "A pass of 2,048 tokens with 4,096 logits" in last
+    assert last.endswith("more than a --memory of 0.01 GiB. Raise --memory or lower --max-length.")
 
 
 @pytest.mark.parametrize(

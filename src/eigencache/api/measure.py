@@ -87,6 +87,7 @@ def score(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    memory: int | None = None,
     on_progress: Progress = silent,
 ) -> ScoreRecord:
     """Score how well a model predicts held-out text, by position, and whether it copies from its context.
@@ -94,7 +95,8 @@ def score(
     Args: see `probe`. `max_length`: tokens per sequence. `seed`: seed of the tokens to copy.
     """
     source = text_of(text)
-    with opened(model, tokenizer, device=device, dtype=dtype, seed=seed, on_progress=on_progress) as session:
+    options = {"device": device, "dtype": dtype, "seed": seed, "memory": memory, "on_progress": on_progress}
+    with opened(model, tokenizer, **options) as session:  # type: ignore[arg-type]
         return score_model(session, packed(session, source, tokens, max_length))
 
 

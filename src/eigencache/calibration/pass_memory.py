@@ -15,6 +15,7 @@ _FLOAT = 4  # bytes
 _CACHES, _HIDDENS, _INNERS = 3, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
 _SAVED_HIDDENS, _SAVED_INNERS = 8, 4  # kept of every layer for a backward pass
 _LOGITS = 2  # logits, and what a loss makes of them
+_LOSSES = 3  # logits, in float32 as well, and their logarithms, where a whole sequence is scored at once
 _COMPARED = 10  # logits, those of the reference, and what a comparison makes of both
 
 
@@ -97,6 +98,27 @@ def check_scoring(session: Session, length: int, scored: int) -> int:
             f"Scoring {scored:,} tokens after {length - scored:,} needs about {needed / 2**30:.2g} GiB beside the model for "
             f"{rows} sequences at a time, more than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory`, or "
             "lower `batch_size` or `max_length`."
+        )
+    return needed
+
+
+def check_whole_pass(session: Session, length: int) -> int:
+    """Return the bytes of a pass of one sequence with the logits of all its tokens, and of their loss.
+
+    Args:
+        session: the model, and the memory that is allowed.
+        length: tokens of the sequence.
+
+    Raises:
+        StatisticsError: the pass needs more than is allowed.
+    """
+    loaded = session.loaded
+    needed = forward_nbytes(loaded, length) + _FLOAT * _LOSSES * length * loaded.embedded_ids
+    if needed > session.memory:
+        raise StatisticsError(
+            f"A pass of {length:,} tokens with {loaded.embedded_ids:,} logits each needs about {needed / 2**30:.2g} GiB "
+            f"beside the model, more than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory` or lower "
+            "`max_length`."
         )
     return needed
 

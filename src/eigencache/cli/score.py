@@ -8,10 +8,12 @@ import typer
 from eigencache.cli.options import (
     Device,
     Dtype,
+    Memory,
     Seed,
     Text,
     Tokens,
     check_writable,
+    in_bytes,
     unique,
 )
 
@@ -31,6 +33,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     seed: Seed = 0,
+    memory: Memory = None,
 ) -> None:
     """Score how well models predict held-out text, by position, and whether they copy from their context."""
     check_writable(output)
@@ -45,10 +48,10 @@ def run(
     from eigencache.records.probe import ScoreRecord
     from eigencache.report.quality.score import score_table
 
-    source, records = read_text(text), []
+    source, records, limit = read_text(text), [], in_bytes(memory)
     for model in unique(models or BUNDLED):
         with progress_bar(model) as on_progress:
-            options = {"device": device, "dtype": dtype, "seed": seed, "on_progress": on_progress}
+            options = {"device": device, "dtype": dtype, "seed": seed, "memory": limit, "on_progress": on_progress}
             records.append(score(model, text=source, tokens=tokens, max_length=max_length, **options))
     if output:
         write_whole(output, TypeAdapter(list[ScoreRecord]).dump_json(records, indent=1))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from eigencache.calibration.moments import check_fit
+from eigencache.calibration.pass_memory import affordable_rows, check_whole_pass
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.records.probe import ScoreRecord
@@ -25,10 +26,17 @@ def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
     Args:
         session: Model and settings to run it with.
         sequences: Held-out text.
+
+    Raises:
+        StatisticsError: A pass needs more memory than the session allows.
     """
     watch = Stopwatch()
     model = session.loaded.model
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    needed = check_whole_pass(session, max(map(len, sequences.ids)))
+    session.on_progress(
+        f"about {needed / 2**30:.1f} GiB beside the model, of {session.memory / 2**30:.1f} GiB allowed", 0, 1
+    )
     longest = max(map(len, sequences.ids)) - 1
     total, count = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.float64)
     for done, ids in enumerate(sequences.ids, 1):
@@ -60,8 +68,11 @@ def copy_accuracy(session: Session) -> float:
     span = torch.randint(1, len(session.loaded.tokenizer), (COPY_ROWS, COPY_SPAN), generator=generator).to(
         session.loaded.device
     )
-    logits = session.loaded.model(input_ids=torch.cat([span, span], 1), use_cache=False).logits
-    return float((logits[:, COPY_SPAN:-1].argmax(-1) == span[:, 1:]).double().mean())
+    right = 0
+    for rows in span.split(affordable_rows(session.loaded, COPY_ROWS, 2 * COPY_SPAN)):
+        logits = session.loaded.model(input_ids=torch.cat([rows, rows], 1), use_cache=False).logits
+        right += int((logits[:, COPY_SPAN:-1].argmax(-1) == rows[:, 1:]).sum())
+    return right / (COPY_ROWS * (COPY_SPAN - 1))
 
 
 def _mean(total: torch.Tensor, count: torch.Tensor, low: int, high: int) -> float:
