@@ -1,6 +1,7 @@
 """Look at a model: `probe`, `score`, `report`; and at earlier probes: `compare`."""
 
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Text
 from eigencache.errors import EigencacheError
+from eigencache.evaluate.resume import ResumableResults
 from eigencache.inputs import text_of
 from eigencache.models.sources import BUNDLED
 from eigencache.progress import Progress, silent
@@ -134,6 +136,7 @@ def report(
     seed: int = 0,
     memory: int | None = None,
     on_progress: Progress = silent,
+    partial: Path | None = None,
 ) -> ReportRecord:
     """Probe models and measure what compressing their caches costs, for one report.
 
@@ -151,23 +154,37 @@ def report(
         seed: seed of everything random.
         memory: bytes that the work may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
+        partial: file that finished models are kept in, so that an interrupted report can be resumed.
 
     Returns:
         The probes, and a verdict for each model: advice, or the reason why there is none.
     """
     source, scored = text_of(text), None if held_out is None else text_of(held_out)
     budget, settings, record = budget or Budget.of_ppl(DEFAULT_PPL), ProbeSettings(), ReportRecord(probes=[])
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size, "seed": seed, "memory": memory}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype}
+    texts = [(one.name, one.sha256) for one in (source, scored) if one is not None]
+    limits = [tokens, held_out_tokens, max_length, budget.model_dump(), batch_size, seed]
+    kept = ResumableResults(partial, {"texts": texts, "limits": limits, "eigencache": version("eigencache"), **loading})
     for model in models:
-        with opened(model, on_progress=on_progress, **options) as session:
+        running = {"batch_size": batch_size, "seed": seed, "memory": memory, "on_progress": on_progress}
+        with opened(model, **loading, **running) as session:
             session = session.named(session.loaded.name) if len(models) > 1 else session
-            sequences = packed(session, source, tokens, max_length or session.loaded.default_length)
-            gathered = gather(session, sequences, settings.scopes)
-            record.probes.append(probe_gathered(session, gathered, settings))
-            if scored:
-                length = sequences.corpus.max_length
-                recipe = recipe_of(session, text, source.name, tokens, length, device=device, dtype=dtype)
-                record.verdicts.append(_judged(session, gathered, scored, held_out_tokens, budget, recipe))
+            which = [model, session.loaded.sha256]
+            found = next((line for line in kept.done if line["model"] == which), None)
+            if found is None:
+                sequences = packed(session, source, tokens, max_length or session.loaded.default_length)
+                gathered = gather(session, sequences, settings.scopes)
+                found = {"model": which, "probe": probe_gathered(session, gathered, settings).model_dump(mode="json")}
+                if scored:
+                    length = sequences.corpus.max_length
+                    recipe = recipe_of(session, text, source.name, tokens, length, **loading)
+                    verdict = _judged(session, gathered, scored, held_out_tokens, budget, recipe)
+                    found["verdict"] = verdict.model_dump(mode="json")
+                kept.add(found)
+            else:
+                session.on_progress("kept by an interrupted report", 1, 1)
+        record.probes.append(ProbeRecord.model_validate(found["probe"]))
+        record.verdicts += [Verdict.model_validate(found["verdict"])] if scored else []
     return record
 
 

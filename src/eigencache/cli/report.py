@@ -53,7 +53,8 @@ def run(
 ) -> None:
     """Probe models, measure what compressing their cache costs, and write report.html (offline) and report.json.
 
-    What is low-rank, what is compressible, at what loss, and what to do; the comparison is printed too.
+    What is low-rank, what is compressible, at what loss, and what to do; the comparison is printed too. An interrupted
+    report resumes after the last finished model when it is started again.
     """
     check_folder(output)
     from eigencache.report.core.drawing import require
@@ -72,6 +73,7 @@ def run(
     from eigencache.report.html import write_report
     from eigencache.report.probe.comparison import compare_table
 
+    partial = output / "report.partial"
     with progress_bar("report") as on_progress:
         record = report(
             unique(models or BUNDLED),
@@ -87,6 +89,7 @@ def run(
             memory=in_bytes(memory),
             seed=seed,
             on_progress=on_progress,
+            partial=partial,
         )
     console = Console()
     for index, probe in enumerate(record.probes):
@@ -98,6 +101,7 @@ def run(
     page, data = output / "report.html", output / "report.json"
     write_report(record, page)
     write_whole(data, record.model_dump_json(indent=1).encode())
+    partial.unlink(missing_ok=True)
     console.print(compare_table(record.probes))
     if in_short := short_table(record, short_names(record.probes)):
         console.print(in_short)
