@@ -45,7 +45,7 @@ def guarded(run: Callable[..., None]) -> Callable[..., None]:
         except EigencacheError as error:
             fail(with_flags(str(error), flags_of(run)))
         except KeyboardInterrupt:
-            fail("interrupted: no result was written")
+            fail("interrupted: no result was written")  # `options.keeping` says what can be resumed
 
     return command
 

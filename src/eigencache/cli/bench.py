@@ -15,6 +15,7 @@ from eigencache.cli.options import (
     Text,
     check_folder,
     in_bytes,
+    keeping,
     length_numbers,
     positive_numbers,
     print_written,
@@ -110,7 +111,8 @@ def run(
     whole, source, calibration_source = length_numbers(lengths), read_text(text), read_text(calibration_text)
     console, records = Console(), []
     for model in unique(models or BUNDLED):
-        with progress_bar(model) as on_progress:
+        partial = output / f"{file_name(model)}.partial" if output else None
+        with keeping(partial), progress_bar(model) as on_progress:
             records.append(
                 bench(
                     model,
@@ -121,7 +123,7 @@ def run(
                     tokens=tokens,
                     calibration_tokens=calibration_tokens,
                     force=force,
-                    partial=output / f"{file_name(model)}.partial" if output else None,
+                    partial=partial,
                     device=device,
                     dtype=dtype,
                     batch_size=batch_size,

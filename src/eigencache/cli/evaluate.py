@@ -33,6 +33,7 @@ from eigencache.cli.options import (
     check_writable,
     finish,
     in_bytes,
+    keeping,
     length_numbers,
     partial_of,
     print_written,
@@ -129,7 +130,7 @@ def run(
     from eigencache.report.quality.evaluation import evaluation_tables
 
     widths: dict[Bits, CodecBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
-    with progress_bar(model) as on_progress:
+    with keeping(partial_of(output)), progress_bar(model) as on_progress:
         record = evaluate(
             model,
             text=read_text(text),

@@ -19,6 +19,7 @@ from eigencache.cli.options import (
     check_folder,
     finish,
     in_bytes,
+    keeping,
     partial_of,
     print_written,
 )
@@ -120,6 +121,9 @@ def run(
     live = live or live_only
     if (live_bits is not None or safe) and not live:
         raise BudgetError(f"{'--safe' if safe else '--live-bits'} is an option of the live codec: add --live")
+    if live_only and (bits is not None or ratio is not None):
+        given = "--bits" if bits is not None else "--ratio"
+        raise BudgetError(f"{given} is a goal of the stored codec, which --live-only leaves out. Use --live-bits.")
     if live_bits is not None and safe:
         raise BudgetError("--live-bits and --safe both set the size of the live codec. Use one of them.")
     wanted = None
@@ -139,7 +143,7 @@ def run(
         amortize=amortize,
     )
     try:
-        with progress_bar(model) as on_progress:
+        with keeping(partial_of(output)), progress_bar(model) as on_progress:
             codec = fit(
                 model,
                 text=read_text(text),

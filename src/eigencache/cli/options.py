@@ -1,8 +1,10 @@
 """The options that several subcommands share, spelled and explained once."""
 
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -188,6 +190,18 @@ def unique(names: Iterable[str]) -> list[str]:
 def partial_of(output: Path | None) -> Path | None:
     """Return the file or folder beside an output that keeps results while a command runs, so that it can be resumed."""
     return output.with_name(f"{output.name}.partial") if output else None
+
+
+@contextmanager
+def keeping(partial: Path | None) -> Iterator[None]:
+    """Say where an interruption leaves what was measured, and how to go on from it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if partial is not None and partial.exists():
+            said = f"kept: {partial}: start the same command again to resume, or delete it"
+            print(said, file=sys.stderr)
+        raise
 
 
 def finish(output: Path | None) -> None:

@@ -15,6 +15,7 @@ from eigencache.cli.options import (
     Tokens,
     check_folder,
     in_bytes,
+    keeping,
     unique,
 )
 from eigencache.cli.options import Text as TextOption
@@ -74,7 +75,7 @@ def run(
     from eigencache.report.probe.comparison import compare_table
 
     partial = output / "report.partial"
-    with progress_bar("report") as on_progress:
+    with keeping(partial), progress_bar("report") as on_progress:
         record = report(
             unique(models or BUNDLED),
             read_text(text),

@@ -32,6 +32,7 @@ from eigencache.cli.options import (
     check_writable,
     finish,
     in_bytes,
+    keeping,
     partial_of,
     print_written,
     rank_numbers,
@@ -101,7 +102,7 @@ def run(
     from eigencache.report.quality.sweep_table import safety_table, sweep_table
 
     widths: dict[Bits, CodecBits] = {Bits.sixteen: 16, Bits.eight: 8, Bits.four: 4}
-    with progress_bar(model) as on_progress:
+    with keeping(partial_of(output)), progress_bar(model) as on_progress:
         record = sweep(
             model,
             text=read_text(text),

@@ -38,7 +38,7 @@ def header_parsed_once() -> Iterator[None]:
             return reader(path, *options)
         except (ValueError, IndexError, KeyError) as error:
             raise ModelError(
-                f"{Path(path).name}: cannot be loaded: it is not a whole GGUF file ({error}). Download it again."
+                f"{Path(path).name}: cannot be loaded: it is not a whole GGUF file. Download it again."
             ) from error
 
     gguf.GGUFReader = read  # type: ignore[misc, assignment]

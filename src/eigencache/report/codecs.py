@@ -68,5 +68,6 @@ def _loss(expected: Expected) -> str:
     loss = f"{expected.delta_nll:+.4f} nats" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
     return (
         f"ΔNLL {loss} per token, KL {expected.kl:.4f} nats, top-1 agreement {100 * expected.top1_agreement:.1f} %, on "
-        f"{expected.tokens:,} held-out tokens; the first half of every sequence is compressed."
+        f"{expected.tokens:,} held-out tokens{'' if interval else ', too few for an interval'}; the first half of every "
+        "sequence is compressed."
     ) + (" The size was chosen on the same tokens, which biases the loss downwards." if expected.chosen_by_loss else "")

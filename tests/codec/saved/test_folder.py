@@ -155,7 +155,7 @@ def flipped(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "no card": (CARD, lambda folder: (folder / CARD).unlink(), "No such file"),
+    "no card": (CARD, lambda folder: (folder / CARD).unlink(), "is missing: copy the whole folder"),
     "no JSON": (CARD, lambda folder: (folder / CARD).write_bytes(b"\xff{"), "Invalid JSON"),
     "no record": (CARD, lambda folder: (folder / CARD).write_text("[]"), "not a record of schema eigencache.codec/1"),
     "another schema": (

@@ -64,6 +64,16 @@ def test_that_nothing_qualifies_is_said_with_the_nearest() -> None:
     assert "no PCA setting within the budget" in advice_tables(advice)[0].title
 
 
+def test_a_sweep_without_intervals_decides_nothing_and_says_why() -> None:
+    advice = recommend_sweep(sweep(series("v", (8, 1.8, 0.001, None))), BUDGET, "sweep.json")
+    undecided, closest = advice_lines(advice)
+    assert "undecided: 40 sequences are too few for an interval, and its upper end decides. Use more tokens (" in undecided
+    assert closest.endswith("ΔNLL 0.0010.")
+    (table,) = advice_tables(advice)
+    assert table.title.endswith("nearest PCA setting, without an interval") and "Intervals" not in " ".join(table.notes)
+    assert not any("intervals come from" in line for line in advice.unknown)
+
+
 def test_full_rank_and_keys_after_rotation_are_named() -> None:
     record = sweep(series("k", (32, 1.5, 0.0, 0.001), frame="post", bits=4))
     (what, *_) = advice_lines(recommend_sweep(record, BUDGET, "sweep.json"))

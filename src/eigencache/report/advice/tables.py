@@ -14,29 +14,38 @@ def advice_lines(advice: Advice) -> list[str]:
     """Return the recommendation in a few sentences: for each use the codec, its bytes, its loss and its command."""
     budget = f"{advice.budget.given}, {advice.budget.nats:.5f} nats per token"
     if not advice.codecs:
-        return _pca_lines(advice, f"{advice.model.name}: compress", f"{advice.model.name}: no measured setting", budget)
+        return _pca_lines(advice, advice.model.name, budget)
     lines = [f"{advice.model.name}: one recommendation for each use (budget {budget}).", *codec_lines(advice)]
     if advice.sweeps:
-        return lines + _pca_lines(advice, f"{_RESEARCH}: compress", f"{_RESEARCH}: no measured setting", "")
+        return lines + _pca_lines(advice, _RESEARCH, "")
     return lines + ([f"{_RESEARCH}: not measured. {advice.pca_refusal}"] if advice.pca_refusal else [])
 
 
-def _pca_lines(advice: Advice, chosen_start: str, none_start: str, budget: str) -> list[str]:
+def _pca_lines(advice: Advice, start: str, budget: str) -> list[str]:
     """Return the sentences on PCA: the setting, its bytes, loss and command; or that none meets the budget."""
-    chosen = advice.chosen
+    chosen, nearest = advice.chosen, advice.nearest
     if chosen is None:
-        lines = [f"{none_start} meets the budget{f' ({budget})' if budget else ''}."]
-        if advice.nearest:
-            lines.append(f"Nearest: {advice.nearest.describe()}, ΔNLL {interval_cell(advice.nearest.choosing)}.")
+        none = "no measured setting meets the budget"
+        if _undecided(nearest):
+            count = nearest.choosing.sequences  # type: ignore[union-attr] - `_undecided` has seen it
+            none = f"undecided: {count} sequences are too few for an interval, and its upper end decides. Use more tokens"
+        lines = [f"{start}: {none}{f' ({budget})' if budget else ''}."]
+        if nearest:
+            lines.append(f"Nearest: {nearest.describe()}, ΔNLL {interval_cell(nearest.choosing)}.")
         return lines
     return [
-        f"{chosen_start} {chosen.describe()}{f' (budget {budget})' if budget else ''}.",
+        f"{start}: compress {chosen.describe()}{f' (budget {budget})' if budget else ''}.",
         f"Bytes: {chosen.sixteen_bit_nbytes_per_token:,.0f} → {chosen.nbytes_per_token:,.1f} per token, ratio "
         f"{chosen.choosing.compression_ratio:.2f}; basis {chosen.choosing.basis_nbytes:,} bytes, "
         f"break-even context {chosen.break_even_context:,} tokens.",
         loss_line(advice, chosen),
         *command_lines(chosen),
     ]
+
+
+def _undecided(nearest: Candidate | None) -> bool:
+    """Return whether no setting could be chosen because none has an interval."""
+    return nearest is not None and nearest.choosing.delta_nll_interval is None
 
 
 def advice_tables(advice: Advice) -> list[Table]:
@@ -77,9 +86,10 @@ def _settings(advice: Advice) -> Table:
         "ΔNLL, held-out",
     )
     candidates = [c for c in (advice.chosen, *advice.others, advice.nearest) if c is not None]
-    title = (
-        "best PCA setting of every target, chosen within the budget" if advice.chosen else "no PCA setting within the budget"
-    )
+    title = "best PCA setting of every target, chosen within the budget"
+    if advice.chosen is None:
+        undecided = _undecided(advice.nearest)
+        title = "nearest PCA setting, without an interval" if undecided else "no PCA setting within the budget"
     return Table(
         f"{advice.model.name}: {title}",
         columns,
@@ -119,8 +129,8 @@ def _notes(advice: Advice) -> tuple[str, ...]:
         f"{parts} {advice.protocol.describe()}. {advice.uncompressed_nll:.4f} nats per token uncompressed.",
         f"A setting meets the budget if the upper end of its interval (ΔNLL, choice) does. Basis from "
         f"{advice.calibration.name}, {advice.calibration.tokens:,} tokens. Ratio = bytes of the 16-bit cache ({cached}) / "
-        "bytes of the compressed cache. Side information is stored once and not included. Intervals: 95 %, paired bootstrap "
-        "over sequences.",
+        "bytes of the compressed cache. Side information is stored once and not included."
+        + ("" if _undecided(advice.nearest) else " Intervals: 95 %, paired bootstrap over sequences."),
     )
 
 

@@ -41,7 +41,7 @@ def _of_result(advice: Advice) -> list[str]:
     reported = advice.chosen.stating or advice.chosen.choosing if advice.chosen else None
     quality = reported or (advice.nearest.choosing if advice.nearest else None)
     quality = quality or next((c.choosing for one in advice.codecs for c in one.candidates), None)
-    if quality and quality.sequences < FEW_SEQUENCES:
+    if quality and quality.delta_nll_interval and quality.sequences < FEW_SEQUENCES:
         lines.append(
             f"intervals come from only {quality.sequences} sequences: more tokens narrow them and may allow a larger ratio"
         )
