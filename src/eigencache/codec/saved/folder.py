@@ -142,9 +142,7 @@ def load_codec(folder: str | Path) -> SavedCodec:
     if not (folder / CARD).exists() and not (folder / TENSORS).exists():
         raise CodecError(f"{folder}: holds no codec: name a folder that `eigencache fit` or `evaluate --save-codec` wrote")
     if not (folder / CARD).exists():
-        raise CodecError(
-            f"{folder / CARD}: is missing: the folder is not whole. Save the codec again, or copy all of its files"
-        )
+        raise CodecError(f"{folder / CARD}: is missing: copy the whole folder, or save the codec again")
     try:
         name = CardHead.load(folder / CARD).kind
         if name not in (kinds := saved_kinds()):
