@@ -1,10 +1,9 @@
 """The options that several subcommands share, spelled and explained once."""
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ import typer
 
 from eigencache.errors import CorpusError, LayerError, OutputError, StatisticsError
 
+KEPT_SUFFIXES = (".safetensors", ".unfinished")  # of files in the folder of an interrupted fit
 Text = Annotated[
     str,
     typer.Option(
@@ -205,10 +205,14 @@ def keeping(partial: Path | None) -> Iterator[None]:
 
 
 def finish(output: Path | None) -> None:
-    """Remove what a command kept while it ran."""
+    """Remove what a command kept while it ran, and nothing else that lies in a folder of that name."""
     partial = partial_of(output)
     if partial is not None and partial.is_dir():
-        shutil.rmtree(partial)
+        for path in partial.iterdir():
+            if path.suffix in KEPT_SUFFIXES:
+                path.unlink()
+        with suppress(OSError):  # not empty
+            partial.rmdir()
     elif partial is not None:
         partial.unlink(missing_ok=True)
 
