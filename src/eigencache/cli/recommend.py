@@ -96,8 +96,8 @@ def run(
 
     There is one recommendation for each use: a codec for caches that are stored, a live cache to generate with, and low
     rank for research. A setting is chosen on one half of the held-out sequences and its loss is stated on the other half.
-    The JSON of a sweep is used without measuring anything. With --output, an interrupted run resumes when it is started
-    again.
+    The JSON of a sweep is used without measuring anything; that of a probe names the model that is measured. With --output,
+    an interrupted run resumes when it is started again.
     """
     check_writable(output)
     budget = _budget(budget_nll, budget_ppl)
@@ -112,11 +112,12 @@ def run(
     from eigencache.studies.recommend.subject import read_subject
 
     partial = partial_of(output)
-    if isinstance(read_subject(subject, model), SweepRecord):
+    found = read_subject(subject, model)
+    if isinstance(found, SweepRecord):
         _refuse_measuring(context, subject)
         advice = recommend(subject, budget=budget)
     else:
-        with progress_bar(subject) as on_progress:
+        with progress_bar(found if isinstance(found, str) else found.model.name) as on_progress:
             advice = recommend(
                 subject,
                 text=read_text(text),
