@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := 5.17.0
 NEWEST := 5.24.0
-PIP := $(BIN)/python -m pip install --quiet --no-compile  # modules are compiled when they are first imported
+PIP := $(BIN)/python -m pip install --quiet
 PINNED := $(PIP) --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 30 --durations-min 10
 
