@@ -72,7 +72,7 @@ class CacheCodec:
 
         Raises:
             CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens
-                stand at learned positions or with a rotation that the fit did not see, or cost over four times the bits of
+                stand at learned positions or with a rotation that the fit did not see, or cost over three times the bits of
                 the fitted text, of which fewer than 16 tokens say too little.
         """
         self.require_model(self.loaded.model)
