@@ -74,3 +74,10 @@ def test_nothing_is_kept_without_a_folder() -> None:
     kept = KeptMeasurements()
     kept.keep("vectors", {"x": torch.ones(1)})
     assert kept.find("vectors") is None
+
+
+def test_a_folder_loses_nothing_that_was_not_kept_in_it(tmp_path: Path) -> None:
+    for name in ("vectors.safetensors", "fisher-metric.unfinished", "notes.txt"):
+        (tmp_path / name).touch()
+    KeptMeasurements(tmp_path).clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

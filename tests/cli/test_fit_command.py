@@ -7,7 +7,6 @@ import pytest
 
 from cli_process import run, shown
 from eigencache.cli.app import main
-from eigencache.cli.options import finish
 from eigencache.codec.saved.folder import CARD, TENSORS, load_codec
 
 pytestmark = pytest.mark.slow
@@ -70,15 +69,6 @@ def test_an_interrupted_fit_resumes_and_clears_what_it_kept(
         main(command)
     assert "vectors, kept by an interrupted fit" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["codec"]
-
-
-def test_a_folder_of_that_name_loses_nothing_that_is_not_of_the_fit(tmp_path: Path) -> None:
-    partial = tmp_path / "codec.partial"
-    partial.mkdir()
-    for name in ("vectors.safetensors", "fisher-metric.unfinished", "notes.txt"):
-        (partial / name).touch()
-    finish(tmp_path / "codec")
-    assert [path.name for path in partial.iterdir()] == ["notes.txt"]
 
 
 def test_settings_and_goal_are_those_that_were_asked_for(fitted: tuple[Path, str, str]) -> None:

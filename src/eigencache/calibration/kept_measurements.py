@@ -18,6 +18,7 @@ from eigencache.errors import OutputError
 
 Tensors = dict[str, Tensor]
 _KEY = "key"  # in the header of a file
+_WHOLE, _UNFINISHED = ".safetensors", ".unfinished"
 
 
 class KeptMeasurements:
@@ -47,7 +48,7 @@ class KeptMeasurements:
         if self._folder is None:
             return
         path = self._path(self._folder, name)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(_UNFINISHED)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({k: x.contiguous() for k, x in tensors.items()}, unfinished, {_KEY: self._key})
@@ -58,9 +59,19 @@ class KeptMeasurements:
             why = getattr(error, "strerror", None) or error
             raise OutputError(f"{path}: cannot be written ({why}). Free some space or choose another output.") from error
 
+    def clear(self) -> None:
+        """Delete what was kept, and the folder if nothing else is in it."""
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for path in self._folder.iterdir():
+            if path.suffix in (_WHOLE, _UNFINISHED):
+                path.unlink()
+        with suppress(OSError):  # not empty
+            self._folder.rmdir()
+
     @staticmethod
     def _path(folder: Path, name: str) -> Path:
-        return folder / f"{name.replace(' ', '-')}.safetensors"
+        return folder / f"{name.replace(' ', '-')}{_WHOLE}"
 
 
 def tensors_of_metric(metric: Metrics, energy: GradientEnergy | None) -> Tensors:

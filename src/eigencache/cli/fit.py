@@ -17,7 +17,6 @@ from eigencache.cli.options import (
     Text,
     Tokens,
     check_folder,
-    finish,
     in_bytes,
     keeping,
     partial_of,
@@ -106,6 +105,7 @@ def run(
     from rich.console import Console
 
     from eigencache.api import fit
+    from eigencache.calibration.kept_measurements import KeptMeasurements
     from eigencache.cli.progress import progress_bar
     from eigencache.codec.saved.folder import LIVE, check_replaceable
     from eigencache.corpora.resolve import read_text
@@ -142,8 +142,9 @@ def run(
         group=group,
         amortize=amortize,
     )
+    partial = partial_of(output)
     try:
-        with keeping(partial_of(output)), progress_bar(model) as on_progress:
+        with keeping(partial), progress_bar(model) as on_progress:
             codec = fit(
                 model,
                 text=read_text(text),
@@ -162,14 +163,14 @@ def run(
                 memory=in_bytes(memory),
                 seed=seed,
                 on_progress=on_progress,
-                partial=partial_of(output),
+                partial=partial,
             )
     except EigencacheError:  # a refusal writes nothing; only an interruption leaves something to resume from
-        finish(output)
+        KeptMeasurements(partial).clear()
         raise
     dropped = not codec.live and (output / LIVE).is_dir()
     codec.save(output)
-    finish(output)
+    KeptMeasurements(partial).clear()
     fitted, loaded, console = codec.fitted, codec.loaded, Console()
     assert fitted is not None  # it was fitted here
     values = loaded.geometry.values_per_token

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,6 @@ import typer
 
 from eigencache.errors import CorpusError, LayerError, OutputError, StatisticsError
 
-KEPT_SUFFIXES = (".safetensors", ".unfinished")  # of files in the folder of an interrupted fit
 Text = Annotated[
     str,
     typer.Option(
@@ -205,15 +204,8 @@ def keeping(partial: Path | None) -> Iterator[None]:
 
 
 def finish(output: Path | None) -> None:
-    """Remove what a command kept while it ran, and nothing else that lies in a folder of that name."""
-    partial = partial_of(output)
-    if partial is not None and partial.is_dir():
-        for path in partial.iterdir():
-            if path.suffix in KEPT_SUFFIXES:
-                path.unlink()
-        with suppress(OSError):  # not empty
-            partial.rmdir()
-    elif partial is not None:
+    """Remove what a command kept while it ran."""
+    if partial := partial_of(output):
         partial.unlink(missing_ok=True)
 
 
