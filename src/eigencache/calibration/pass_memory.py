@@ -12,6 +12,7 @@ from eigencache.models.load import LoadedModel
 
 BACKWARD_TOKENS = 512  # of a backward pass, which keeps the activations of all layers
 _FLOAT = 4  # bytes
+_SMALLER_BATCHES = "Raise `memory`, or lower `batch_size` or `max_length`."
 _CACHES, _HIDDENS, _INNERS = 3, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
 _SAVED_HIDDENS, _SAVED_INNERS = 8, 4  # kept of every layer for a backward pass
 _LOGITS = 2  # logits, and what a loss makes of them
@@ -44,11 +45,8 @@ def beside_a_pass(session: Session, sequences: Sequences) -> int:
     longest = max(map(len, sequences.ids))
     batch = min(session.batch_size, len(sequences.ids))
     needed = forward_nbytes(session.loaded, batch * longest)
-    if needed > session.memory:
-        raise StatisticsError(
-            f"A pass of {batch} sequences of {longest:,} tokens needs about {needed / 2**30:.2g} GiB beside the model, more "
-            f"than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory`, or lower `batch_size` or `max_length`."
-        )
+    what = f"A pass of {batch} sequences of {longest:,} tokens"
+    _require(session, needed, what, _SMALLER_BATCHES)
     return session.memory - needed
 
 
@@ -92,13 +90,9 @@ def check_scoring(session: Session, length: int, scored: int) -> int:
         StatisticsError: scoring needs more than is allowed.
     """
     needed = scoring_nbytes(session.loaded, session.batch_size, length, scored)
-    if needed > session.memory:
-        rows = affordable_rows(session.loaded, session.batch_size, scored)
-        raise StatisticsError(
-            f"Scoring {scored:,} tokens after {length - scored:,} needs about {needed / 2**30:.2g} GiB beside the model for "
-            f"{rows} sequences at a time, more than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory`, or "
-            "lower `batch_size` or `max_length`."
-        )
+    rows = affordable_rows(session.loaded, session.batch_size, scored)
+    what = f"Scoring {scored:,} tokens after {length - scored:,}"
+    _require(session, needed, what, _SMALLER_BATCHES, of=f" for {rows} sequences at a time")
     return needed
 
 
@@ -114,13 +108,23 @@ def check_whole_pass(session: Session, length: int) -> int:
     """
     loaded = session.loaded
     needed = forward_nbytes(loaded, length) + _FLOAT * _LOSSES * length * loaded.embedded_ids
+    what = f"A pass of {length:,} tokens with {loaded.embedded_ids:,} logits each"
+    _require(session, needed, what, "Raise `memory` or lower `max_length`.")
+    return needed
+
+
+def described(needed: int, allowed: int) -> str:
+    """Return predicted and allowed bytes as one phrase for progress reports."""
+    return f"about {needed / 2**30:.1f} GiB beside the model, of {allowed / 2**30:.1f} GiB allowed"
+
+
+def _require(session: Session, needed: int, what: str, remedy: str, of: str = "") -> None:
+    """Raise `StatisticsError` if `what` needs more bytes than the session allows."""
     if needed > session.memory:
         raise StatisticsError(
-            f"A pass of {length:,} tokens with {loaded.embedded_ids:,} logits each needs about {needed / 2**30:.2g} GiB "
-            f"beside the model, more than a `memory` of {session.memory / 2**30:.2g} GiB. Raise `memory` or lower "
-            "`max_length`."
+            f"{what} needs about {needed / 2**30:.2g} GiB beside the model{of}, more than a `memory` of "
+            f"{session.memory / 2**30:.2g} GiB. {remedy}"
         )
-    return needed
 
 
 def _widths(loaded: LoadedModel) -> tuple[int, int]:

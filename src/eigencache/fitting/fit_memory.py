@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eigencache.calibration.pass_memory import backward_nbytes, forward_nbytes, scoring_nbytes
+from eigencache.calibration.pass_memory import backward_nbytes, described, forward_nbytes, scoring_nbytes
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import StatisticsError
@@ -48,7 +48,7 @@ class FitMemory:
     def describe(self) -> str:
         """Return one line: the prediction, the limit, and the share of the text whose vectors are sampled."""
         share = "" if self.sampled == self.tokens else f", vectors of {self.sampled:,} of {self.tokens:,} tokens"
-        return f"about {self.needed / _GIB:.1f} GiB beside the model, of {self.allowed / _GIB:.1f} GiB allowed{share}"
+        return described(self.needed, self.allowed) + share
 
 
 def fit_memory(session: Session, sequences: Sequences, settings: EigenSettings) -> FitMemory:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from eigencache.calibration.moments import check_fit
-from eigencache.calibration.pass_memory import affordable_rows, check_whole_pass
+from eigencache.calibration.pass_memory import affordable_rows, check_whole_pass, described
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.records.probe import ScoreRecord
@@ -34,9 +34,7 @@ def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
     model = session.loaded.model
     check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
     needed = check_whole_pass(session, max(map(len, sequences.ids)))
-    session.on_progress(
-        f"about {needed / 2**30:.1f} GiB beside the model, of {session.memory / 2**30:.1f} GiB allowed", 0, 1
-    )
+    session.on_progress(described(needed, session.memory), 0, 1)
     longest = max(map(len, sequences.ids)) - 1
     total, count = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.float64)
     for done, ids in enumerate(sequences.ids, 1):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eigencache.calibration.pass_memory import check_scoring
+from eigencache.calibration.pass_memory import check_scoring, described
 from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.codec.placement import placed
@@ -138,8 +138,7 @@ def _memory(session: Session, held_out: Mapping[int, Sequences], settings: Bench
     scoring = max(check_scoring(session, context + settings.scored, piece) for context in held_out)
     texts = sum(context * len(text.ids) for context, text in held_out.items())
     prefixes = min(int(session.memory * _PREFIXES), _FLOAT * session.loaded.geometry.values_per_token * texts)
-    needed, allowed = (scoring + prefixes) / 2**30, session.memory / 2**30
-    return f"scoring takes about {needed:.1f} GiB beside the model, of {allowed:.1f} GiB allowed"
+    return f"scoring takes {described(scoring + prefixes, session.memory)}"
 
 
 def chosen(text: Sequences, tokens: int, seed: int) -> Sequences:
