@@ -17,7 +17,8 @@ from eigencache.records.quality import ReadingProtocol, SweepRecord
 from eigencache.report.quality.sweep_plot import plot_sweep
 from eigencache.report.quality.sweep_table import furthest, safety_table, sweep_table
 from eigencache.studies.recommend.candidates import settings_of
-from eigencache.studies.sweep import Plan, control_plans, default_plans, needed_scopes, sweep_model
+from eigencache.studies.sweep import Plan, check_plans, control_plans, default_plans, needed_scopes, sweep_model
+from stub_codecs import tiny_loaded
 from tiny_models import tiny
 
 PROTOCOL = ReadingProtocol(kind="prefix", length=20)
@@ -151,3 +152,8 @@ def test_all_layers_of_a_wide_model_share_a_basis_of_as_many_directions_as_the_t
     notes = [line for line in record.warnings if "independent vectors carry a basis of" in line]
     assert len(notes) == 2, "one of keys and one of values, which both plans share"
     assert all("of 1,536 dimensions, 10 for each" in line for line in notes), notes
+
+
+def test_an_unknown_metric_is_refused_before_any_text_is_read() -> None:
+    with pytest.raises(StatisticsError, match="`metric` fischer does not exist"):
+        check_plans(tiny_loaded("llama"), [Plan(PCASettings("v", metric="fischer"))])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed, recipe_of
 from eigencache.calibration.calibration_set import calibration_length
-from eigencache.calibration.metrics import check_metric
 from eigencache.codec.pca import CoefficientBits
 from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
 from eigencache.errors import CodecError, RecordError, StatisticsError
@@ -83,7 +82,6 @@ def sweep(
         EigencacheError: one of `eigencache.errors`.
     """
     settings = settings or PCASettings(metric="fisher")
-    check_metric(settings.metric)
     source, calibration_source = text_of(text), text_of(calibration_text)
     with opened(model, tokenizer, **options) as session:
         held_out = packed(session, source, tokens, max_length)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eigencache.calibration.metrics import check_metric
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.overlap import check_overlap
@@ -90,9 +91,10 @@ def check_plans(loaded: LoadedModel, plans: Sequence[Plan]) -> None:
 
     Raises:
         CodecError: The model does not have a target.
-        StatisticsError: A rank exceeds the width of its target.
+        StatisticsError: A rank exceeds the width of its target, or no metric has the name.
     """
     for plan in plans:
+        check_metric(plan.settings.metric)
         check_target(loaded, plan.settings.target)
         plan.ranks_for(width_of(loaded.geometry, plan.settings))
 
