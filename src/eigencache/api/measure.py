@@ -165,8 +165,8 @@ def report(
     texts = [(one.name, one.sha256) for one in (source, scored) if one is not None]
     limits = [tokens, held_out_tokens, max_length, budget.model_dump(), batch_size, seed]
     kept = ResumableResults(partial, {"texts": texts, "limits": limits, "eigencache": version("eigencache"), **loading})
+    running: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "memory": memory, "on_progress": on_progress}
     for model in models:
-        running = {"batch_size": batch_size, "seed": seed, "memory": memory, "on_progress": on_progress}
         with opened(model, **loading, **running) as session:
             session = session.named(session.loaded.name) if len(models) > 1 else session
             which = [model, session.loaded.sha256]

@@ -26,8 +26,8 @@ def _pca_lines(advice: Advice, start: str, budget: str) -> list[str]:
     chosen, nearest = advice.chosen, advice.nearest
     if chosen is None:
         none = "no measured setting meets the budget"
-        if _undecided(nearest):
-            count = nearest.choosing.sequences  # type: ignore[union-attr] - `_undecided` has seen it
+        if nearest and _undecided(nearest):
+            count = nearest.choosing.sequences
             none = f"undecided: {count} sequences are too few for an interval, and its upper end decides. Use more tokens"
         lines = [f"{start}: {none}{f' ({budget})' if budget else ''}."]
         if nearest:
