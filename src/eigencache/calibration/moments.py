@@ -9,11 +9,10 @@ from eigencache.calibration.accumulator import SAMPLED, WIDEST, Accumulator, Col
 from eigencache.calibration.pass_memory import beside_a_pass
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import ModelError, NonFiniteError, TokenizerMismatchError
+from eigencache.errors import NonFiniteError
 from eigencache.geometry import KINDS, kind_and_frame
 from eigencache.memory import release
 from eigencache.models.capture import Capture, CapturedLayer
-from eigencache.models.load import LoadedModel
 from eigencache.records.base import Scope
 from eigencache.records.provenance import Stopwatch
 
@@ -70,7 +69,7 @@ def gather(
     """
     watch = Stopwatch()
     left = beside_a_pass(session, sequences)
-    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    session.require_readable(sequences)
     accumulator, columns, done = None, {}, 0
     with Capture(session.loaded.model, session.loaded.geometry, layers=layers) as capture:
         for input_ids, attention_mask, indices in sequences.batches(session.batch_size, pad_id=0):
@@ -100,30 +99,6 @@ def gather(
             session.on_progress("capturing", done, len(sequences.ids))
         assert accumulator is not None  # `pack` never gives an empty text
         return CapturedMoments(sequences, accumulator, columns, capture.style, list(capture.notes), watch)
-
-
-def check_fit(loaded: LoadedModel, max_length: int, largest_id: int) -> None:
-    """Check that a text fits the positions and the vocabulary of a model.
-
-    Args:
-        loaded: the model.
-        max_length: tokens of the longest sequence.
-        largest_id: largest token id.
-
-    Raises:
-        TokenizerMismatchError: the model does not embed `largest_id`.
-        ModelError: `max_length` exceeds the learned positions of the model.
-    """
-    rows = loaded.embedded_ids
-    if largest_id >= rows:
-        raise TokenizerMismatchError(
-            f"{loaded.name}: token id {largest_id} is too large: the model embeds only {rows} ids. Use its own tokenizer."
-        )
-    positions = loaded.learned_positions
-    if positions and max_length > positions:
-        raise ModelError(
-            f"{loaded.name} has {positions} positions, the sequences {max_length} tokens. Use `max_length` ≤ {positions}."
-        )
 
 
 def check_finite(captured: Iterable[CapturedLayer]) -> None:

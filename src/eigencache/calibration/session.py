@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from eigencache.corpora.sequences import Sequences
+from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.models.load import LoadedModel
 from eigencache.models.rope_detection import require_steady
 from eigencache.progress import Progress, silent
@@ -28,8 +29,32 @@ class Session:
     on_progress: Progress = silent
     memory: int = MEMORY
 
+    def require_readable(self, sequences: Sequences) -> None:
+        """Check that the model has an embedding of every token id and, if it learned its positions, enough of them.
+
+        Raises:
+            TokenizerMismatchError: The model has no embedding of a token id.
+            ModelError: A sequence is longer than the learned positions.
+        """
+        loaded, largest_id = self.loaded, max((int(ids.max()) for ids in sequences.ids), default=0)
+        if largest_id >= loaded.embedded_ids:
+            raise TokenizerMismatchError(
+                f"{loaded.name}: token id {largest_id} is too large: the model embeds only {loaded.embedded_ids} ids. "
+                "Use its own tokenizer."
+            )
+        positions, longest = loaded.learned_positions, sequences.corpus.max_length
+        if positions and longest > positions:
+            raise ModelError(
+                f"{loaded.name} has {positions} positions, the sequences {longest} tokens. Use `max_length` ≤ {positions}."
+            )
+
     def require_steady(self, sequences: Sequences) -> None:
-        """Raise `StatisticsError` for sequences so long that the model changes the frequencies of its rotation."""
+        """Check what `require_readable` checks, and that all sequences are rotated by the same frequencies.
+
+        Raises:
+            StatisticsError: Sequences so long that the model changes the frequencies of its rotation.
+        """
+        self.require_readable(sequences)
         require_steady(self.loaded, max(map(len, sequences.ids), default=0))
 
     def reporting(self, on_progress: Progress) -> "Session":

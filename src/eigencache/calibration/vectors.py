@@ -11,7 +11,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import check_fit
 from eigencache.calibration.session import Session
 from eigencache.codec.eigen.position_means import PositionMeans
 from eigencache.codec.layout import Layout, Part
@@ -154,7 +153,7 @@ def sample_vectors(
     Raises:
         NonFiniteError: the model caches NaN or infinite values.
     """
-    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    session.require_readable(sequences)
     layout = units = None
     stored, lengths = torch.empty(0), [len(ids) for ids in sequences.ids]
     filled = 0

@@ -55,12 +55,17 @@ class LoadedModel:
     @property
     def learned_positions(self) -> int | None:
         """Number of positions of a model without rotation; None if it rotates keys or the configuration has no number."""
-        return getattr(self.model.config, "max_position_embeddings", None) or None if self.geometry.rope is None else None
+        return self._positions if self.geometry.rope is None else None
 
     @property
     def default_length(self) -> int:
         """Default sequence length: 512 tokens, or the number of positions of the model if that is smaller."""
-        return min(512, getattr(self.model.config, "max_position_embeddings", None) or 512)
+        return min(512, self._positions or 512)
+
+    @property
+    def _positions(self) -> int | None:
+        config = self.model.config
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # the second: MPT
 
     @property
     def dtype_name(self) -> str:

@@ -6,7 +6,6 @@ A model that does not predict well has no cache worth measuring, so these figure
 import torch
 from torch.nn import functional as F
 
-from eigencache.calibration.moments import check_fit
 from eigencache.calibration.pass_memory import affordable_rows, check_whole_pass, described
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
@@ -32,7 +31,7 @@ def score_model(session: Session, sequences: Sequences) -> ScoreRecord:
     """
     watch = Stopwatch()
     model = session.loaded.model
-    check_fit(session.loaded, sequences.corpus.max_length, max(int(ids.max()) for ids in sequences.ids))
+    session.require_readable(sequences)
     needed = check_whole_pass(session, max(map(len, sequences.ids)))
     session.on_progress(described(needed, session.memory), 0, 1)
     longest = max(map(len, sequences.ids)) - 1

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eigencache.calibration.moments import check_fit
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import PCACodec, PCAGroup
 from eigencache.corpora.overlap import check_overlap
@@ -70,7 +69,7 @@ def study_adapter(
     training, watch = training or TrainingSettings(), Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.ids, force=force)
     for text in (calibration, sequences):
-        check_fit(session.loaded, text.corpus.max_length, max(int(ids.max()) for ids in text.ids))
+        session.require_readable(text)
     batches_of(sequences, protocol, training.batch_size)  # raises before training if no sequence is long enough
     first = torch.from_numpy(calibration.ids[0])[None].to(session.loaded.device)
     sites = find_sites(session.loaded.model, session.loaded.geometry, target, layers, first)
