@@ -135,8 +135,7 @@ def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int)
     rows = [ids for ids in sequences.ids if len(ids) >= protocol.length + 2]
     if not rows:
         raise CorpusError(
-            f"no sequence is longer than the first {protocol.length:,} tokens, which are not scored. "
-            "Raise `max_length` or lower `prefix`."
+            f"no sequence is longer than the first {protocol.length:,} tokens, which are not scored. Raise `max_length`."
         )
     return list(_of_equal_length(rows, batch_size))
 

@@ -1,4 +1,4 @@
-"""How a transformers version names its cache argument: `past_key_values` before 5.24, `cache` since; both are accepted."""
+"""The name of the cache argument: `past_key_values` before transformers 5.24, which ignores `cache`; either one since."""
 
 import inspect
 from collections.abc import Callable, Mapping

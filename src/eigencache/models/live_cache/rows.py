@@ -62,7 +62,7 @@ class Rows:
             row, token = wrong[0].tolist()
             raise CodecError(
                 f"sequence {row}: the compressed cache expects position {int(expected[row, token])} next, not "
-                f"{int(positions[row, token])}: pass consecutive position_ids, or make a new cache"
+                f"{int(positions[row, token])}: pass consecutive position_ids, pad on the left, or make a new cache"
             )
 
     def select(self, rows: Tensor) -> "Rows":
