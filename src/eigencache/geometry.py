@@ -132,7 +132,8 @@ class KVGeometry(_Frozen):
 
     def describe(self) -> str:
         """Return one line: attention, layers, heads, widths, rotation, and the layers without a cache."""
-        parts = [self.attention, f"{len(self.cached_layers)} layers with a cache"]
+        cached = len(self.cached_layers)
+        parts = [self.attention, f"{cached} layer{'s' if cached > 1 else ''} with a cache"]
         if self.mla:
             parts.append(f"latent {self.mla.kv_lora_rank} + rotary key {self.mla.qk_rope_head_dim}")
         else:

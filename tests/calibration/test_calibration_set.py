@@ -35,7 +35,7 @@ def test_a_metric_is_measured_on_as_many_tokens_as_told() -> None:
 def test_sequences_beyond_the_learned_positions_are_refused_before_a_pass(name: str) -> None:
     session = Session(tiny_loaded(name))
     CalibrationSet(session, random_sequences(*[64] * 16))
-    with pytest.raises(ModelError, match="has 64 positions, the sequences 65 tokens. Use `max_length` ≤ 64"):
+    with pytest.raises(ModelError, match=r"has 64 positions, the sequences 65 tokens. Use `max_length` ≤ 64"):
         CalibrationSet(session, random_sequences(*[65] * 16))
 
 

@@ -64,7 +64,7 @@ def test_evaluate_prints_every_part(tmp_path: Path) -> None:
 def test_fold_shows_rounding_beside_the_effect(tmp_path: Path) -> None:
     text = shown(run("fold", "ref-gpt2", "--tokens", "512", "--calibration-tokens", "8192", folder=tmp_path))
     assert "attention on coefficients" in text
-    assert "kv · head · post-RoPE" in text or "kv · head · " in text
+    assert "kv, rank 32 of 64" in text
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def test_what_was_written_before_is_replaced_and_nothing_is_left_beside_it(fitte
     before = (folder / "deep" / "codec" / TENSORS).read_bytes()
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "ref-deepseek", *FEW, *PLAIN, "--bits", "1", "-o", "deep/codec"])
-    assert exit_.value.code == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert exit_.value.code == 0, said.err
+    assert "replaced: the codec that was in deep/codec." in said.out and "replaced" not in fitted[1]
     assert (folder / "deep" / "codec" / TENSORS).read_bytes() != before
     assert [path.name for path in (folder / "deep").iterdir()] == ["codec"]
     assert load_codec(folder / "deep" / "codec").card.expected.bits_per_value == pytest.approx(1, rel=0.01)
@@ -139,6 +141,7 @@ def test_help_explains_options_and_shows_examples(capsys) -> None:
         (("--bits", "0"), "--bits=0 must be a number above 0"),
         (("--ratio", "-1"), "--ratio=-1 must be a number above 0"),
         (("--max-nll", "nan"), "--max-nll=nan must be a number above 0"),
+        (("--max-nll", "1e-9"), "--max-nll=1e-09 nats is below 1e-06, a loss that may be rounding"),
         (("--scope", "row"), "--scope row does not exist. Use one of head, layer, groups, joint."),
         (("--scope", "kind"), "--scope kind does not exist. Use one of"),
         (("--kept-bits", "4"), "--kept-bits 4 does not exist. Use one of 8, 16."),

@@ -137,8 +137,13 @@ def test_a_low_temperature_is_nearly_the_likeliest() -> None:
 
 def test_times_are_of_the_prompt_and_of_the_tokens_after_the_first() -> None:
     one, more = (generate_text(characters("llama"), PROMPT, None, max_new_tokens=n) for n in (1, 12))
-    assert one.tokens_per_second is None and one.seconds == 0 < one.prompt_seconds
-    assert more.tokens_per_second == 11 / more.seconds and more.prompt_seconds > 0
+    assert one.tokens_per_second is None and one.step_seconds is None and one.prompt_seconds > 0
+    assert more.step_seconds is not None and more.tokens_per_second == 1 / more.step_seconds and more.prompt_seconds > 0
+
+
+def test_side_information_is_that_of_the_codec() -> None:
+    plain, compressed = (generate_text(characters("llama"), PROMPT, c, max_new_tokens=2) for c in (None, live()))
+    assert plain.side_nbytes == 0 and compressed.side_nbytes == live().nbytes > 0
 
 
 def test_an_empty_prompt_is_refused() -> None:
@@ -204,8 +209,8 @@ def test_the_prompt_is_not_repeated() -> None:
 # Where two part
 
 
-def generated(*tokens: int, seconds: float = 1.0) -> Generated:
-    return Generated(list(tokens), "", 3, 10, 20, 0.5, seconds)
+def generated(*tokens: int, step: float | None = None) -> Generated:
+    return Generated(list(tokens), "", 3, 10, 20, 0.5, step)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_answers_part_after_the_tokens_that_are_the_same(one, other, expected) -
     assert parted_at(generated(*one), generated(*other)) == parted_at(generated(*other), generated(*one)) == expected
 
 
-def test_speed_counts_the_tokens_after_the_first() -> None:
-    assert generated(1, 2, 3, seconds=0.5).tokens_per_second == 4
-    for none in (generated(1), generated(), generated(1, 2, seconds=0.0)):
+def test_speed_is_that_of_a_median_step() -> None:
+    assert generated(1, 2, 3, step=0.25).tokens_per_second == 4
+    for none in (generated(1), generated(1, 2, step=0.0)):
         assert none.tokens_per_second is None

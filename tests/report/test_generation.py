@@ -9,8 +9,8 @@ from eigencache.records.generation import Generated
 from eigencache.report.generation import comparison_lines, cost_line
 
 
-def generated(tokens: list[int], *, nbytes: int = 1_234_567, sixteen: int = 4_938_268, seconds: float = 2.0) -> Generated:
-    return Generated(tokens, "", 1000, nbytes, sixteen, 0.256, seconds)
+def generated(tokens: list[int], *, nbytes: int = 1_234_567, sixteen: int = 4_938_268) -> Generated:
+    return Generated(tokens, "", 1000, nbytes, sixteen, 0.256, 0.05)
 
 
 def spelled(ids: list[int]) -> str:
@@ -25,17 +25,23 @@ def lines(one: list[int], other: list[int], dtype: str = "bfloat16") -> list[str
 
 def test_a_cost_is_bytes_tokens_ratio_and_times() -> None:
     assert cost_line(generated([5] * 31), "compressed cache") == (
-        "compressed cache: 1,234,567 bytes for 1,030 tokens, ratio to 16 bits 4.00; prompt 0.26 s, 15.0 tokens per second"
+        "compressed cache: 1,234,567 bytes for 1,030 tokens, ratio to 16 bits 4.00; prompt 0.26 s, "
+        "20.0 tokens per second (median)"
     )
 
 
 def test_a_cost_names_what_read_the_packed_blocks() -> None:
-    assert cost_line(replace(generated([5] * 31), backend="vnni"), "x").endswith("tokens per second; backend vnni")
+    assert cost_line(replace(generated([5] * 31), backend="vnni"), "x").endswith("per second (median); backend vnni")
 
 
-@pytest.mark.parametrize(("tokens", "seconds"), [([5], 0.0), ([5], 2.0), ([5, 6], 0.0)])
-def test_a_cost_without_a_speed_ends_with_the_prompt(tokens: list[int], seconds: float) -> None:
-    assert cost_line(generated(tokens, seconds=seconds), "x").endswith("ratio to 16 bits 4.00; prompt 0.26 s")
+def test_a_cost_has_the_side_information_of_a_codec() -> None:
+    line = cost_line(replace(generated([5] * 31), side_nbytes=6_470_000), "x")
+    assert "ratio to 16 bits 4.00; side information 6,470,000 bytes, stored once; prompt" in line
+
+
+@pytest.mark.parametrize("step", [None, 0.0])
+def test_a_cost_without_a_speed_ends_with_the_prompt(step: float | None) -> None:
+    assert cost_line(replace(generated([5]), step_seconds=step), "x").endswith("ratio to 16 bits 4.00; prompt 0.26 s")
 
 
 def test_a_cache_larger_than_16_bits_is_not_called_smaller_by_more_than_it_is() -> None:

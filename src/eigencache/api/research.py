@@ -174,7 +174,9 @@ def fold(
         results = []
         for done, target in enumerate(targets, 1):
             full = calibration.fit(PCASettings(target, frame="post"))
-            codec = full.truncated(rank or max(1, full.groups[0].transform.rank // 2))
+            width = full.groups[0].transform.rank
+            kept = rank or max(1, width // 2)
+            codec = full.truncated(kept, name=f"{target}, rank {kept} of {width}")
             results.append(measure_folding(session.loaded, held_out, codec))
             session.on_progress("comparing logits", done, len(targets))
         return results

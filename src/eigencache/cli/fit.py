@@ -107,7 +107,7 @@ def run(
     from eigencache.api import fit
     from eigencache.calibration.kept_measurements import KeptMeasurements
     from eigencache.cli.progress import progress_bar
-    from eigencache.codec.saved.folder import LIVE, check_replaceable
+    from eigencache.codec.saved.folder import CARD, LIVE, check_replaceable
     from eigencache.corpora.resolve import read_text
     from eigencache.errors import BudgetError, EigencacheError
     from eigencache.fitting.eigen import settings_of
@@ -168,7 +168,7 @@ def run(
     except EigencacheError:  # a refusal writes nothing; only an interruption leaves something to resume from
         KeptMeasurements(partial).clear()
         raise
-    dropped = not codec.live and (output / LIVE).is_dir()
+    replaced, dropped = (output / CARD).is_file(), not codec.live and (output / LIVE).is_dir()
     codec.save(output)
     KeptMeasurements(partial).clear()
     fitted, loaded, console = codec.fitted, codec.loaded, Console()
@@ -179,6 +179,8 @@ def run(
         console.print(codec_table(eigen_record(loaded.name, fitted.codec, fitted.expected, values, amortize, warnings)))
     if fitted.live:
         console.print(live_table(live_record(loaded.name, *fitted.live, values)))
+    if replaced:
+        console.print(f"replaced: the codec that was in {output}.", markup=False, highlight=False)
     if dropped:
         said = f"dropped: the live codec that was in {output / LIVE}. Add --live to fit one."
         console.print(said, markup=False, highlight=False)

@@ -1,6 +1,8 @@
 """Generate text with `CompressedCache` or an uncompressed cache, and report bytes and time."""
 
 from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -100,8 +102,9 @@ def generate_text(
         else sum(x.nbytes for s in cached_of(cache).values() for x in s),
         sixteen_bit_nbytes=2 * loaded.geometry.values_per_token * cached_tokens,
         prompt_seconds=stream.times[1] - stream.times[0],
-        seconds=stream.times[-1] - stream.times[1],
+        step_seconds=median(steps) if (steps := [b - a for a, b in pairwise(stream.times[1:])]) else None,
         backend=_backend_of(cache),
+        side_nbytes=0 if codec is None else codec.nbytes,
     )
 
 

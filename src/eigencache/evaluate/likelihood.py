@@ -179,7 +179,10 @@ def _score_batch(
                 held[name] = sum(b.tokens for b in cache.blocks) * len(ids), sum(b.nbytes for b in cache.blocks)
     scored = ids.shape[1] - 1 - first
     losses = {
-        name: [SequenceLoss(tokens=scored, nll=nll, kl=kl, agree=round(agree)) for nll, kl, agree in total.T.tolist()]
+        name: [
+            SequenceLoss(tokens=scored, nll=nll, kl=max(0.0, kl), agree=round(agree))  # rounding can make KL negative
+            for nll, kl, agree in total.T.tolist()
+        ]
         for name, total in sums.items()
     }
     return Scored(losses, held)

@@ -26,6 +26,8 @@ from eigencache.records.fit import Expected
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.run import Run
 
+LEAST_MAX_NLL = 1e-6  # nats per token; rounding of float32 logits changes the loss of a token by up to it
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -44,7 +46,8 @@ class Goal:
             max_nll: largest ΔNLL and largest KL, in nats per token.
 
         Raises:
-            BudgetError: several targets are given, or one is not a number above 0, or no smaller than 16 bits per value.
+            BudgetError: several targets are given, or one is not a number above 0, is no smaller than 16 bits per value, or
+                is a loss below `LEAST_MAX_NLL`.
         """
         given = {name: x for name, x in (("bits", bits), ("ratio", ratio), ("max_nll", max_nll)) if x is not None}
         if len(given) > 1:
@@ -55,6 +58,10 @@ class Goal:
                 raise BudgetError(f"`{name}`={x!r} must be a number above 0, not a {type(x).__name__}.")
             if not (isfinite(x) and x > 0):
                 raise BudgetError(f"`{name}`={x:g} must be a number above 0.")
+            if name == "max_nll" and x < LEAST_MAX_NLL:
+                raise BudgetError(
+                    f"`max_nll`={x:g} nats is below {LEAST_MAX_NLL:g}, a loss that may be rounding. Use a larger `max_nll`."
+                )
             if (name == "bits" and x >= 16) or (name == "ratio" and x <= 1):
                 remedy = "bits below 16" if name == "bits" else "a ratio above 1"
                 raise BudgetError(f"`{name}`={x:g} would not be smaller than the 16-bit cache. Use {remedy}.")

@@ -13,10 +13,11 @@ class Generated:
     nbytes: int  # of the cache at the end
     sixteen_bit_nbytes: int  # of the same tokens in 16 bits
     prompt_seconds: float  # until the first token
-    seconds: float  # for the tokens after the first
+    step_seconds: float | None  # median over the tokens after the first; None if there is only one
     backend: str | None = None  # that read packed blocks; None for a plain cache
+    side_nbytes: int = 0  # of the codec, stored once for all sequences
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the tokens after the first; None if there is only one."""
-        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
+        """Speed of a median step, in which a backend is not compiled; None if there is none."""
+        return 1 / self.step_seconds if self.step_seconds else None

@@ -35,6 +35,7 @@ def folding_table(model: str, dtype: str, results: Sequence[FoldingResult]) -> T
     )
     notes = (
         f"Largest absolute difference of any logit over {results[0].tokens:,} tokens, computed in {dtype}. "
-        "Bytes: of the cache after the last sequence, in that dtype.",
+        "Bytes: of the cache after the last sequence, in that dtype. "
+        "Bases: centered PCA of every head, of keys after rotation.",
     )
     return Table(f"{model}: attention on coefficients", columns, rows, notes=notes)

@@ -18,8 +18,10 @@ def cost_line(generated: Generated, name: str) -> str:
     speed = generated.tokens_per_second
     return (
         f"{name}: {generated.nbytes:,} bytes for {generated.prompt_tokens + len(generated.tokens) - 1:,} tokens, "
-        f"ratio to 16 bits {generated.sixteen_bit_nbytes / generated.nbytes:.2f}; prompt {generated.prompt_seconds:.2f} s"
-        + (f", {speed:.1f} tokens per second" if speed else "")
+        f"ratio to 16 bits {generated.sixteen_bit_nbytes / generated.nbytes:.2f}"
+        + (f"; side information {generated.side_nbytes:,} bytes, stored once" if generated.side_nbytes else "")
+        + f"; prompt {generated.prompt_seconds:.2f} s"
+        + (f", {speed:.1f} tokens per second (median)" if speed else "")
         + (f"; backend {generated.backend}" if generated.backend else "")
     )
 

@@ -138,7 +138,8 @@ def load_codec(folder: str | Path) -> SavedCodec:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CodecError(f"{folder}: no such folder: name one that `eigencache fit` or `evaluate --save-codec` wrote")
+        problem = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise CodecError(f"{folder}: {problem}: name one that `eigencache fit` or `evaluate --save-codec` wrote")
     if not (folder / CARD).exists() and not (folder / TENSORS).exists():
         raise CodecError(f"{folder}: holds no codec: name a folder that `eigencache fit` or `evaluate --save-codec` wrote")
     if not (folder / CARD).exists():
