@@ -28,3 +28,16 @@ def test_methods_that_do_not_support_the_model_have_dashes_as_at_equal_loss() ->
     table = divergences_table(planted(refused={"xquant": "keys are narrow"}), 384)
     assert [row[0] for row in table.rows][-1] == "xquant"
     assert set(table.rows[-1][1:]) == {ABSENT} and not any("inf" in cell for row in table.rows for cell in row)
+
+
+def test_intervals_end_where_the_ends_of_the_points_intervals_cross() -> None:
+    made = [point("eigen", f"{bits}", bits, 0.0) for bits in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    points = [  # KL = 0.03 / bits^2, its interval from half to twice as much
+        p.model_copy(update={"quality": p.quality.model_copy(update={"kl": kl, "kl_interval": (kl / 2, 2 * kl)})})
+        for p, kl in zip(made, (0.48, 0.12, 0.03, 0.0075, 0.001875), strict=True)
+    ]
+    record = bench(points, [equal("eigen", 0.03, 0.5)])
+    cells = divergences_table(record, 384).rows[0]
+    assert cells[1:5] == ("3.16", "1.73 [1.22, 2.45]", "1 [0.707, 1.41]", "0.548 [0.387, 0.775]")
+    incomplete = [points[0].model_copy(update={"quality": points[0].quality.model_copy(update={"kl_interval": None})})]
+    assert divergences_table(bench([*incomplete, *points[1:]], record.equal_loss), 384).rows[0][3] == "1"

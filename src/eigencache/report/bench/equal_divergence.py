@@ -5,9 +5,11 @@ Equal KL needs fewer scored tokens than equal ΔNLL, and an error that happens t
 
 from collections.abc import Sequence
 from math import exp, fsum, inf, log
+from typing import NamedTuple
 
 import numpy as np
 
+from eigencache.records.base import Interval
 from eigencache.records.bench import BenchRecord
 from eigencache.records.frontier import bits_at_loss, median_of
 from eigencache.report.bench.equal_loss import RELATIVE_NOTE
@@ -18,8 +20,19 @@ from eigencache.report.core.table import Table
 DIVERGENCES = (0.003, 0.01, 0.03, 0.1)  # nats per token
 
 
-def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -> tuple[str, float]:
+class Rate(NamedTuple):
+    """Bits per value of a method at a given KL."""
+
+    sign: str  # empty; `<` or `>` for the lowest or highest rate tested; `—` for a method without points
+    bits: float  # infinity for a method without points
+    interval: Interval | None = None  # 95 %
+
+
+def divergence_rate(record: BenchRecord, method: str, context: int, kl: float) -> Rate:
     """Return the rate of a method at a given KL to the uncompressed model.
+
+    The interval ends where the curves through the ends of the points' KL intervals cross `kl`. All points are scored on the
+    same sequences, so their KL rises and falls together.
 
     Args:
         record: The bench of one model.
@@ -28,21 +41,34 @@ def divergence_bits(record: BenchRecord, method: str, context: int, kl: float) -
         kl: Nats per token.
 
     Returns:
-        An empty string and the geometric mean over seeds, or the median if some seeds have no crossing; `<` and the
-        lowest rate tested, `>` and the highest, if the median has none; `—` and infinity for a method without points.
+        The geometric mean over seeds, with the mean of the intervals' ends; the median if some seeds have no crossing; the
+        lowest or highest rate tested if the median has none.
     """
     by_seed: list[float | None] = []
-    ends: list[tuple[str, float]] = []
+    bounds: tuple[list[float | None], ...] = ([], [])  # of the intervals, by seed
+    ends: list[Rate] = []
     for seed in sorted({p.seed for p in record.points if p.method == method and p.context == context}):
         points = [p for p in record.points if (p.method, p.context, p.seed) == (method, context, seed)]
         bits, losses = np.array([p.bits_per_value for p in points]), np.array([p.quality.kl for p in points])
-        ends.append(("<", float(bits.min())) if losses[bits.argmin()] <= kl else (">", float(bits.max())))
+        ends.append(Rate("<", float(bits.min())) if losses[bits.argmin()] <= kl else Rate(">", float(bits.max())))
         by_seed.append(bits_at_loss(bits, losses, kl))
+        intervals = [p.quality.kl_interval for p in points if p.quality.kl_interval is not None]
+        for end, crossings in enumerate(bounds):
+            known = len(intervals) == len(points)
+            crossings.append(bits_at_loss(bits, np.array([both[end] for both in intervals]), kl) if known else None)
     median = median_of(by_seed)[0]
     if median is None:
-        return next((end for end, bits in zip(ends, by_seed, strict=True) if bits is None), (ABSENT, inf))
-    crossings = [bits for bits in by_seed if bits is not None]
-    return "", exp(fsum(map(log, crossings)) / len(crossings)) if len(crossings) == len(by_seed) else median
+        return next((end for end, bits in zip(ends, by_seed, strict=True) if bits is None), Rate(ABSENT, inf))
+    if (mean := _geometric_mean(by_seed)) is None:
+        return Rate("", median)
+    low, high = map(_geometric_mean, bounds)
+    return Rate("", mean, None if low is None or high is None else (low, high))
+
+
+def _geometric_mean(values: Sequence[float | None]) -> float | None:
+    """Return the geometric mean; None if a value is missing."""
+    logs = [log(value) for value in values if value is not None]
+    return exp(fsum(logs) / len(logs)) if len(logs) == len(values) else None
 
 
 def divergences_table(record: BenchRecord, context: int) -> Table:
@@ -59,15 +85,15 @@ def divergences_table(record: BenchRecord, context: int) -> Table:
         *SIDE_INFORMATION,
     )
     methods = dict.fromkeys(p.method for p in record.points if p.context == context)
-    rates = {method: [divergence_bits(record, method, context, kl) for kl in DIVERGENCES] for method in methods}
+    rates = {method: [divergence_rate(record, method, context, kl) for kl in DIVERGENCES] for method in methods}
     order = sorted(
-        rates, key=lambda method: [inf if sign == ">" else bits for sign, bits in (rates[method][i] for i in (2, 1, 3, 0))]
+        rates, key=lambda method: [inf if r.sign == ">" else r.bits for r in (rates[method][i] for i in (2, 1, 3, 0))]
     )
     rows = [
         (
             method,
-            *(f"{sign} {bits:.3g}".strip() for sign, bits in rates[method]),
-            *(ABSENT if sign else f"{16 / bits:.1f} x" for sign, bits in rates[method]),
+            *map(_cell, rates[method]),
+            *(ABSENT if rate.sign else f"{16 / rate.bits:.1f} x" for rate in rates[method]),
             *side_information_cells(record, method, context),
         )
         for method in order
@@ -75,6 +101,7 @@ def divergences_table(record: BenchRecord, context: int) -> Table:
     rows += [(method, *(ABSENT for _ in columns[1:])) for method in record.refused]
     notes = (
         "KL(uncompressed ‖ compressed) in nats per token, over the scored tokens. "
+        "Intervals: 95 %, bootstrap over sequences. "
         '"<": even the lowest rate tested diverges less. ">": even the highest rate tested misses the target. '
         "Ratio = bytes of the 16-bit cache / bytes of the compressed cache. " + SIDE_INFORMATION_NOTE,
     )
@@ -96,8 +123,15 @@ def against_by_divergence_table(records: Sequence[BenchRecord], method: str) -> 
     for name in names:
         cells = []
         for record, context, kl in places:
-            (unknown, reference), (sign, other) = (divergence_bits(record, m, context, kl) for m in (method, name))
-            cells.append(ABSENT if unknown or sign == "<" else sign or f"{other / reference:.2f}")
+            reference, other = (divergence_rate(record, m, context, kl) for m in (method, name))
+            unknown = reference.sign or other.sign == "<"
+            cells.append(ABSENT if unknown else other.sign or f"{other.bits / reference.bits:.2f}")
         rows.append((name, *cells))
     notes = (f"Bits per value of each method / bits per value of {method}, at the same KL. {RELATIVE_NOTE}",)
     return Table(f"Bits at equal KL, relative to {method}", columns, tuple(rows), notes=notes)
+
+
+def _cell(rate: Rate) -> str:
+    """Return `2.52 [2.41, 2.63]`, `< 0.8`, `> 8`, or `—`."""
+    interval = "" if rate.interval is None else f"[{rate.interval[0]:.3g}, {rate.interval[1]:.3g}]"
+    return " ".join(filter(None, (rate.sign, f"{rate.bits:.3g}", interval)))
