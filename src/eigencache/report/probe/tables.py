@@ -137,17 +137,12 @@ def geometry_lines(record: ProbeRecord) -> list[str]:
     lines = [
         f"{model.name}: {model.architecture}, {model.parameters:,} parameters, {model.dtype} on {model.device}",
         geometry.describe(),
-        f"{geometry.values_per_token:,} numbers per token = {geometry.values_per_token * 2:,} bytes in 16 bits",
     ]
     if geometry.mla:
         more = geometry.expanded_values_per_token / geometry.values_per_token
-        lines.append(f"expanded keys and values: {geometry.expanded_values_per_token:,} numbers per token ({more:.1f} ×)")
-    ratio = f"KV width / hidden size {geometry.width_ratio:.2f}"
+        lines.append(f"expanded keys and values: {geometry.expanded_values_per_token:,} numbers per token ({more:.1f} times the latent)")
     if geometry.width_ratio > 1 and not geometry.mla:
-        lines.append(
-            f"{ratio}: {1 - 1 / geometry.width_ratio:.0%} of the cache is redundant: it is wider than the hidden state"
-        )
-    else:
-        lines.append(f"{ratio}: the width implies no redundancy")
+        redundant = 1 - 1 / geometry.width_ratio
+        lines.append(f"{redundant:.0%} of the cache is redundant: it is wider than the hidden state")
     lines += [f"layer {layer_idx}: no cache ({why})" for layer_idx, why in geometry.skipped.items()]
     return [*lines, *geometry.notes, f"captured by {model.adapter}; model sha256 {model.sha256[:16]}"]
