@@ -41,7 +41,9 @@ def run(
     text: Text = "stdlib",
     tokens: Tokens = 131_072,
     max_length: MaxLength = None,
-    bits: Annotated[float | None, typer.Option("--bits", help="Target size in bits per value, everything counted.")] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Target size in bits per value, without side information.")
+    ] = None,
     ratio: Annotated[
         float | None,
         typer.Option("--ratio", help="Target ratio: bytes of the 16-bit cache / bytes of the compressed cache."),
@@ -78,8 +80,12 @@ def run(
             help="First tokens stored exactly; default: 4, or more if the gradients of the calibration set show more sinks.",
         ),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=0, help="Most recent tokens stored exactly.")] = 0,
-    kept_bits: Annotated[int, typer.Option("--kept-bits", help="Bits per value of tokens stored exactly: 16 or 8.")] = 16,
+    window: Annotated[
+        int, typer.Option("--window", min=0, help="Most recent tokens that the stored codec keeps exactly.")
+    ] = 0,
+    kept_bits: Annotated[
+        int, typer.Option("--kept-bits", help="Bits per value of the sinks and the window of the stored codec: 16 or 8.")
+    ] = 16,
     block: Annotated[int, typer.Option("--block", min=1, max=65_535, help="Block size: tokens that decode together.")] = 128,
     live: Annotated[bool, typer.Option("--live", help="Fit the live codec of CompressedCache as well.")] = False,
     live_only: Annotated[bool, typer.Option("--live-only", help="Fit the live codec alone.")] = False,
@@ -88,7 +94,7 @@ def run(
         typer.Option("--live-bits", help="Bits per packed value of the live codec; default: the fewest within --max-nll."),
     ] = None,
     safe: Annotated[
-        bool, typer.Option("--safe", help="Fit a live codec of 6.9 bits per value, which loses hardly anything.")
+        bool, typer.Option("--safe", help="Fit a live codec of 6.9 bits per packed value, whose loss is close to zero.")
     ] = False,
     device: Device = None,
     dtype: Dtype = None,

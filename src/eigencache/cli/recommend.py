@@ -71,8 +71,8 @@ def run(
         str,
         typer.Option(
             "--families",
-            help="What to measure, with commas between: eigen (stored caches), live (the cache while generating) and pca "
-            "(low rank, for research; the slowest).",
+            help="What to measure, separated by commas: pca (low rank, for research; the slowest), eigen (stored caches) and "
+            "live (the cache while generating).",
         ),
     ] = "pca,eigen,live",
     model: Annotated[
