@@ -53,7 +53,7 @@ def fit(
         model: a name or folder, or a loaded model, which needs its `tokenizer`.
         tokenizer: a tokenizer, or the name of one.
         text: the calibration text, as for `probe`.
-        bits: bits per value of `eigen` at `context` tokens, everything counted.
+        bits: bits per value of `eigen` at `context` tokens, without side information.
         ratio: 16 over those bits.
         max_nll: nats per token that ΔNLL and KL on held-out text may reach.
         tokens: tokens of the text at most; None for all.

@@ -71,7 +71,7 @@ def run(
         str,
         typer.Option(
             "--families",
-            help="What to measure, separated by commas: pca (low rank, for research; the slowest), eigen (stored caches) and "
+            help="What to measure, separated by commas: pca (low rank, for research; slowest), eigen (stored caches) and "
             "live (the cache while generating).",
         ),
     ] = "pca,eigen,live",
