@@ -141,7 +141,7 @@ def geometry_lines(record: ProbeRecord) -> list[str]:
     if geometry.mla:
         more = geometry.expanded_values_per_token / geometry.values_per_token
         lines.append(
-            f"expanded keys and values: {geometry.expanded_values_per_token:,} numbers per token ({more:.1f} times the latent)"
+            f"expanded keys and values: {geometry.expanded_values_per_token:,} numbers per token ({more:.1f} × the latent)"
         )
     if geometry.width_ratio > 1 and not geometry.mla:
         redundant = 1 - 1 / geometry.width_ratio
