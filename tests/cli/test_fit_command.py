@@ -65,6 +65,7 @@ def test_an_interrupted_fit_resumes_and_clears_what_it_kept(
     said = capsys.readouterr().err.splitlines()[-2:]
     assert said[0] == f"kept: {tmp_path / 'codec.partial'}: start the same command again to resume, or delete it"
     assert said[1] == "eigencache: error: interrupted: no result was written"
+    mistake(capsys, *command, "--dtype", "float61")  # refusing another command keeps them
     with pytest.raises(SystemExit, match="0"):
         main(command)
     assert "vectors, kept by an interrupted fit" in capsys.readouterr().err

@@ -21,7 +21,11 @@ FEW = ("--tokens", "8192", "--max-length", "256")
 PLAIN = ("--metric", "frobenius", "--no-text-prediction", "--bits", "1")
 VALUES = 7 * 2 * 2 * 32  # that a token of ref-llama has: layers, keys and values, heads, numbers
 PROMPT = "def mean(numbers):\n    return sum(numbers) / len(numbers)\n\n\n" * 7 + "def median("
-COST = re.compile(r"^(.+): ([\d,]+) bytes for ([\d,]+) tokens, ratio to 16 bits ([\d.]+); prompt ([\d.]+) s(.*)$", re.M)
+COST = re.compile(
+    r"^(.+): ([\d,]+) bytes for ([\d,]+) tokens, ratio to 16 bits ([\d.]+)"
+    r"(?:; side information ([\d,]+) bytes, stored once)?; prompt ([\d.]+) s(.*)$",
+    re.M,
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +113,14 @@ def test_text_goes_to_stdout_with_its_cost_and_the_plain_cache_beside_it(fitted:
     compressed, plain = COST.findall(out)
     held = expected.prompt_tokens + 20 - 1
     assert held > 150
-    for what, nbytes, (name, shown_nbytes, tokens, ratio, _, speed) in (
+    for what, nbytes, (name, shown_nbytes, tokens, ratio, side, _, speed) in (
         ("compressed cache", expected.nbytes, compressed),
         ("plain cache in float32", 4 * VALUES * held, plain),
     ):
         assert (name, shown_nbytes, tokens) == (what, f"{nbytes:,}", f"{held:,}")
         assert float(ratio) == pytest.approx(2 * VALUES * held / nbytes, abs=0.006)
-        assert re.fullmatch(r", [\d.]+ tokens per second(; backend (vnni|cpu))?", speed)
+        assert re.fullmatch(r", [\d.]+ tokens per second \(median\)(; backend (vnni|cpu))?", speed)
+        assert side == ("" if name.startswith("plain") else f"{expected.side_nbytes:,}")
         assert ("backend" in speed) == (name == "compressed cache")
     assert float(compressed[3]) > 1.5
     assert re.search(
@@ -228,6 +233,8 @@ def test_numbers_out_of_range_are_named_by_their_option(option: tuple[str, str],
         (("--live-bits", "4"), "--live-bits is an option of the live codec: add --live"),
         (("--safe",), "--safe is an option of the live codec: add --live"),
         (("--live", "--live-bits", "4", "--safe"), "--live-bits and --safe both set the size of the live codec"),
+        (("--live", "--live-bits", "9"), "--live-bits=9 is out of range"),
+        (("--live-only", "--group", "2", "--no-text-prediction"), "--group, --text-prediction cannot be combined with"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -243,5 +250,5 @@ def test_widths_that_a_live_codec_does_not_have_are_refused(bits: str, tmp_path:
     monkeypatch.chdir(tmp_path)
     few = ("--tokens", "1024", "--max-length", "64", *PLAIN)
     line, _ = mistake(capsys, "fit", "ref-llama", *few, "-o", "new", "--live", "--live-bits", bits)
-    assert f"A live codec cannot have {bits} bits per value. Use more than 0 and at most 8." in line
+    assert f"--live-bits={bits} is out of range: use more than 0 and at most 8 bits per packed value." in line
     assert not list(tmp_path.iterdir())

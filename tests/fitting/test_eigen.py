@@ -14,7 +14,7 @@ from eigencache.codec.eigen.entropy_tables import fit_tables
 from eigencache.codec.eigen.quantizer import LAMBDA
 from eigencache.codec.layout import Layout, Part
 from eigencache.errors import CodecError, StatisticsError
-from eigencache.fitting.eigen import EigenFit, EigenSettings, Point, settings_of
+from eigencache.fitting.eigen import EigenFit, EigenSettings, Point
 from eigencache.fitting.eigen_stage import basis_of
 from eigencache.spectral.metric import block_product
 from planted_eigen import DEVIATIONS, PLAIN, WIDTH, cached, decoded, fit_of, gaussian, planted
@@ -265,11 +265,18 @@ def test_settings_describe_themselves() -> None:
 @pytest.mark.parametrize(("name", "value"), [("scope", "kind"), ("kept_bits", 4)])
 def test_unknown_settings_are_refused(name: str, value: object) -> None:
     with pytest.raises(CodecError, match=rf"`{name}` {value} does not exist. Use one of"):
-        settings_of(**{name: value})
+        EigenSettings(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"group": 0}, {"amortize": -5}])
-def test_groups_and_stored_tokens_are_at_least_one(wrong: dict[str, int]) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(CodecError, match=f"`{name}`={value} must be at least 1"):
-        EigenSettings(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("group", 0, 1), ("amortize", -5, 1), ("block", 0, 1), ("window", -1, 0), ("sinks", -4, 0), ("alpha", -0.5, 0)],
+)
+def test_numbers_below_their_least_value_are_refused(name: str, value: float, least: int) -> None:
+    with pytest.raises(CodecError, match=f"`{name}`={value} must be at least {least}"):
+        EigenSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_an_unknown_metric_is_refused_with_the_settings() -> None:
+    with pytest.raises(StatisticsError, match="metric"):
+        EigenSettings(metric="hessian")

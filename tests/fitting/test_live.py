@@ -17,9 +17,11 @@ from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import BudgetError, StatisticsError
+from eigencache.errors import BudgetError, CodecError, StatisticsError
 from eigencache.fitting import live_search
+from eigencache.fitting.eigen import EigenSettings
 from eigencache.fitting.eigen_basis import scaled_metrics
+from eigencache.fitting.fit import Goal, LiveGoal, fit_codec, fit_live_codec
 from eigencache.fitting.live import SAFE, LiveFit, LiveSettings, _stored_metric, fit_live
 from eigencache.fitting.live_search import TRIED, fit_live_target
 from eigencache.fitting.live_slot import FittedSlot, fit_slot, fitted_steps, large_mean
@@ -255,7 +257,7 @@ def test_bits_are_at_most_what_was_asked_for_and_short_of_it_by_one_group(name: 
 
 @pytest.mark.parametrize("bits", [0.0, -1.0, 8.01, 9.0, float("nan")])
 def test_bits_that_no_width_gives_are_refused(bits: float) -> None:
-    with pytest.raises(BudgetError, match=r"A live codec cannot have .* bits per value. Use more than 0 and at most 8"):
+    with pytest.raises(BudgetError, match=r"is out of range: use more than 0 and at most 8 bits per packed value"):
         fitted("llama").at_bits(bits)
 
 
@@ -487,6 +489,21 @@ def test_sequences_too_short_for_a_block_promise_nothing() -> None:
     words = r"Sequences of 40 tokens are too short: no block of 64 tokens is ever packed\. Use `max_length` ≥ 136\."
     with pytest.raises(StatisticsError, match=words):
         fit_live_target(fitted("llama"), Session(own.session.loaded), own.held_out, bits=2.0)
+    started: list[str] = []
+    session = Session(own.session.loaded, on_progress=lambda what, _done, _of: started.append(what))
+    for fit in (
+        lambda: fit_live_codec(session, own.sequences, LiveGoal()),
+        lambda: fit_codec(session, own.sequences, EigenSettings(), Goal(bits=1.0), live=LiveGoal()),
+    ):
+        with pytest.raises(StatisticsError, match=words):
+            fit()
+    assert not started
+
+
+@pytest.mark.parametrize("wrong", [{"shared": 0}, {"reach": 0}, {"window": -1}, {"sinks": -1}, {"alpha": -1.0}])
+def test_settings_below_their_least_value_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(CodecError, match=f"`{next(iter(wrong))}`=.* must be at least"):
+        LiveSettings(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])

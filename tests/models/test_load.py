@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from eigencache import Probe, probe
 from eigencache.errors import ModelError, TokenizerMismatchError
 from eigencache.models.identity import fingerprint
-from eigencache.models.load import check_tokenizer, load
+from eigencache.models.load import check_device, check_tokenizer, load
 from eigencache.models.sources import BUNDLED, bundled_path
 from stub_codecs import tiny_loaded
 from tiny_models import tiny
@@ -115,3 +115,11 @@ def test_a_misspelled_name_is_answered_with_the_closest_model(tmp_path: Path, mo
     with pytest.raises(ModelError) as caught:
         load("./mine/entirely-else")
     assert "did you mean" not in str(caught.value)
+
+
+def test_a_cuda_device_that_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda:1")
+    with pytest.raises(ModelError, match="`device` cuda:2: this machine has 2 CUDA devices, counted from cuda:0"):
+        check_device("cuda:2")

@@ -82,6 +82,8 @@ def fit(
         if bits is not None or ratio is not None:
             given = "bits" if bits is not None else "ratio"
             raise BudgetError(f"`{given}` is a goal of the stored codec, which `stored` leaves out. Use `live` with a goal.")
+        if settings is not None:
+            raise BudgetError("`settings` belong to the stored codec, which `stored` leaves out. Use LiveGoal(settings=…).")
     source = text_of(text)
     with opened(
         model,

@@ -1,6 +1,5 @@
-"""`eigencache evaluate MODEL`: one way of compressing, judged by what the model says through its cache."""
+"""`eigencache evaluate MODEL`: measure one compression setting through the cache."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +31,7 @@ from eigencache.cli.options import (
     check_folder,
     check_writable,
     finish,
+    given,
     in_bytes,
     keeping,
     length_numbers,
@@ -115,7 +115,7 @@ def run(
     """
     check_writable(output)
     numbers = rank_numbers(ranks)
-    if codec and (unread := _given(context, _FITTING)):
+    if codec and (unread := given(context, _FITTING)):
         raise CodecError(f"{', '.join(unread)} cannot be combined with --codec, because a saved codec is fitted already.")
     if save_to:
         check_folder(save_to.parent)
@@ -169,10 +169,3 @@ def run(
         note = f"The live codec of {codec} was not evaluated. For it, give --codec {codec / LIVE}"
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     print_written(output, save_to)
-
-
-def _given(context: typer.Context, names: Collection[str]) -> list[str]:
-    """Return the flags of those parameters that stand on the command line."""
-    spelled = {param.name: param.opts[0] for param in context.command.params}
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -1,4 +1,4 @@
-"""`eigencache fit MODEL`: a codec for the cache of one model, of a size or of a loss."""
+"""`eigencache fit MODEL`: fit a codec for the cache of one model to a size or a loss budget."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,6 @@ from eigencache.cli.options import (
     BatchSize,
     Device,
     Dtype,
-    MaxLength,
     Memory,
     Metric,
     Model,
@@ -17,6 +16,7 @@ from eigencache.cli.options import (
     Text,
     Tokens,
     check_folder,
+    given,
     in_bytes,
     keeping,
     partial_of,
@@ -35,12 +35,19 @@ EXAMPLES = """
 """
 
 
+_STORED = ("scope", "group", "amortize", "metric", "alpha", "text_prediction", "window", "kept_bits", "block")
+
+
 def run(
+    command: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the codec to.")],
     text: Text = "stdlib",
     tokens: Tokens = 131_072,
-    max_length: MaxLength = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=8, help="Tokens per sequence; default: 512, or all learned positions of a model."),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option("--bits", help="Target size in bits per value, without side information.")
     ] = None,
@@ -63,7 +70,11 @@ def run(
     ] = 3,
     amortize: Annotated[
         int,
-        typer.Option("--amortize", min=1, help="Stored tokens that share the side information; rarer gains are left out."),
+        typer.Option(
+            "--amortize",
+            min=1,
+            help="Stored tokens that share the side information; rows that save less are left out.",
+        ),
     ] = 1_000_000,
     metric: Metric = "fisher",
     alpha: Annotated[
@@ -102,7 +113,7 @@ def run(
     seed: Seed = 0,
     memory: Memory = None,
 ) -> None:
-    """Fit the codec `eigen`: transform, step and entropy tables, for a size or for a loss, and save it in a folder.
+    """Fit the codec `eigen` for a target size or a loss budget, and save it in a folder.
 
     Size and loss are measured on an eighth of the text that nothing is fitted on. An interrupted fit resumes when it is
     started again: metric and vectors lie in OUTPUT.partial until the codec is written.
@@ -116,9 +127,9 @@ def run(
     from eigencache.codec.saved.folder import CARD, LIVE, check_replaceable
     from eigencache.corpora.resolve import read_text
     from eigencache.errors import BudgetError, EigencacheError
-    from eigencache.fitting.eigen import settings_of
+    from eigencache.fitting.eigen import EigenSettings
     from eigencache.fitting.fit import Goal, LiveGoal
-    from eigencache.fitting.live import LiveSettings
+    from eigencache.fitting.live import LiveSettings, check_bits
     from eigencache.fitting.summary import eigen_record, live_record
     from eigencache.report.codecs import codec_table, live_table
 
@@ -127,17 +138,20 @@ def run(
     live = live or live_only
     if (live_bits is not None or safe) and not live:
         raise BudgetError(f"{'--safe' if safe else '--live-bits'} is an option of the live codec: add --live")
-    if live_only and (bits is not None or ratio is not None):
-        given = "--bits" if bits is not None else "--ratio"
-        raise BudgetError(f"{given} is a goal of the stored codec, which --live-only leaves out. Use --live-bits.")
+    if live_only and (goals := given(command, ("bits", "ratio"))):
+        raise BudgetError(f"{goals[0]} is a goal of the stored codec, which --live-only leaves out. Use --live-bits.")
+    if live_only and (unread := given(command, _STORED)):
+        raise BudgetError(f"{', '.join(unread)} cannot be combined with --live-only, which fits no stored codec.")
+    if live_bits is not None:
+        check_bits(live_bits, "live_bits")
     if live_bits is not None and safe:
         raise BudgetError("--live-bits and --safe both set the size of the live codec. Use one of them.")
     wanted = None
     if live:
         chosen = LiveSettings() if sinks is None else LiveSettings(sinks=sinks)
         wanted = LiveGoal(live_bits, None if safe or live_bits is not None else goal.max_nll, safe, chosen)
-    settings = settings_of(
-        scope=scope,
+    settings = EigenSettings(
+        scope=scope,  # type: ignore[arg-type] - checked by the settings
         metric=metric,
         alpha=alpha,
         text=text_prediction,
@@ -149,6 +163,7 @@ def run(
         amortize=amortize,
     )
     partial = partial_of(output)
+    resumed = partial is not None and partial.exists()
     try:
         with keeping(partial), progress_bar(model) as on_progress:
             codec = fit(
@@ -160,7 +175,7 @@ def run(
                 tokens=tokens,
                 max_length=max_length,
                 context=context,
-                settings=settings,
+                settings=None if live_only else settings,
                 stored=not live_only,
                 live=wanted or False,
                 device=device,
@@ -171,8 +186,9 @@ def run(
                 on_progress=on_progress,
                 partial=partial,
             )
-    except EigencacheError:  # a refusal writes nothing; only an interruption leaves something to resume from
-        KeptMeasurements(partial).clear()
+    except EigencacheError:  # a refusal leaves nothing behind, but what an interrupted fit kept stays
+        if not resumed:
+            KeptMeasurements(partial).clear()
         raise
     replaced, dropped = (output / CARD).is_file(), not codec.live and (output / LIVE).is_dir()
     codec.save(output)

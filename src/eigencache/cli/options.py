@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,10 @@ Text = Annotated[
     ),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens to use at most.")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", min=8, help="Tokens per sequence (default 512).")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=8, help="Tokens per sequence; default: 512, or the positions of the model if fewer."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto to spread over devices.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per forward pass.")]
@@ -207,6 +210,13 @@ def finish(output: Path | None) -> None:
     """Remove what a command kept while it ran."""
     if partial := partial_of(output):
         partial.unlink(missing_ok=True)
+
+
+def given(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Return the flags of those parameters that were given on the command line."""
+    spelled = {param.name: param.opts[0] for param in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def print_written(*paths: Path | None) -> None:

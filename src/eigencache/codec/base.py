@@ -176,7 +176,8 @@ def to_sixteen_bit(x: Tensor, what: str) -> Tensor:
     """
     small = owned(x.to(sixteen_bit(x.dtype)))
     if not small.isfinite().all():
-        raise CodecError(f"{what}: {float(x.abs().max()):.3g} does not fit into {small.dtype}")
+        largest = float(x.abs().max())
+        raise CodecError(f"{what}: {largest:.3g} does not fit into {small.dtype}: load the model with `dtype` bfloat16")
     return small
 
 

@@ -6,7 +6,7 @@ and losses are measured on held-out sequences.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from eigencache.corpora.sequences import Sequences
 from eigencache.errors import CodecError, StatisticsError
 from eigencache.fitting.eigen_basis import EigenScope, scaled_metrics, spans_of, stored_inverses
 from eigencache.fitting.eigen_stage import FittedStage, Halves, basis_of, fit_stage, joined
+from eigencache.fitting.limits import check_at_least
 from eigencache.fitting.position_means import fit_positions
 from eigencache.fitting.token_predictor import fit_text, vocabulary
 from eigencache.fitting.weighed_vectors import WeighedVectors, rows_after
@@ -58,7 +59,8 @@ class EigenSettings:
             over that number of tokens.
 
     Raises:
-        CodecError: `group` or `amortize` is below 1.
+        CodecError: an unknown `scope` or `kept_bits`, or a number below its least value.
+        StatisticsError: an unknown `metric`.
     """
 
     scope: EigenScope = "groups"
@@ -73,30 +75,17 @@ class EigenSettings:
     amortize: int = 1_000_000
 
     def __post_init__(self) -> None:
-        for name in ("group", "amortize"):
-            if (value := getattr(self, name)) < 1:
-                raise CodecError(f"`{name}`={value} must be at least 1.")
+        check_metric(self.metric)
+        for name, allowed in (("scope", get_args(EigenScope)), ("kept_bits", (8, 16))):
+            if (value := getattr(self, name)) not in allowed:
+                raise CodecError(f"`{name}` {value} does not exist. Use one of {', '.join(map(str, allowed))}.")
+        check_at_least(self, group=1, amortize=1, block=1, window=0, sinks=0, alpha=0)
 
     def describe(self) -> str:
         """Return one line for tables."""
         metric = self.metric + (f"^{self.alpha:g}" if self.alpha != 1 and self.metric != "frobenius" else "")
         scope = f"groups of {self.group}" if self.scope == "groups" else self.scope
         return " · ".join(["eigen", scope, metric] + (["text"] if self.text else []))
-
-
-def settings_of(**chosen: Any) -> EigenSettings:
-    """Return settings from the values that a user chose.
-
-    Raises:
-        CodecError: an unknown `scope` or `kept_bits`.
-        StatisticsError: an unknown `metric`.
-    """
-    if "metric" in chosen:
-        check_metric(chosen["metric"])
-    for name, allowed in (("scope", get_args(EigenScope)), ("kept_bits", (8, 16))):
-        if name in chosen and chosen[name] not in allowed:
-            raise CodecError(f"`{name}` {chosen[name]} does not exist. Use one of {', '.join(map(str, allowed))}.")
-    return EigenSettings(**chosen)
 
 
 class Point(NamedTuple):

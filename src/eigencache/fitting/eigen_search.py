@@ -119,8 +119,8 @@ def at_bits(
     limit, remedy = ("below the minimum", "or more") if bits < reached else ("above the maximum", "or less")
     shorter = ", or fewer `sinks` and a shorter `window`" if bits < reached else ""
     raise BudgetError(
-        f"`bits`={bits:g} is {limit} of {reached:.3g} bits per value at a context of {context:,} tokens. "
-        f"Use {reached:.3g} {remedy}{shorter}."
+        f"`bits`={bits:g} (a ratio of {16 / bits:.3g}) is {limit} of {reached:.3g} bits per value at a context of "
+        f"{context:,} tokens. Use {reached:.3g} {remedy}{shorter}."
     )
 
 

@@ -19,6 +19,7 @@ from eigencache.fitting.eigen import EigenSettings, fit_eigen
 from eigencache.fitting.eigen_search import fit_target
 from eigencache.fitting.fit_memory import fit_memory
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL
+from eigencache.fitting.limits import check_packed_block
 from eigencache.fitting.live import VECTORS, LiveFit, LiveSettings, check_bits, fit_live
 from eigencache.fitting.live_search import FittedLive, fit_live_target
 from eigencache.fitting.provenance import FitProvenance, eigen_fitting_of, live_fitting_of
@@ -81,7 +82,7 @@ class LiveGoal:
         settings: settings of the fit.
 
     Raises:
-        BudgetError: several targets are given, or `bits` is not above 0 and at most 8.
+        BudgetError: several targets are given, `bits` is not above 0 and at most 8, or `max_nll` is not a loss.
     """
 
     bits: float | None = None
@@ -96,6 +97,7 @@ class LiveGoal:
             )
         if self.bits is not None:
             check_bits(self.bits)
+        Goal.of(max_nll=self.max_nll)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +134,11 @@ def fit_codec(
 
     Raises:
         BudgetError: the goal cannot be reached.
-        StatisticsError: too little text.
+        StatisticsError: too little text, or sequences too short for the live codec.
     """
     watch = Stopwatch()
+    if live is not None:
+        check_packed_block(sequences, live.settings.least_exact)
     memory = fit_memory(session, sequences, settings)
     session.on_progress(memory.describe(), 0, 1)
     calibration = CalibrationSet(session, sequences, most_vectors=memory.sampled, kept=_kept(partial, session, sequences))
@@ -150,8 +154,21 @@ def fit_codec(
 def fit_live_codec(
     session: Session, sequences: Sequences, live: LiveGoal, *, context: int = CONTEXT, partial: Path | None = None
 ) -> FitResult:
-    """Fit the live codec alone. Arguments and errors are those of `fit_codec`."""
+    """Fit the live codec alone.
+
+    Args:
+        session: the model and how it is run.
+        sequences: the calibration text, of which the last eighth is held out.
+        live: the target of the codec, and the settings of the fit.
+        context: context length, in tokens, at which the size is evaluated.
+        partial: folder that keeps metric and vectors, to resume from. Default: none.
+
+    Raises:
+        BudgetError: the target cannot be reached.
+        StatisticsError: too little text, or sequences too short.
+    """
     watch = Stopwatch()
+    check_packed_block(sequences, live.settings.least_exact)
     calibration = CalibrationSet(session, sequences, most_vectors=VECTORS, kept=_kept(partial, session, sequences))
     fit = fit_live(calibration, live.settings)
     fitted = _at_goal(fit, calibration, live, context)

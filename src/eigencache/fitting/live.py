@@ -19,8 +19,10 @@ from eigencache.calibration.calibration_set import CalibrationSet
 from eigencache.calibration.vectors import SampledVectors
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.live.packed_heads import PackedHeads
+from eigencache.codec.sinks_and_window import FIRST_EXACT
 from eigencache.errors import BudgetError
 from eigencache.fitting.eigen_basis import scaled_metrics
+from eigencache.fitting.limits import check_at_least
 from eigencache.fitting.live_slot import FittedSlot, fit_slot
 from eigencache.fitting.weighed_vectors import rows_after
 from eigencache.kernels.packed.format import GROUP
@@ -46,6 +48,9 @@ class LiveSettings:
         sinks: first positions, which are never packed. None is 4, or more where gradients show more attention sinks.
         window: most recent tokens that are not packed.
         reach: positions at which keys are expected. None is as many as the model supports.
+
+    Raises:
+        CodecError: a number is below its least value.
     """
 
     alpha: float | None = None
@@ -54,15 +59,23 @@ class LiveSettings:
     window: int = 0
     reach: int | None = None
 
+    def __post_init__(self) -> None:
+        check_at_least(self, alpha=0, shared=1, sinks=0, window=0, reach=1)
+
+    @property
+    def least_exact(self) -> int:
+        """First and last tokens that are not packed; a fit may add first tokens."""
+        return (FIRST_EXACT if self.sinks is None else self.sinks) + self.window
+
     def describe(self) -> str:
         """Return one line for tables."""
         return "live" if self.alpha is None else f"live · fisher^{self.alpha:g}"
 
 
-def check_bits(bits: float) -> None:
-    """Raise `BudgetError` for a rate, in bits per value, that is not above 0 and at most 8."""
+def check_bits(bits: float, name: str = "bits") -> None:
+    """Raise `BudgetError`, which calls the rate by `name`, unless it is above 0 and at most 8 bits per packed value."""
     if not 0 < bits <= 8:
-        raise BudgetError(f"A live codec cannot have {bits:g} bits per value. Use more than 0 and at most 8.")
+        raise BudgetError(f"`{name}`={bits:g} is out of range: use more than 0 and at most 8 bits per packed value.")
 
 
 @dataclass(frozen=True, eq=False)

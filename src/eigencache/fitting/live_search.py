@@ -6,10 +6,10 @@ from typing import NamedTuple
 from eigencache.calibration.session import Session
 from eigencache.codec.live.codec import LiveCodec
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import BudgetError, StatisticsError
+from eigencache.errors import BudgetError
 from eigencache.fitting.heldout_score import CONTEXT, DEFAULT_MAX_NLL, expected_of, loss_of, score_held_out
+from eigencache.fitting.limits import check_packed_block
 from eigencache.fitting.live import SAFE, LiveFit
-from eigencache.kernels.packed.format import BLOCK
 from eigencache.records.fit import Expected
 
 TRIED = (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 4, 5, 6, 8)  # rates, in bits per value, that are scored for a loss
@@ -52,12 +52,7 @@ def fit_live_target(
     limit = DEFAULT_MAX_NLL if max_nll is None else max_nll
     if not 0 < limit < math.inf:
         raise BudgetError(f"`max_nll`={limit:g} must be a number above 0.")
-    exact = fit.sinks + fit.settings.window
-    if held_out.corpus.max_length // 2 < exact + BLOCK:
-        raise StatisticsError(
-            f"Sequences of {held_out.corpus.max_length} tokens are too short: no block of {BLOCK} tokens is ever packed. "
-            f"Use `max_length` ≥ {2 * (exact + BLOCK)}."
-        )
+    check_packed_block(held_out, fit.sinks + fit.settings.window)
     rates = (SAFE,) if safe else TRIED if bits is None else (bits,)
     codecs = [(rate, fit.safe() if safe else fit.at_bits(rate)) for rate in rates]
     tried = {f"{codec.bits_per_value:.4f}": (rate, codec) for rate, codec in codecs}

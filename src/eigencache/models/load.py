@@ -197,6 +197,9 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ModelError(f"`device` {device}: no such kind of device: use cpu, cuda, cuda:0, mps or auto") from error
+    index, count = torch.device(device).index, torch.cuda.device_count()
+    if kind == "cuda" and index is not None and 0 < count <= index:
+        raise ModelError(f"`device` {device}: this machine has {count} CUDA devices, counted from cuda:0. Use one of them.")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, True):
         raise ModelError(f"`device` {device}: this machine has no {kind} device: use `device` cpu")

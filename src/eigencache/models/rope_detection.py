@@ -80,7 +80,7 @@ def rotations_of(loaded: LoadedModel) -> dict[int, Rotation]:
                 unknown.append(layer.layer_idx)
     if unknown:
         raise UnsupportedArchitectureError(
-            f"{loaded.name}: the rotation of layers {', '.join(map(str, unknown))} could not be identified: "
-            "compress keys after rotation (`frame` post)"
+            f"{loaded.name}: the rotation of layers {', '.join(map(str, unknown))} could not be identified, "
+            "so no codec can be fitted to this model. `eigencache probe` can still measure it."
         )
     return rotations

@@ -136,7 +136,7 @@ class EigenCodec:
         missing = {i: tokens - keys.shape[2] for i, (keys, _) in cached.items() if keys.shape[2] < tokens}
         x = self._stored(cached, start)
         if not x.isfinite().all():  # a head without coefficients would hide it
-            raise CodecError("the cache holds NaN or infinite values")
+            raise CodecError("the cache holds NaN or infinite values: run the model with `dtype` float32")
         lacking = {i: count - sinks for i, count in missing.items() if count > sinks}
         symbols = self._symbols(x[:, sinks:stop], lacking).cpu().numpy()
         header = ContainerHeader(
