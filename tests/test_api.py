@@ -37,6 +37,9 @@ def test_what_was_not_captured_is_named(probed) -> None:
         probed.layer(70)
     with pytest.raises(LayerError, match="head 99 of layer 3 was not probed; probed heads: 0, 1"):
         probed.layer(3).head(99)
+    over_all = [spectrum for spectrum in probed.record.spectra if spectrum.scope == "all"]
+    with pytest.raises(LayerError, match="layer 0 was not probed; probed layers: none"):
+        eigencache.Probe(probed.record.model_copy(update={"spectra": over_all})).layer(0)
 
 
 def test_a_data_frame_has_one_row_per_spectrum(probed) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 import eigencache
 from eigencache.api import CacheCodec
 from eigencache.calibration.session import Session
+from eigencache.codec.saved.folder import LIVE
 from eigencache.errors import (
     BudgetError,
     CodecError,
@@ -295,6 +296,21 @@ def test_another_model_is_refused(folder: Path) -> None:
         other.model.layers[0].mlp.gate_proj.weight += 0.01
     with pytest.raises(CodecError, match="other weights or another configuration"):
         CacheCodec.load(folder, other, AutoTokenizer.from_pretrained(path))
+
+
+def test_the_dtype_of_a_named_model_can_be_given(folder: Path) -> None:
+    for dtype in ("float32", None):
+        assert CacheCodec.load(folder, "ref-deepseek", device="cpu", dtype=dtype).loaded.dtype_name == "float32"
+    with pytest.raises(CodecError, match="ref-deepseek is loaded in bfloat16: use `dtype` float32"):
+        CacheCodec.load(folder, "ref-deepseek", device="cpu", dtype="bfloat16")
+
+
+def test_a_bad_folder_is_reported_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "codec")
+    (tmp_path / "codec" / LIVE).mkdir()
+    for bad in (tmp_path / "none", tmp_path / "codec"):
+        with pytest.raises(CodecError, match=str(bad)):
+            CacheCodec.load(bad, "no-such-model")
 
 
 def test_a_loaded_codec_is_saved_as_it_lay_and_nothing_else_is_overwritten(fitted, folder: Path, tmp_path: Path) -> None:

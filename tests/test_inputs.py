@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoModel
 
 import eigencache
 from eigencache.errors import BudgetError, CodecError, CorpusError, EigencacheError, ModelError
-from eigencache.inputs import model_of, text_of
+from eigencache.inputs import check_names, model_of, several, text_of
 from eigencache.models.sources import bundled_path
+from eigencache.records.advice import Budget
 from stub_codecs import bundled
 
 TEXTS = ["The first of them.\nIt has two lines.", "And the second."]
@@ -75,11 +77,28 @@ def test_what_is_no_model_is_named() -> None:
         model_of(known.model.config, known.tokenizer)
     with pytest.raises(ModelError, match="`tokenizer` is missing: pass it as the argument after"):
         model_of(known.model)
+    with pytest.raises(ModelError, match="`model` is a Linear, which is no transformers model: pass what Auto"):
+        model_of(nn.Linear(2, 2), known.tokenizer)
     base = AutoModel.from_pretrained(bundled_path("ref-llama"))
     with pytest.raises(
         ModelError, match="`model` is a LlamaModel, which predicts no tokens: load it with AutoModelForCausalLM"
     ):
         eigencache.fit(base, known.tokenizer)
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    assert several("ref-llama") == ["ref-llama"] and several(Path("a.json")) == [Path("a.json")] and several(3) == [3]
+    assert several(("a", "b")) == several(iter("ab")) == ["a", "b"] and several([]) == []
+    record = Budget.of_ppl("1%")
+    assert several(record) == [record]
+
+
+def test_names_are_checked_and_loaded_models_are_not() -> None:
+    known = bundled("ref-llama")
+    check_names(["ref-llama", bundled_path("ref-gpt2"), known, known.model, None])
+    for name in ("ref-lama", Path("ref-lama")):
+        with pytest.raises(ModelError, match=r"ref-lama: no such folder.*did you mean ref-llama\?"):
+            check_names(["ref-llama", name])
 
 
 def test_prefix_tuning_is_refused_before_the_work() -> None:

@@ -96,3 +96,12 @@ class BudgetError(EigencacheError):
 
 class TrainingError(EigencacheError):
     """The training options of an adapter are invalid, or its training diverged."""
+
+
+REFUSALS: tuple[type[EigencacheError], ...] = (
+    StatisticsError,
+    CodecError,
+    BudgetError,
+    NonFiniteError,
+    UnsupportedArchitectureError,
+)  # errors of a codec that does not suit a model or a text; a comparison leaves it out and measures the others

@@ -14,6 +14,8 @@ from eigencache.corpora.text import Document, Text
 from eigencache.errors import CorpusError, ModelError
 from eigencache.geometry import geometry_from_config
 from eigencache.models.load import LoadedModel, check_tokenizer, load, load_tokenizer, with_evidence, wrapped_tokenizer
+from eigencache.models.sources import source_of
+from eigencache.records.base import Record
 
 _TEXT_USAGE = "pass a name such as 'stdlib', a path, or an iterable of strings"
 
@@ -32,7 +34,8 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
         The model in eval mode, its tokenizer and its geometry.
 
     Raises:
-        ModelError: `model` has another type (for example a configuration), has no tokenizer, or cannot be loaded.
+        ModelError: `model` has another type (for example a configuration) or is no transformers model, its tokenizer is
+            missing, or it cannot be loaded.
         TokenizerMismatchError: The tokenizer has ids that the model does not embed.
     """
     if isinstance(model, LoadedModel):
@@ -44,6 +47,11 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
         model = load(model, device=device, dtype=dtype).model
     if not isinstance(model, nn.Module):
         raise ModelError(f"`model` is of type {type(model).__name__}: pass a loaded transformers model, a name or a folder")
+    if not hasattr(model, "get_input_embeddings"):
+        raise ModelError(
+            f"`model` is a {type(model).__name__}, which is no transformers model: pass what "
+            "AutoModelForCausalLM.from_pretrained returned"
+        )
     if tokenizer is None:
         raise ModelError("`tokenizer` is missing: pass it as the argument after the loaded model")
     if isinstance(tokenizer, str):
@@ -54,6 +62,24 @@ def model_of(model: Any, tokenizer: Any = None, *, device: str | None = None, dt
     name = Path(model.config.name_or_path).name or type(model).__name__  # type: ignore[union-attr, arg-type]
     geometry = with_evidence(geometry_from_config(model.config), model)  # type: ignore[arg-type]
     return LoadedModel(name, model.eval(), tokenizer, geometry)  # type: ignore[arg-type]
+
+
+def check_names(models: Iterable[Any]) -> None:
+    """Check that named models exist, before any of them is loaded; loaded models are skipped.
+
+    Names on the hub are not looked up.
+
+    Raises:
+        ModelError: There is no such model; errors of `models.sources.source_of`.
+    """
+    for model in models:
+        if isinstance(model, str | Path):
+            source_of(str(model))
+
+
+def several(values: Any) -> list[Any]:
+    """Return values as a list. A single value, such as a string, a path, a number or a record, is a list of one."""
+    return [values] if isinstance(values, str | Record) or not isinstance(values, Iterable) else list(values)
 
 
 def text_of(text: Any) -> Text:

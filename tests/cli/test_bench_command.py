@@ -1,6 +1,7 @@
 """`bench` end to end in a process of its own: tables, folder, what was refused; mistakes are one line before any work."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,11 @@ def test_an_interrupted_bench_continues(board, tmp_path, monkeypatch, capsys) ->
         (("--points", "0,1"), "--points 0,1: every number must be above 0"),
         (("--points", "inf"), "--points inf: every number must be above 0"),
         (("--points", ""), "--points : give numbers"),
-        (("--lengths", "2048,130"), "--lengths 130: the last 128 tokens are scored, at least 8 more have to be held"),
-        (("--lengths", "64", "--scored", "60"), "--lengths 64: the last 60 tokens are scored"),
+        (
+            ("--lengths", "2048,130"),
+            "--lengths 130: the last 128 tokens are scored, and at least 8 more have to be held",
+        ),
+        (("--lengths", "64", "--scored", "60"), "are scored, and at least 8 more have to be held. Use 68 or more."),
         (("--lengths", "long"), "--lengths long: give numbers"),
         (("--tasks", "juggle"), "juggle"),
     ],
@@ -138,19 +142,35 @@ def test_a_length_beyond_the_models_positions_is_refused_before_anything_is_fitt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("ref-llama",), "ref-llama: no geometry of that name: use llama-3-8b, qwen2.5-7b, deepseek-v2-lite"),
-        (("llama-3-8b", "--live-bits", "3"), "3 bits per value are not available: use 2.5, 3.125, 4, 8"),
+        (("ref-llama",), "`geometries` ref-llama: no such geometry. Use llama-3-8b, qwen2.5-7b, deepseek-v2-lite."),
+        (("llama-3-8b", "--live-bits", "3"), "--live-bits 3: not available. Use 2.5, 3.125, 4, 8 bits per packed value."),
         (("llama-3-8b", "--live-bits", "-1"), "--live-bits -1: every number must be above 0"),
         (("llama-3-8b", "--contexts", "1024,0"), "--contexts 0: must be 1 or more"),
         (("llama-3-8b", "--batches", "1.5"), "--batches 1.5: give numbers with commas between them"),
         (("llama-3-8b", "--dtype", "int8"), "--dtype int8: choose one of float32, bfloat16, float16"),
         (("llama-3-8b", "--device", "tape"), "--device tape: no such kind of device"),
+        (("llama-3-8b", "--device", "auto"), "--device auto: a timing runs on one device. Use cpu or cuda."),
     ],
 )
 def test_mistakes_of_speed_are_found_before_anything_is_timed(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in mistake(capsys, "speed", *arguments)
+
+
+def test_speed_checks_folder_and_package_before_anything_is_timed(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert "file: is a file: name a folder" in mistake(capsys, "speed", "-o", "file")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "plots need matplotlib" in mistake(capsys, "speed", "-o", "out")
+
+
+@pytest.mark.parametrize("command", ["bench", "score", "report"])
+def test_all_models_are_checked_before_the_first_is_measured(command: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "ref-lama: no such folder" in mistake(capsys, command, "ref-llama", "ref-lama")
+    assert "ref-lama: no such folder" in mistake(capsys, "mla", "--against", "ref-lama")
 
 
 def test_speed_is_printed_and_written(tmp_path: Path) -> None:

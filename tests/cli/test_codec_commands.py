@@ -75,7 +75,7 @@ def test_fold_shows_rounding_beside_the_effect(tmp_path: Path) -> None:
         (("sweep", "ref-llama", "--target", "v", "--ranks", "33", *FEW), "--ranks 33: v · head · fisher"),
         (("sweep", "ref-llama", "--target", "latent", *FEW), "ref-llama does not cache latent: it caches keys and values"),
         (("sweep", "ref-llama", "--text", "stdlib", *FEW), "of the evaluation text's 32-token windows occur"),
-        (("sweep", "ref-llama", "--prefix", "127", *FEW), "no sequence is longer than the first 127 tokens"),
+        (("sweep", "ref-llama", "--prefix", "127", *FEW), "every sequence has fewer than 129 tokens"),
         (("sweep", "ref-llama", "--scope", "all", *FEW[:4], "--calibration-tokens", "384"), "cannot carry a basis"),
         (("evaluate", "ref-llama", "--lengths", "long", *FEW), "--lengths long: give numbers"),
         (("evaluate", "ref-llama", "--tasks", "chess", *FEW), "chess"),

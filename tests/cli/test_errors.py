@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import cli_process
-from cli_process import error_of
+from cli_process import error_of, shown
 from eigencache.models.sources import bundled_path
 from tiny_models import tiny
 
@@ -165,6 +165,13 @@ def test_damaged_and_missing_records_are_named(tmp_path: Path) -> None:
     (tmp_path / "damaged.json").write_text('{"schema_version": "eigencache.probe/1", "model": 3')
     assert "damaged.json: not a record" in error_of(run("compare", tmp_path / "damaged.json"))
     assert "absent.json: cannot be read" in error_of(run("compare", tmp_path / "absent.json"))
+
+
+def test_a_text_that_is_probed_and_held_out_is_named_by_flags(tmp_path: Path) -> None:
+    texts = ("--text", "stdlib:calibration", "--held-out", "stdlib:calibration")
+    out = shown(run("report", "ref-gpt2", *texts, "--tokens", 2048, "--max-length", 128, "-o", tmp_path / "report"))
+    assert "ref-gpt2: compression was not measured: " in out
+    assert "choose another --text or --held-out" in " ".join(out.split())
 
 
 def _accept_interrupts() -> None:

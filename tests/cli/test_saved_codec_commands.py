@@ -102,6 +102,6 @@ def test_nan_in_calibration_is_located_and_nothing_saved(tmp_path: Path) -> None
 def test_too_little_calibration_text_is_refused_with_n_eff(tmp_path: Path) -> None:
     options = ("--scope", "all", "--calibration-tokens", "384", "--save-codec", "new")
     says = error_of(run("evaluate", "ref-llama", *FEW, *options, folder=tmp_path))
-    assert "independent vectors cannot carry a basis of 448 dimensions. Raise --tokens" in says
+    assert "independent vectors cannot carry a basis of 448 dimensions. Use more calibration tokens" in says
     assert "all layers: n_eff of " in says
     assert not list(tmp_path.iterdir())

@@ -41,6 +41,13 @@ def test_overlap_is_refused_unless_forced_and_then_marked() -> None:
     assert "OVERLAP: 100 %" in (check_overlap([ids(0)], [ids(0)], force=True) or "")
 
 
+def test_the_remedy_names_the_parameters_of_the_caller() -> None:
+    with pytest.raises(CorpusError, match=r"too optimistic; choose another `text` or `calibration_text`, or `force`$"):
+        check_overlap([ids(0)], [ids(0)])
+    with pytest.raises(CorpusError, match=r"too optimistic; choose another `text` or `held_out`$"):
+        check_overlap([ids(0)], [ids(0)], remedy="choose another `text` or `held_out`")
+
+
 def test_the_sketch_of_a_short_text_is_all_of_it_and_its_share_exact() -> None:
     text = ids(0)
     text[200:300] = ids(1)[500:600]

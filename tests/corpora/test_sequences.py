@@ -133,6 +133,9 @@ def test_progress_counts_up_to_the_tokens_wanted(make_text):
     assert seen == [(50, 120), (100, 120), (120, 120)]
 
 
+FEWER = "given: {0} tokens were requested, fewer than one sequence of {1}. Request at least {1}, or use shorter sequences."
+
+
 def test_a_text_that_ends_early_is_a_warning_with_both_figures(make_text):
     warnings = pack(make_text(varied(12_345)), Letters(), tokens=65_536, max_length=512).corpus.warnings
     assert "asked for 65,536 tokens, the text has 12,345" in warnings
@@ -147,8 +150,18 @@ def test_a_text_that_ends_early_is_a_warning_with_both_figures(make_text):
         (31, None, 512, "given: text has 31 tokens, fewer than one sequence of 512: give more text"),
         (100, "abc", 64, "`tokens`='abc' is not an integer"),
         (100, None, 64.0, "`max_length`=64.0 is not an integer"),
-        (100, 99, 512, "asked for 99 tokens, fewer than one sequence of 512: ask for more or lower `max_length`"),
-        (100, 0, 8, "asked for 0 tokens, fewer than one sequence of 8: ask for more or lower `max_length`"),
+        (
+            100,
+            99,
+            512,
+            FEWER.format(99, 512),
+        ),
+        (
+            100,
+            0,
+            8,
+            FEWER.format(0, 8),
+        ),
         (100, None, 7, "`max_length` 7 is too small: a sequence needs at least 8 tokens"),
         (100, None, -1, "`max_length` -1 is too small: a sequence needs at least 8 tokens"),
     ],

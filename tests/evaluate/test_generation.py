@@ -156,7 +156,7 @@ def test_more_positions_than_a_model_has_learned_are_refused() -> None:
     loaded = characters("gpt2")
     assert loaded.model.config.max_position_embeddings == 64
     assert len(generate_text(loaded, "a" * 60, None, max_new_tokens=4).tokens) == 4
-    with pytest.raises(ModelError, match="has 64 positions, but 65 tokens are needed"):
+    with pytest.raises(ModelError, match="the prompt has 60 tokens and `max_new_tokens` is 5, but gpt2 has 64 positions"):
         generate_text(loaded, "a" * 60, None, max_new_tokens=5)
 
 

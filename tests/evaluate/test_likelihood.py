@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from eigencache.calibration.session import Session
 from eigencache.codec.base import Encoded, SixteenBit
 from eigencache.errors import CorpusError, ModelError, NonFiniteError, UnsupportedArchitectureError
-from eigencache.evaluate.likelihood import UNCOMPRESSED, compared, pieces, score_through_cache
+from eigencache.evaluate.likelihood import UNCOMPRESSED, compared, pieces, score_through_cache, scored_batches
 from eigencache.evaluate.summary import paired_interval, summarize
 from eigencache.records.quality import ReadingProtocol, SequenceLoss
 from stub_codecs import Identity, NaNs, Zeros, random_sequences, tiny_loaded
@@ -140,7 +140,7 @@ def test_pieces_cover_the_text_once() -> None:
 
 
 def test_texts_too_short_and_broken_codecs_are_named() -> None:
-    with pytest.raises(CorpusError, match="no sequence is longer than the first 12 tokens"):
+    with pytest.raises(CorpusError, match="every sequence has fewer than 14 tokens: the first 12 are not scored"):
         totals("llama", {}, PROTOCOLS[0], lengths=(13, 12))
     with pytest.raises(NonFiniteError, match="cache of broken"):
         totals("llama", {"broken": NaNs()}, PROTOCOLS[0])
@@ -200,3 +200,5 @@ def test_more_tokens_than_the_model_has_positions_are_refused():
     )
     with pytest.raises(ModelError, match=f"{positions} positions"):
         next(scored)
+    with pytest.raises(ModelError, match=f"{positions} positions"):  # a study asks before it fits
+        scored_batches(Session(loaded), random_sequences(positions + 8), PROTOCOLS[0])

@@ -113,9 +113,9 @@ def test_a_generation_continues_with_what_a_cache_holds(name: str) -> None:
 
 
 def test_other_bits_and_geometries_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"3 bits per value are not available: use 2\.5, 3\.125, 4, 8"):
+    with pytest.raises(ModelError, match=r"`rates` 3: not available\. Use 2\.5, 3\.125, 4, 8 bits per packed value"):
         noise_codec([((1, 64), (1, 64))], 3.0, torch.float32)
-    with pytest.raises(ModelError, match="gpt-5: no geometry of that name: use "):
+    with pytest.raises(ModelError, match=r"`geometries` gpt-5: no such geometry\. Use "):
         synthetic.random_model("gpt-5", 1, 64, dtype=torch.float32)
 
 

@@ -45,4 +45,4 @@ def test_fewer_vectors_than_dimensions_are_refused_with_n_eff(
     says = str(error.value)
     assert f"values, {where}" in says
     assert f"n_eff of {independent} independent vectors cannot carry a basis of {width} dimensions" in says
-    assert "Raise `tokens`" in says
+    assert "Use more calibration tokens" in says

@@ -89,8 +89,11 @@ def test_a_target_that_is_not_cached_is_refused(name: str, target: str, words: s
 
 def test_too_little_text_is_refused_with_n_eff_and_what_to_do(loaded, sequences) -> None:
     scarce = PCACalibration(Session(loaded("llama")), sequences(24), scopes=("head", "layer"))
-    with pytest.raises(StatisticsError, match=r"values, layer 0: n_eff of \d+ independent vectors cannot carry .* `tokens`"):
+    says = r"values, layer 0: n_eff of \d+ independent vectors cannot carry .* Use more calibration tokens"
+    with pytest.raises(StatisticsError, match=says + " or a narrower scope"):
         scarce.fit(PCASettings("v", scope="layer"))
+    with pytest.raises(StatisticsError, match=says + r"\."):
+        PCACalibration(scarce.session, sequences(12)).fit(PCASettings("v", scope="head"))
     with pytest.raises(StatisticsError, match="scope all was not captured"):
         scarce.fit(PCASettings("v", scope="all"))
 

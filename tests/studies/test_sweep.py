@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import CorpusError, StatisticsError
+from eigencache.errors import CodecError, CorpusError, ModelError, StatisticsError
 from eigencache.fitting.pca import PCACalibration
 from eigencache.fitting.pca_settings import PCASettings
 from eigencache.records.quality import ReadingProtocol, SweepRecord
@@ -115,6 +115,31 @@ def test_text_that_was_calibrated_on_is_refused_unless_forced(calibration) -> No
 def test_a_rank_that_does_not_exist_is_refused(calibration, text) -> None:
     with pytest.raises(StatisticsError, match="`ranks` 17: v · head · frobenius · centered has ranks 1 to 16"):
         swept(calibration, text, [Plan(PCASettings("v"), ranks=(17,))])
+    for rank in (0, -3):
+        with pytest.raises(StatisticsError, match=f"`ranks` {rank}: v · head · frobenius · centered has ranks 1 to 16"):
+            Plan(PCASettings("v"), ranks=(8, rank)).ranks_for(16)
+    with pytest.raises(StatisticsError, match="`ranks` is empty"):
+        Plan(PCASettings("v"), ranks=()).ranks_for(16)
+    assert Plan(PCASettings("v"), ranks=(None, 8, 16)).ranks_for(16) == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "prefix", "memory", "error", "says"),
+    [
+        ("llama", 40, 39, 2**30, CorpusError, "every sequence has fewer than 41 tokens"),
+        ("llama", 40, 20, 2**10, StatisticsError, "more than a `memory` of"),
+        ("gpt2", 65, 20, 2**30, ModelError, "64 positions, but 65 tokens are needed"),
+    ],
+)
+def test_a_text_that_cannot_be_scored_is_refused_before_anything_is_captured(
+    name, length, prefix, memory, error, says, loaded, sequences
+) -> None:
+    session = Session(loaded(name), memory=memory)
+    calibration = PCACalibration(session, sequences(*(64,) * 12))
+    protocol = ReadingProtocol(kind="prefix", length=prefix)
+    with pytest.raises(error, match=says):
+        sweep_model(session, sequences(*(length,) * 4, seed=1), calibration, [Plan(NO_SINKS)], protocol)
+    assert "captured" not in vars(calibration)
 
 
 def test_plans_cover_every_target_and_keys_at_their_worst(loaded) -> None:
@@ -157,3 +182,18 @@ def test_all_layers_of_a_wide_model_share_a_basis_of_as_many_directions_as_the_t
 def test_an_unknown_metric_is_refused_before_any_text_is_read() -> None:
     with pytest.raises(StatisticsError, match="`metric` fischer does not exist"):
         check_plans(tiny_loaded("llama"), [Plan(PCASettings("v", metric="fischer"))])
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Plan(PCASettings("values")), "`target` 'values' does not exist. Use one of k, v, kv, latent, key_rope"),  # type: ignore[arg-type]
+        (Plan(PCASettings(scope="heads")), "`scope` 'heads' does not exist. Use one of head, layer, all"),  # type: ignore[arg-type]
+        (Plan(PCASettings(frame="after")), "`frame` 'after' does not exist. Use one of pre, post"),  # type: ignore[arg-type]
+        (Plan(PCASettings(basis="fit")), "`basis` 'fit' does not exist. Use one of fitted, pooled, random"),  # type: ignore[arg-type]
+        (Plan(PCASettings(), bits=2), "`bits` 2 does not exist. Use one of 16, 8, 4"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(plan: Plan, says: str) -> None:
+    with pytest.raises(CodecError, match=says):
+        check_plans(tiny_loaded("llama"), [plan])

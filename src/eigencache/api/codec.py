@@ -1,4 +1,4 @@
-"""`CacheCodec`: a fitted codec of one model, which encodes a cache into bytes and decodes bytes into a cache."""
+"""`CacheCodec`: the fitted codecs of one model, which encode a cache as bytes and decode the bytes into a cache."""
 
 from __future__ import annotations
 
@@ -38,20 +38,38 @@ _FAR = 3
 
 @dataclass(frozen=True, eq=False)
 class CacheCodec:
-    """A fitted codec of one model: `encode` makes bytes of a cache, `decode` a cache of bytes, or of a part of them."""
+    """The fitted codecs of one model. `fit` and `load` make one.
+
+    `encode` turns a cache into bytes, a container. `decode` turns a container, or a part of it, into a cache.
+
+    Attributes:
+        loaded: the model, its tokenizer and its geometry.
+        codec: the stored codec `eigen`; None if only the live codec was fitted.
+        fitted: the result of the fit; None for a codec that was loaded.
+        live: the live codec, for `CompressedCache`; None if it was not fitted.
+        identity: fingerprint of the model at the fit (`models.identity`); None: the model is not checked.
+        folder: the folder that the codec was loaded from; None for a codec that was fitted.
+        coded_bits: expected bits of a coded token; None: the cost is not checked.
+    """
 
     loaded: LoadedModel
-    codec: EigenCodec | None  # None: only the live codec was fitted
-    fitted: FitResult | None = None  # None: it was loaded
-    live: LiveCodec | None = None  # for `CompressedCache`
-    identity: str | None = None  # of the model that it was fitted on (models/identity.py); None: not checked
-    folder: Path | None = None  # that it was loaded from
-    coded_bits: float | None = None  # what a coded token cost on the text of the fit; None: not checked
+    codec: EigenCodec | None
+    fitted: FitResult | None = None
+    live: LiveCodec | None = None
+    identity: str | None = None
+    folder: Path | None = None
+    coded_bits: float | None = None
 
     def require_model(self, model: Any) -> None:
-        """Raises `CodecError` unless `model` is the one that the codec was fitted on, as it was then.
+        """Check that a model is the one that the codec was fitted on, and unchanged since.
 
-        Cheap while nothing has changed; weights are hashed anew where one was written, or an adapter added or switched.
+        Weights are hashed again only after one was written, or an adapter was added or switched.
+
+        Args:
+            model: the transformers model that uses the codec.
+
+        Raises:
+            CodecError: it is another model, or it has changed.
         """
         if self.identity is not None and known_fingerprint(model) != self.identity:
             raise CodecError(
@@ -60,20 +78,25 @@ class CacheCodec:
             )
 
     def encode(self, cache: Any, attention_mask: Any = None, position_ids: Any = None, *, force: bool = False) -> bytes:
-        """Return the container of a cache: what a model gave as `past_key_values` for one row.
+        """Encode a cache as bytes.
 
         Args:
-            cache: a dynamic cache of transformers, batch 1.
-            attention_mask: the row's mask [1, tokens] as the model was given it; needed for a row with padding on its left,
-                which a cache does not tell from text. The padding is left out.
-            position_ids: the row's positions [1, tokens] as the model was given them. Default: from 0 on, or, for a row with
-                padding, from 0 at the first slot or at the first token, whichever the keys show.
-            force: encode also what costs far more bits than the fitted text, or stands beyond what the fit saw.
+            cache: the `past_key_values` of a model's output for one sequence: a dynamic cache of transformers with keys and
+                values [1, heads, tokens, dim] per layer, in the dtype of the model. It is not changed.
+            attention_mask: the mask [1, tokens] that the model was given. It is required for a sequence with left padding,
+                because a cache does not show which slots are padding. The padding is not encoded.
+            position_ids: the positions [1, tokens] that the model was given. Default: counted from 0. With padding they are
+                counted from the first slot or from the first token, whichever the keys show.
+            force: encode the cache although its tokens cost too many bits, or lie at positions that the fit did not cover.
+
+        Returns:
+            The container, one per sequence (docs/format.md). The same cache gives the same bytes.
 
         Raises:
-            CodecError: the cache has several rows or is of another kind, mask or positions do not fit it, or its tokens
-                stand at learned positions or with a rotation that the fit did not see, or cost over three times the bits of
-                the fitted text, of which fewer than 16 tokens say too little.
+            CodecError: The model has changed since the fit, or there is no stored codec. The cache has several rows, is of
+                another kind or is not finite. `attention_mask` or `position_ids` does not match it. Without `force`, also:
+                tokens lie at positions that the fit did not cover, or 16 or more coded tokens cost over three times the
+                bits expected from the fit.
         """
         self.require_model(self.loaded.model)
         with own_modes(), torch.no_grad():
@@ -82,7 +105,7 @@ class CacheCodec:
     @property
     def _stored(self) -> EigenCodec:
         if self.codec is None:
-            raise CodecError("only the live codec was fitted, which makes no bytes: fit with `stored` to encode caches")
+            raise CodecError("only the live codec was fitted, which writes no bytes: fit with `stored` to encode caches")
         return self.codec
 
     def _encode(self, cache: Any, attention_mask: Any, position_ids: Any, force: bool) -> bytes:
@@ -116,7 +139,7 @@ class CacheCodec:
         return blob
 
     def _within_reach(self, codec: EigenCodec, starts: set[int], tokens: int) -> set[int]:
-        """The starts from which tokens stand where the codec was fitted. Raises `CodecError` without any."""
+        """Return the start positions from which the fit covers all tokens. Raises `CodecError` if there are none."""
         learned, steady = codec.positions, steady_tokens(self.loaded.model.config)
         reach = steady if learned is None else len(learned.places)
         if reach is None or (within := {start for start in starts if start + tokens <= reach}):
@@ -131,11 +154,24 @@ class CacheCodec:
         )
 
     def decode(self, blob: bytes, tokens: slice = slice(None)) -> DynamicCache:
-        """A `DynamicCache` of the container's tokens, or of a stretch of them, whose keys stand at their positions.
+        """Decode a container, or a part of it, into a cache.
 
-        Only the blocks that are needed are read. Of a stretch that begins later, the tokens before it count as read and are
-        not attended to, so that `generate` and the model go on at the right positions. Raises the container's errors for
-        damage and for another codec's bytes, and `CodecError` for a stretch that layers with a window cannot go on from.
+        Only the blocks that hold the tokens are decoded. If `tokens` does not begin with the first token, the earlier tokens
+        count as read but are not attended to, so that `generate` and the model continue at the right position.
+
+        Args:
+            blob: the container, as `encode` returned it.
+            tokens: a contiguous slice of its tokens, counted from the first that it holds. Default: all.
+
+        Returns:
+            A cache with keys and values [1, heads, tokens, dim] per layer, in the dtype and on the device of the model. Keys
+            keep their positions. A layer with a sliding window holds its last tokens only.
+
+        Raises:
+            ContainerError: the bytes are damaged, are no container (`NotAContainerError`), or were written by another codec
+                (`ForeignContainerError`).
+            CodecError: the model has changed since the fit, there is no stored codec, `tokens` is no contiguous slice, or a
+                layer with a sliding window lacks tokens that the next token attends to.
         """
         codec, encoded = self._container(blob, tokens)
         with own_modes(), torch.no_grad():
@@ -144,10 +180,20 @@ class CacheCodec:
             return cache_holding(self.loaded.model, cached, encoded.start + span.start, len(span))
 
     def decode_layers(self, blob: bytes, tokens: slice = slice(None)) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield layer index, keys and values [1, heads, tokens, dim] of what `decode` returns, as soon as they are decoded.
+        """Decode a container layer by layer.
 
-        Who fills a cache of their own can run the first layers of the model while the others are still being decoded.
-        Raises what `decode` raises, for a damaged block before the first layer.
+        A caller with a cache of its own can run the first layers of the model while the others are still being decoded.
+
+        Args:
+            blob: the container, as `encode` returned it.
+            tokens: a contiguous slice of its tokens, counted from the first that it holds. Default: all.
+
+        Yields:
+            Layer index, and keys and values [1, heads, tokens, dim] in the dtype and on the device of the model, as soon as
+            they are decoded.
+
+        Raises:
+            CodecError: as for `decode`, but windows are not checked. A damaged block is reported before the first layer.
         """
         codec, encoded = self._container(blob, tokens)
         layers = codec.decode_layers(encoded, tokens)
@@ -159,7 +205,7 @@ class CacheCodec:
             return next(layers, None)
 
     def _container(self, blob: bytes, tokens: slice) -> tuple[EigenCodec, EncodedBytes]:
-        """The stored codec and a container of which `tokens` are wanted."""
+        """Return the stored codec and a container, after checking the model and the range of `tokens`."""
         self.require_model(self.loaded.model)
         if not isinstance(blob, bytes | bytearray | memoryview):
             raise CodecError(f"a {type(blob).__name__} is no container: give the bytes, of a file Path(…).read_bytes()")
@@ -172,7 +218,15 @@ class CacheCodec:
         return codec, EncodedBytes((bytes(blob),), header.start, header.tokens)
 
     def save(self, folder: str | Path) -> None:
-        """Write the codec into a folder, stored and live part in one step. Raises `OutputError` where that fails."""
+        """Save the codecs as a folder, with the stored and the live codec in one step; all files are written or none.
+
+        Args:
+            folder: the folder. A codec in it is replaced. A loaded codec is copied from the folder that it was loaded from.
+
+        Raises:
+            OutputError: the folder holds other files, or cannot be written.
+            CodecError: the codec was neither fitted nor loaded.
+        """
         if self.fitted is None:
             if self.folder is None:
                 raise CodecError("this codec was neither fitted nor loaded here: save the one that it was made of")
@@ -187,22 +241,45 @@ class CacheCodec:
             save_codec(folder, *live)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any = None) -> CacheCodec:
-        """The codec in a folder, for the model it was fitted on. Raises `CodecError` for another model or dtype."""
+    def load(
+        cls,
+        folder: str | Path,
+        model: str | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> CacheCodec:
+        """Load the codecs of a folder for the model that they were fitted on.
+
+        Args:
+            folder: the folder that `save` or `eigencache fit` wrote. It is read before the model is loaded.
+            model: a name or folder, or a loaded model, which needs its `tokenizer`.
+            tokenizer: a tokenizer, or the name of one.
+            device: device to load a named model to. Default: `cuda` if available, otherwise `cpu`.
+            dtype: number format to load a named model in, which must be that of the fit. Default: `float32` on a CPU,
+                otherwise that of the checkpoint.
+
+        Returns:
+            The codecs; `loaded` is the model.
+
+        Raises:
+            CodecError: the folder is damaged or has no codec, or its codec was fitted on another model or in another dtype.
+            ModelError: the model cannot be loaded.
+        """
         with own_modes(), evaluating(model):
-            return cls._load(folder, model, tokenizer)
+            return cls._load(Path(folder), model, tokenizer, device, dtype)
 
     @classmethod
-    def _load(cls, folder: str | Path, model: str | PreTrainedModel, tokenizer: Any) -> CacheCodec:
-        saved, loaded = load_codec(folder), model_of(model, tokenizer)
-        codec = codec_for(saved, loaded)
-        identity = loaded.sha256
+    def _load(cls, folder: Path, model: Any, tokenizer: Any, device: str | None, dtype: str | None) -> CacheCodec:
+        saved = load_codec(folder)
+        if not isinstance(saved.codec, EigenCodec | LiveCodec):
+            raise CodecError(f"{folder}: holds a codec that writes no bytes: fit one with `eigencache fit`")
+        live = load_live(folder) if isinstance(saved.codec, EigenCodec) and (folder / LIVE).exists() else None
+        loaded = model_of(model, tokenizer, device=device, dtype=dtype)
+        codec, identity = codec_for(saved, loaded), loaded.sha256
         if isinstance(codec, LiveCodec):
-            return cls(loaded, None, None, codec, identity, Path(folder))
-        if not isinstance(codec, EigenCodec):
-            raise CodecError(f"{folder}: holds a codec that makes no bytes: fit one with `eigencache fit`")
-        if not (Path(folder) / LIVE).exists():
-            return cls(loaded, codec, None, None, identity, Path(folder), saved.coded_bits)
-        live = load_live(folder)
-        check_belongs(live, loaded)
-        return cls(loaded, codec, None, live.codec, identity, Path(folder), saved.coded_bits)  # type: ignore[arg-type]
+            return cls(loaded, None, None, codec, identity, folder)
+        if live is not None:
+            check_belongs(live, loaded)
+        return cls(loaded, codec, None, live and live.codec, identity, folder, saved.coded_bits)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKE
 from eigencache.calibration.calibration_set import calibration_length
 from eigencache.codec.pca import CoefficientBits
 from eigencache.codec.saved.folder import check_replaceable, load_codec, save_codec
-from eigencache.errors import CodecError, RecordError, StatisticsError
+from eigencache.errors import BudgetError, CodecError, RecordError, StatisticsError
 from eigencache.evaluate.prefix import Window
 from eigencache.evaluate.tasks import task_named
 from eigencache.fitting.pca import PCACalibration
@@ -21,7 +21,7 @@ from eigencache.models.codec_check import codec_for
 from eigencache.progress import Progress, silent
 from eigencache.records.advice import DEFAULT_PPL, FAMILIES, Advice, Budget, Family
 from eigencache.records.quality import EvaluationRecord, ReadingProtocol, SweepRecord
-from eigencache.studies.evaluation import evaluate_codecs
+from eigencache.studies.evaluation import check_evaluation, evaluate_codecs
 from eigencache.studies.recommend.recommend import check_families, recommend_model, recommend_sweep
 from eigencache.studies.recommend.subject import check_same_model, read_subject
 from eigencache.studies.sweep import (
@@ -54,7 +54,7 @@ def sweep(
     max_length: int = 1024,
     prefix: int | None = None,
     force: bool = False,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
     **options: Any,
 ) -> SweepRecord:
     """Score low-rank compression through the cache at many ranks.
@@ -95,7 +95,7 @@ def sweep(
         fitted_on = packed(session, calibration_source, calibration_tokens, min(CALIBRATION_LENGTH, max_length))
         calibration = PCACalibration(session, fitted_on, scopes=needed_scopes(plans))
         protocol = ReadingProtocol(kind="prefix", length=prefix or max_length // 2)
-        return sweep_model(session, held_out, calibration, plans, protocol, force=force, partial=partial)
+        return sweep_model(session, held_out, calibration, plans, protocol, force=force, partial=_path(partial))
 
 
 def evaluate(
@@ -118,9 +118,9 @@ def evaluate(
     prompts: int = 8,
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] = (256,),
-    save_to: Path | None = None,
+    save_to: str | Path | None = None,
     force: bool = False,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
     **options: Any,
 ) -> EvaluationRecord:
     """Evaluate one way to compress a cache: likelihood, generation, retrieval and bytes.
@@ -152,6 +152,7 @@ def evaluate(
     Raises:
         EigencacheError: one of `eigencache.errors`.
     """
+    save_to = _path(save_to)
     for task in tasks or ():
         task_named(task)
     if save_to and ranks and len(ranks) > 1:
@@ -161,8 +162,13 @@ def evaluate(
     source, saved = text_of(text), load_codec(codec) if codec else None
     if save_to:
         check_replaceable(save_to)
+    protocols = (
+        ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
+        ReadingProtocol(kind="chunked", length=chunk or max_length // 8, window=window),
+    )
     with opened(model, tokenizer, **options) as session:
         held_out = packed(session, source, tokens, max_length)
+        check_evaluation(session, held_out, protocols, prompts=prompts, tasks=tasks, lengths=lengths)
         codecs: Mapping[str, Any]
         if saved:
             own = codec_for(saved, session.loaded)
@@ -182,16 +188,13 @@ def evaluate(
             held_out,
             calibration,
             codecs,
-            (
-                ReadingProtocol(kind="prefix", length=prefix or max_length // 2),
-                ReadingProtocol(kind="chunked", length=chunk or max_length // 8, window=window),
-            ),
+            protocols,
             prompts=prompts,
             tasks=tasks,
             lengths=lengths,
             window=Window(window),
             force=force,
-            partial=partial,
+            partial=_path(partial),
         )
         if save_to and fitting:
             save_codec(save_to, next(iter(codecs.values())), *fitting)
@@ -211,7 +214,7 @@ def recommend(
     max_length: int = 1024,
     prefix: int | None = None,
     force: bool = False,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     on_progress: Progress = silent,
@@ -224,7 +227,8 @@ def recommend(
             without measuring anything.
         text: the held-out text; settings are chosen on one half of it, their loss is stated on the other.
         calibration_text: the text that codecs are fitted on.
-        budget: the loss that is allowed. Default: 1 % of perplexity.
+        budget: the loss that is allowed, a `Budget` of `eigencache.records.advice`: `Budget.of_nll("0.01")` in nats per
+            token, or `Budget.of_ppl("1%")`. Default: 1 % of perplexity.
         families: what to measure: `pca`, `eigen` (the stored codec) and `live` (the cache while generating). Default: all.
         model: the model to use where the JSON of a report holds several.
         tokens: tokens of `text` at most.
@@ -242,7 +246,11 @@ def recommend(
         EigencacheError: one of `eigencache.errors`, such as `RecordError` for a file of another kind.
     """
     check_families(families)
-    budget, name = budget or Budget.of_ppl(DEFAULT_PPL), str(subject)
+    budget, name = Budget.of_ppl(DEFAULT_PPL) if budget is None else budget, str(subject)
+    if not isinstance(budget, Budget):
+        raise BudgetError(
+            f"`budget` is {budget!r}: use Budget.of_nll('0.01') or Budget.of_ppl('1%') of eigencache.records.advice"
+        )
     found = read_subject(name, model)
     if isinstance(found, SweepRecord):
         unused = options | {name: x for name, x in (("device", device), ("dtype", dtype)) if x}
@@ -275,5 +283,9 @@ def recommend(
             force=force,
             probe=probed,
             subject=name,
-            partial=partial,
+            partial=_path(partial),
         )
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return Path(given) if given else None

@@ -1,4 +1,4 @@
-"""`generate`: text from a compressed cache; `speed`: how long that takes beside other caches."""
+"""`generate`: generate text with a compressed cache; `speed`: time `CompressedCache` and other caches."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from eigencache.codec.saved.folder import SavedCodec, load_live
 from eigencache.errors import CodecError, CorpusError, ModelError
 from eigencache.evaluate.generation import generate_text
 from eigencache.evaluate.speed import SpeedSettings, measure_speed
+from eigencache.inputs import several
 from eigencache.models.codec_check import check_belongs
 from eigencache.models.load import LoadedModel, check_device
 from eigencache.progress import Progress, silent
@@ -48,20 +49,26 @@ def generate(
         prompt: the text to continue.
         codec: a live codec, what `fit(..., live=True)` or `load_live` returned, a folder, or None for the plain cache.
         tokenizer: a tokenizer, or the name of one.
-        max_new_tokens: tokens to generate at most.
-        temperature: 0 takes the likeliest token every time; otherwise at least 0.01.
+        max_new_tokens: tokens to generate at most, 1 or more.
+        temperature: sampling temperature, 0.01 or more; 0 takes the likeliest token.
         backend: backend that reads packed blocks; None for the fastest.
         device: device to load a model to.
         dtype: number format to load a model in.
         seed: seed of sampling.
         on_text: called with every piece of text as it is generated.
 
+    Returns:
+        The generated tokens and text, the bytes of the cache, and the times of the prompt and of a token.
+
     Raises:
         CodecError: the codec is of another model, or there is no live codec.
-        CorpusError: the prompt is empty or too long for the model, or the temperature is too low.
+        CorpusError: the prompt is empty, or `temperature` or `max_new_tokens` is out of range.
+        ModelError: the model cannot be loaded, or has too few positions.
     """
-    if 0 < temperature < 0.01:
-        raise CorpusError(f"`temperature` is {temperature:g}: use 0, or at least 0.01")
+    if temperature != 0 and not temperature >= 0.01:  # NaN included
+        raise CorpusError(f"`temperature` is {temperature:g}. Use 0, or 0.01 or more.")
+    if max_new_tokens < 1:
+        raise CorpusError(f"`max_new_tokens` is {max_new_tokens}. Use 1 or more.")
     if isinstance(codec, CacheCodec) and codec.live is None:
         raise CodecError("this codec has no live part: fit one with `live`")
     saved = load_live(codec) if isinstance(codec, str | Path) else codec if isinstance(codec, SavedCodec) else None
@@ -100,14 +107,20 @@ def speed(
         chunk: tokens of the prompt to read at a time in the chunked prefill; 0 for none.
         layers: layers of the model.
         repeats: timed repetitions; the median is reported.
-        device: device to time on. Default: CUDA where there is one.
+        device: the one device to time on, such as `cpu` or `cuda`. Default: `cuda` if available, otherwise `cpu`.
         dtype: number format of the model.
         on_progress: called with the name of the work, the units done and the units in all.
 
+    Returns:
+        All timings, with the speed limits of the device.
+
     Raises:
-        ModelError: unknown geometry, device or dtype.
+        ModelError: unknown geometry, rate, device or dtype, or `device` is `auto`.
         CorpusError: a context or batch below 1.
     """
+    geometries, contexts, batches, rates = (several(one) for one in (geometries, contexts, batches, rates))
+    if device == "auto":
+        raise ModelError("`device` auto: a timing runs on one device. Use cpu or cuda.")
     if dtype not in _DTYPES:
         raise ModelError(f"`dtype` {dtype}: choose one of {', '.join(_DTYPES)}")
     for name, numbers in (("contexts", contexts), ("batches", batches)):
@@ -116,7 +129,7 @@ def speed(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     settings = SpeedSettings(
-        geometries=list(geometries),
+        geometries=geometries,
         contexts=tuple(contexts),
         batches=tuple(batches),
         rates=tuple(rates),

@@ -13,7 +13,7 @@ from eigencache.corpora.sequences import pack
 from eigencache.corpora.text import Text
 from eigencache.errors import EigencacheError
 from eigencache.evaluate.resume import ResumableResults
-from eigencache.inputs import text_of
+from eigencache.inputs import check_names, several, text_of
 from eigencache.models.sources import BUNDLED
 from eigencache.progress import Progress, silent
 from eigencache.records.advice import DEFAULT_PPL, Budget, ReportRecord, Verdict
@@ -61,6 +61,9 @@ def probe(
         memory: bytes that the work may take beside the model; None for 60 % of what is free.
         on_progress: called with the name of the work, the units done and the units in all.
 
+    Returns:
+        The probe: statistics by layer as attributes, plots, tables and the record.
+
     Raises:
         EigencacheError: one of `eigencache.errors`, in one line that says what to do.
     """
@@ -94,7 +97,23 @@ def score(
 ) -> ScoreRecord:
     """Score how well a model predicts held-out text, by position, and whether it copies from its context.
 
-    Args: see `probe`. `max_length`: tokens per sequence. `seed`: seed of the tokens to copy.
+    Args:
+        model: a name or folder, or a model loaded with `from_pretrained`, which then needs its `tokenizer`.
+        tokenizer: a tokenizer, or the name of one.
+        text: the held-out text, as for `probe`.
+        tokens: tokens to use at most; None for all.
+        max_length: tokens per sequence.
+        device: device to load a model to.
+        dtype: number format to load a model in.
+        seed: seed of the random tokens that the model should copy.
+        memory: bytes that the work may take beside the model; None for 60 % of what is free.
+        on_progress: called with the name of the work, the units done and the units in all.
+
+    Returns:
+        The loss in nats per token, in all and by position, and the accuracy of copying in [0, 1].
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`, such as `StatisticsError` for a pass that needs more than `memory`.
     """
     source = text_of(text)
     options = {"device": device, "dtype": dtype, "seed": seed, "memory": memory, "on_progress": on_progress}
@@ -102,16 +121,16 @@ def score(
         return score_model(session, packed(session, source, tokens, max_length))
 
 
-def compare(probes: Sequence[Probe | ProbeRecord | str | Path]) -> Table:
+def compare(probes: Sequence[Probe | ProbeRecord | str | Path] | Probe | ProbeRecord | str | Path) -> Table:
     """Return a table that compares models from their probes.
 
     Args:
-        probes: probes, their records, or the JSON files that `eigencache probe --output` wrote.
+        probes: probes, their records, or the JSON files that `eigencache probe --output` wrote; one or several.
 
     Raises:
         RecordError: a file cannot be read, or holds something else.
     """
-    return compare_table([record_of(one) for one in probes])
+    return compare_table([record_of(one) for one in several(probes)])
 
 
 def record_of(source: Probe | ProbeRecord | str | Path) -> ProbeRecord:
@@ -122,7 +141,7 @@ def record_of(source: Probe | ProbeRecord | str | Path) -> ProbeRecord:
 
 
 def report(
-    models: Sequence[str] = BUNDLED,
+    models: Sequence[str] | str = BUNDLED,
     text: str | Iterable[str] | Text = TEXT,
     held_out: str | Iterable[str] | Text | None = HELD_OUT_TEXT,
     *,
@@ -136,12 +155,12 @@ def report(
     seed: int = 0,
     memory: int | None = None,
     on_progress: Progress = silent,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
 ) -> ReportRecord:
     """Probe models and measure what compressing their caches costs, for one report.
 
     Args:
-        models: names or folders.
+        models: one or several names or folders.
         text: the text to probe, as for `probe`.
         held_out: the text that compression is scored on; None to measure no compression.
         tokens: tokens of `text` at most.
@@ -158,7 +177,12 @@ def report(
 
     Returns:
         The probes, and a verdict for each model: advice, or the reason why there is none.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`, such as `ModelError` for a model that does not exist.
     """
+    models, partial = several(models), None if partial is None else Path(partial)
+    check_names(models)
     source, scored = text_of(text), None if held_out is None else text_of(held_out)
     budget, settings, record = budget or Budget.of_ppl(DEFAULT_PPL), ProbeSettings(), ReportRecord(probes=[])
     loading: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -169,7 +193,7 @@ def report(
     for model in models:
         with opened(model, **loading, **running) as session:
             session = session.named(session.loaded.name) if len(models) > 1 else session
-            which = [model, session.loaded.sha256]
+            which = [str(model), session.loaded.sha256]
             found = next((line for line in kept.done if line["model"] == which), None)
             if found is None:
                 sequences = packed(session, source, tokens, max_length or session.loaded.default_length)

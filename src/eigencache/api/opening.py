@@ -1,4 +1,4 @@
-"""What every public function does first: take a model and a text as callers have them, and leave the model as it was."""
+"""First steps of every public function: open the model and the text that it was given. The model's modes are restored."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,10 +44,12 @@ def opened(
     """Yield a session with the model in eval mode; afterwards its modules are in training mode again where they were.
 
     Args:
-        model: a name or a folder, or a loaded model, which needs its `tokenizer`.
+        model: a name or folder, or a loaded model, which needs its `tokenizer`.
         tokenizer: a tokenizer or the name of one.
-        device: device to load a model to. `dtype`: number format to load it in.
-        dtype: `float32`, `bfloat16`, `float16` or None for the default.
+        device: device to load a named model to, or `auto` to distribute it over devices. Default: `cuda` if available,
+            otherwise `cpu`.
+        dtype: number format to load a named model in: `float32`, `bfloat16`, `float16`, `float64`, or `auto` for that of the
+            checkpoint. Default: `float32` on a CPU, otherwise that of the checkpoint.
         batch_size: sequences per forward pass.
         seed: seed of everything random.
         memory: bytes that the work may take beside the model; None for 60 % of what is free.

@@ -1,4 +1,4 @@
-"""A finished probe, as Python users read it: statistics as attributes, a plot, a table of pandas."""
+"""A finished probe for Python users: statistics as attributes, a plot, and a pandas data frame."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class LayerView:
     """The spectra of one layer by tensor name: `.values`, `.keys_pre_rope`, `.keys_post_rope`, `.latent`.
 
-    `.keys` is the frame before rotation where both exist. Centered, heads of the layer concatenated; `head(i)` and
-    `uncentered` choose otherwise.
+    `.keys` are the keys before rotation where both frames exist. Spectra are about the mean, with the heads of the layer
+    concatenated; `head(i)` selects one head, `uncentered` the spectra about zero.
     """
 
     record: ProbeRecord
@@ -28,7 +28,7 @@ class LayerView:
     centered: bool = True
 
     def head(self, head: int) -> LayerView:
-        """The same of one KV head. Raises `LayerError` for a head that was not probed."""
+        """Return the spectra of one KV head. Raises `LayerError` for a head that was not probed."""
         probed = sorted({s.head for s in self.record.spectra if s.head is not None and s.layer_idx == self.layer_idx})
         if head not in probed:
             where = "over all layers" if self.layer_idx is None else f"of layer {self.layer_idx}"
@@ -37,7 +37,7 @@ class LayerView:
 
     @property
     def uncentered(self) -> LayerView:
-        """The same about zero instead of about the mean."""
+        """The spectra about zero instead of about the mean."""
         return LayerView(self.record, self.layer_idx, self.head_idx, False)
 
     def __getattr__(self, name: str) -> Spectrum:
@@ -59,10 +59,10 @@ class Probe:
     record: ProbeRecord
 
     def layer(self, layer_idx: int) -> LayerView:
-        """One layer's spectra. Raises `LayerError` for a layer that was not probed."""
+        """Return the spectra of one layer. Raises `LayerError` for a layer that was not probed."""
         probed = sorted({s.layer_idx for s in self.record.spectra if s.layer_idx is not None})
         if layer_idx not in probed:
-            raise LayerError(f"layer {layer_idx} was not probed; probed layers: {', '.join(map(str, probed))}")
+            raise LayerError(f"layer {layer_idx} was not probed; probed layers: {', '.join(map(str, probed)) or 'none'}")
         return LayerView(self.record, layer_idx)
 
     @property
@@ -72,17 +72,17 @@ class Probe:
 
     @property
     def warnings(self) -> list[str]:
-        """What the data could not support."""
+        """Warnings, one sentence each: on the text, the model, and statistics that the sample does not support."""
         return self.record.warnings
 
     def plot(self) -> Figure:
-        """Spectra and energy curves as a matplotlib figure."""
+        """Return the spectra and energy curves as a matplotlib figure."""
         from eigencache.report.probe.plots import plot_probe
 
         return plot_probe(self.record)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per spectrum; eigenvalues, energy curves and which dimensions are `dead` are left in `record`.
+        """Return a data frame with one row per spectrum, without the lists of the record, such as eigenvalues.
 
         The column `dead` is the number of dimensions that never vary.
         """
@@ -96,12 +96,12 @@ class Probe:
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON, completely or not at all. Raises `OutputError` if the file cannot be written."""
         self.record.save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Probe:
-        """Read what `save` or `eigencache probe --output` wrote."""
+        """Read what `save` or `eigencache probe --output` wrote. Raises `RecordError` if the file is no probe."""
         return cls(ProbeRecord.load(path))
 
     def _repr_html_(self) -> str:

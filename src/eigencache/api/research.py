@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from eigencache.api.opening import CALIBRATION_LENGTH, HELD_OUT_TEXT, TEXT, TOKENS, opened, packed
 from eigencache.fitting.pca import PCACalibration
 from eigencache.fitting.pca_settings import PCASettings, Target
-from eigencache.inputs import text_of
+from eigencache.inputs import check_names, text_of
 from eigencache.records.adapter import AdapterRecord
 from eigencache.records.base import Scope
 from eigencache.records.folding import FoldingResult
@@ -44,7 +44,7 @@ def adapter(
     force: bool = False,
     **options: Any,
 ) -> AdapterRecord:
-    """Train residual adapters, analyze them as operators and score their truncation beside direct PCA.
+    """Train residual adapters, analyze them as operators, and compare the loss of their truncation with direct PCA.
 
     Args:
         model: a name or folder, or a loaded model, which needs its `tokenizer`.
@@ -54,14 +54,21 @@ def adapter(
         target: values, or keys before rotation.
         layers: layers to adapt. Default: all.
         ranks: ranks to truncate to. Default: quarters of the width.
-        training: loss, inner rank, steps and learning rate.
+        training: loss, inner rank, steps and learning rate, and the batch size and the seed of the whole study.
         tokens: tokens of `text` at most.
         calibration_tokens: tokens of `calibration_text` at most.
         max_length: tokens per sequence.
         prefix: tokens held compressed. Default: half of a sequence.
         chunk: tokens read at a time, all older ones held compressed; replaces `prefix`.
         force: score a text that overlaps the calibration text as well.
-        **options: device, dtype, batch_size, seed, memory and on_progress, as for `probe`.
+        **options: device, dtype, memory and on_progress, as for `probe`; batch_size and seed have no effect, because those
+            of `training` replace them.
+
+    Returns:
+        The record: loss before and after training, every operator, and the loss of every truncation.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`, such as `TrainingError` for a setting that is out of range.
     """
     source, calibration_source = text_of(text), text_of(calibration_text)
     with opened(model, tokenizer, **options) as session:
@@ -99,9 +106,13 @@ def mla(
     tokens: int = 32_768,
     calibration_tokens: int = TOKENS,
     max_length: int = 1024,
+    force: bool = False,
     **options: Any,
 ) -> MLAResult:
-    """Measure multi-head latent attention: bytes and logits of both caches, and low rank of the latent, K and V.
+    """Measure multi-head latent attention (MLA).
+
+    The bytes and logits of the latent and of the expanded cache are compared, and the loss of low-rank latents, keys and
+    values is measured.
 
     Args:
         model: an MLA model: a name or folder, or a loaded model, which needs its `tokenizer`.
@@ -113,11 +124,18 @@ def mla(
         tokens: tokens of `text` at most.
         calibration_tokens: tokens of `calibration_text` at most.
         max_length: tokens per sequence; half of it is held compressed.
+        force: score a text that overlaps the calibration text as well.
         **options: device, dtype, batch_size, seed, memory and on_progress, as for `probe`.
+
+    Returns:
+        The sweep of the latent, keys and values, the comparison of both caches, and the sweep of `against`.
 
     Raises:
         UnsupportedArchitectureError: the model caches no latent.
+        ModelError: `model` or `against` does not exist.
+        CorpusError: `text` overlaps the calibration text and `force` is false.
     """
+    check_names([model, against])
     source, calibration_source = text_of(text), text_of(calibration_text)
     protocol = ReadingProtocol(kind="prefix", length=max_length // 2)
 
@@ -126,7 +144,7 @@ def mla(
         fitted_on = packed(session, calibration_source, calibration_tokens, min(CALIBRATION_LENGTH, max_length))
         calibration = PCACalibration(session, fitted_on, scopes=(scope,))
         plans = [Plan(one, shares=_SHARES) for one in settings]
-        return sweep_model(session, held_out, calibration, plans, protocol), held_out, fitted_on
+        return sweep_model(session, held_out, calibration, plans, protocol, force=force), held_out, fitted_on
 
     with opened(model, tokenizer, **options) as session:
         check_latent(session.loaded)
@@ -153,7 +171,7 @@ def fold(
     calibration_tokens: int = 32_768,
     **options: Any,
 ) -> list[FoldingResult]:
-    """Compare attention on coefficients with decoding first, logit by logit, for every tensor a model caches.
+    """Compare the logits of attention on coefficients with those of decoding first, for every tensor that a model caches.
 
     Args:
         model: a name or folder, or a loaded model, which needs its `tokenizer`.
@@ -164,6 +182,12 @@ def fold(
         tokens: tokens of `text` at most.
         calibration_tokens: tokens of `calibration_text` at most.
         **options: device, dtype, batch_size, seed, memory and on_progress, as for `probe`.
+
+    Returns:
+        For every tensor, the largest differences of logits, and the bytes of both caches.
+
+    Raises:
+        EigencacheError: one of `eigencache.errors`.
     """
     source, calibration_source = text_of(text), text_of(calibration_text)
     with opened(model, tokenizer, **options) as session:

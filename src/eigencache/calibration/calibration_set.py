@@ -70,7 +70,7 @@ class CalibrationSet:
         if len(self.sequences.ids) < 2 * HELD_OUT_SHARE:
             raise StatisticsError(
                 f"{len(self.sequences.ids)} sequences are too few: {2 * HELD_OUT_SHARE} are needed to fit and to hold out. "
-                "Calibrate on more tokens or lower `max_length`."
+                "Calibrate on more tokens or on shorter sequences."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""`eigencache adapter MODEL`: residual adapters trained, read as operators, truncated, beside direct PCA."""
+"""`eigencache adapter MODEL`: train residual adapters, analyze and truncate them, and compare them with direct PCA."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -65,8 +65,8 @@ def run(
         Loss,
         typer.Option(
             "--loss",
-            help="nll: of the text; nll+tail: plus the share of variance outside the top r directions; nll@rank: nll "
-            "with all but those cut off.",
+            help="nll: loss of the text; nll+tail: nll plus the share of variance outside the top r directions; nll@rank: "
+            "nll with the adapted vectors projected on the top r directions.",
         ),
     ] = Loss.nll,
     loss_rank: Annotated[
@@ -101,7 +101,10 @@ def run(
     seed: Seed = 0,
     memory: Memory = None,
 ) -> None:
-    """Train residual adapters on values or keys, analyze them as operators, and score their truncation beside PCA."""
+    """Train residual adapters on values or keys, and compare the loss of their truncation with direct PCA.
+
+    The adapters are also analyzed as linear operators.
+    """
     check_writable(output)
     check_plot(plot)
     if prefix and chunk:

@@ -63,7 +63,11 @@ def run(
     ] = 65_536,
     seeds: Annotated[
         int,
-        typer.Option("--seeds", min=1, help="Number of calibrations, each on different sequences of the calibration text."),
+        typer.Option(
+            "--seeds",
+            min=1,
+            help="Number of calibrations, each on another random draw of calibration sequences; draws overlap.",
+        ),
     ] = 3,
     tasks: Annotated[str, typer.Option("--tasks", help="Retrieval tasks, such as copy,recall; or none.")] = "none",
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="Prompts to generate from; 0 for none.")] = 0,
@@ -93,7 +97,7 @@ def run(
     from eigencache.api import bench
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.sources import BUNDLED
+    from eigencache.models.sources import BUNDLED, source_of
     from eigencache.report.bench.page import against_tables, file_name, tables_of, write_bench
     from eigencache.studies.bench.context import RATES
     from eigencache.studies.bench.methods import chosen_methods
@@ -108,9 +112,12 @@ def run(
         tasks=task_names(tasks) or (),
         prompts=prompts,
     )
+    names = unique(models or BUNDLED)
+    for name in names:
+        source_of(name)  # before the work: a name that does not exist is reported at once
     whole, source, calibration_source = length_numbers(lengths), read_text(text), read_text(calibration_text)
     console, records = Console(), []
-    for model in unique(models or BUNDLED):
+    for model in names:
         partial = output / f"{file_name(model)}.partial" if output else None
         with keeping(partial), progress_bar(model) as on_progress:
             records.append(

@@ -1,4 +1,4 @@
-"""`eigencache fold MODEL`: attention on coefficients against decode-then-attend, logit by logit."""
+"""`eigencache fold MODEL`: compare the logits of attention on coefficients with those of decoding first."""
 
 from typing import Annotated
 
@@ -30,7 +30,10 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Fold the bases of V into W_O and of K into the query: the same logits as decoding first, to rounding."""
+    """Compare attention on coefficients with decoding first; logits must agree to rounding.
+
+    Attention on coefficients folds the basis of V into W_O, and the basis of K into the query.
+    """
     from rich.console import Console
 
     from eigencache.api import fold

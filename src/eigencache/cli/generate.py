@@ -1,4 +1,4 @@
-"""`eigencache generate MODEL`: text from a cache that is compressed while it grows, and what it took."""
+"""`eigencache generate MODEL`: generate text with a compressed cache, and print its bytes and speed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,9 +24,12 @@ def run(
     codec: Annotated[Path, typer.Option("--codec", help="A folder that `eigencache fit --live` wrote.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Prompt text.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with the prompt text.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, max=100, help="Sampling temperature; 0 takes the likeliest token.")
+        float,
+        typer.Option(
+            "--temperature", min=0, max=100, help="Sampling temperature, 0.01 or more; 0 takes the likeliest token."
+        ),
     ] = 0.0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the plain cache as well, and show where the answers differ.")

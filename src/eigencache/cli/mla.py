@@ -1,4 +1,4 @@
-"""`eigencache mla MODEL`: the latent against what it expands to, compressed either way, and standard attention beside it."""
+"""`eigencache mla MODEL`: compare the latent cache with the expanded one, and with a model of standard attention."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,7 @@ from eigencache.cli.options import (
     CalibrationTokens,
     Device,
     Dtype,
+    Force,
     HeldOutLength,
     HeldOutTokens,
     Memory,
@@ -42,6 +43,7 @@ def run(
     max_length: HeldOutLength = 1024,
     calibration_text: CalibrationText = "stdlib",
     calibration_tokens: CalibrationTokens = 131_072,
+    force: Force = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the sweep of the latent as JSON.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -49,7 +51,10 @@ def run(
     seed: Seed = 0,
     memory: Memory = None,
 ) -> None:
-    """Measure MLA: bytes and logits of both caches, low rank of the latent in three metrics, of K or V alone expanded."""
+    """Measure MLA: bytes and logits of the latent and the expanded cache, and the loss of low-rank latents, keys and values.
+
+    With --against, the loss is also compared with a model of standard attention at equal bytes.
+    """
     check_writable(output)
     from rich.console import Console
 
@@ -69,6 +74,7 @@ def run(
             tokens=tokens,
             calibration_tokens=calibration_tokens,
             max_length=max_length,
+            force=force,
             device=device,
             dtype=dtype,
             batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""`eigencache probe MODEL`: the spectra of one model's cache, as a table, JSON and a plot."""
+"""`eigencache probe MODEL`: measure the spectra of a model's cache, and write a table, JSON and a plot."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -58,15 +58,16 @@ def run(
         list[ScopeName] | None,
         typer.Option(
             "--scope",
-            help="Scope of the spectra; can be repeated; default: all three. With all alone, more vectors are read.",
+            help="Scope of the spectra; can be repeated; default: all three. If all is the only one, its sample is larger.",
         ),
     ] = None,
     view: Annotated[
         View,
         typer.Option(
             "--view",
-            help="honest, classic (the original probe), spread, or sinks (attention that first tokens receive, norms and "
-            "gradient energy; runs backward passes over 4,096 tokens).",
+            help="Table to print: honest (statistics that the sample supports), classic (the original probe), spread (of "
+            "the raw dimensions), or sinks (attention to the first tokens, norms and gradient energy; runs backward passes "
+            "over 4,096 tokens).",
         ),
     ] = View.honest,
     layers_table: Annotated[bool, typer.Option("--layers-table", help="Also print all statistics of every layer.")] = False,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from eigencache.cli.flags import flags_of, with_flags
 from eigencache.cli.options import (
     BatchSize,
     Device,
@@ -54,8 +55,8 @@ def run(
 ) -> None:
     """Probe models, measure what compressing their cache costs, and write report.html (offline) and report.json.
 
-    What is low-rank, what is compressible, at what loss, and what to do; the comparison is printed too. An interrupted
-    report resumes after the last finished model when it is started again.
+    The page shows spectra, compression ratios with their loss, and recommended settings. The comparison is also printed. An
+    interrupted report resumes after the last finished model when it is started again.
     """
     check_folder(output)
     from eigencache.report.core.drawing import require
@@ -108,5 +109,6 @@ def run(
         console.print(in_short)
     for probe, verdict in zip(record.probes, record.verdicts, strict=False):
         if verdict.reason:
-            console.print(f"{probe.model.name}: compression was not measured: {verdict.reason}", markup=False)
+            reason = with_flags(verdict.reason, flags_of(run))
+            console.print(f"{probe.model.name}: compression was not measured: {reason}", markup=False)
     console.print(f"report: {page}\ndata:   {data}", markup=False, highlight=False, soft_wrap=True)

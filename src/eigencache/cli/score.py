@@ -1,4 +1,4 @@
-"""`eigencache score [MODEL…]`: held-out loss and in-context copying, the figures of the model cards."""
+"""`eigencache score [MODEL…]`: measure held-out loss and in-context copying, the figures of the model cards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -43,13 +43,16 @@ def run(
     from eigencache.api import score
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.sources import BUNDLED
+    from eigencache.models.sources import BUNDLED, source_of
     from eigencache.records.base import write_whole
     from eigencache.records.probe import ScoreRecord
     from eigencache.report.quality.score import score_table
 
+    names = unique(models or BUNDLED)
+    for name in names:
+        source_of(name)  # before the work: a name that does not exist is reported at once
     source, records, limit = read_text(text), [], in_bytes(memory)
-    for model in unique(models or BUNDLED):
+    for model in names:
         with progress_bar(model) as on_progress:
             options = {"device": device, "dtype": dtype, "seed": seed, "memory": limit, "on_progress": on_progress}
             records.append(score(model, text=source, tokens=tokens, max_length=max_length, **options))

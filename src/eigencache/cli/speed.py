@@ -1,11 +1,11 @@
-"""`eigencache speed [GEOMETRY…]`: the time of `CompressedCache` beside other caches, with random weights."""
+"""`eigencache speed [GEOMETRY…]`: time `CompressedCache` and other caches, with random weights."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eigencache.cli.options import Device, check_folder, length_numbers, positive_numbers, print_written, unique
+from eigencache.cli.options import check_folder, length_numbers, positive_numbers, print_written, unique
 
 EXAMPLES = """
 [b]Examples[/b]\n
@@ -21,7 +21,7 @@ def run(
     ] = None,
     contexts: Annotated[str, typer.Option("--contexts", help="Tokens held by the cache.")] = "1024,4096,16384,32768",
     batches: Annotated[str, typer.Option("--batches", help="Sequences at a time.")] = "1",
-    live_bits: Annotated[str, typer.Option("--live-bits", help="Bits per packed value: 2.5, 3.125, 4 or 8.")] = "3.125,4",
+    rates: Annotated[str, typer.Option("--live-bits", help="Bits per packed value: 2.5, 3.125, 4 or 8.")] = "3.125,4",
     generated: Annotated[
         int, typer.Option("--generated", min=0, help="Tokens of a generation, up to 16,384 tokens held; 0 for none.")
     ] = 65,
@@ -34,7 +34,9 @@ def run(
         int, typer.Option("--repeats", min=1, help="Timed repetitions per measurement; the median is reported.")
     ] = 7,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for README.md, a plot and JSON.")] = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda or cuda:1; default: cuda if available, otherwise cpu.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Time the compressed cache and other caches: attention, decode steps, generation and prefill.
@@ -42,7 +44,10 @@ def run(
     All caches run in turn in every repetition, on attention geometries of large models with random weights.
     """
     if output:
+        from eigencache.report.core.drawing import require
+
         check_folder(output)
+        require("matplotlib")
     import shlex
     import sys
 
@@ -58,7 +63,7 @@ def run(
             unique(geometries or GEOMETRIES),
             contexts=length_numbers(contexts, "--contexts"),
             batches=length_numbers(batches, "--batches"),
-            rates=positive_numbers("--live-bits", live_bits),
+            rates=positive_numbers("--live-bits", rates),
             generated=generated,
             prefill=prefill,
             chunk=chunk,

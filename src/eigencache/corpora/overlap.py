@@ -12,6 +12,7 @@ GRAM = 32  # tokens
 MAX_SHARE = 0.05  # of the windows; licenses and boilerplate stay below it
 SKETCH = 16_384  # hashes in the sketch of a text: 128 KiB
 
+_REMEDY = "choose another `text` or `calibration_text`, or `force`"
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -55,13 +56,16 @@ def sketched_share(ids: list[np.ndarray], kept: np.ndarray, gram: int = GRAM) ->
     return _share(windows[windows <= kept[-1]] if len(kept) == SKETCH else windows, kept)
 
 
-def check_overlap(ids: list[np.ndarray], other: list[np.ndarray], *, force: bool = False) -> str | None:
+def check_overlap(
+    ids: list[np.ndarray], other: list[np.ndarray], *, force: bool = False, remedy: str = _REMEDY
+) -> str | None:
     """Refuse an evaluation text that overlaps the calibration text.
 
     Args:
         ids: Sequences of the evaluation text.
         other: Sequences of the calibration text.
         force: Return a warning instead of raising an error.
+        remedy: What the user can do, with the parameters of the caller; the end of the error message.
 
     Returns:
         None for an overlap of at most 5 %, otherwise a warning for the record.
@@ -69,7 +73,7 @@ def check_overlap(ids: list[np.ndarray], other: list[np.ndarray], *, force: bool
     Raises:
         CorpusError: More than 5 % of the windows overlap and `force` is false; the message has the share.
     """
-    return _judged(overlap_share(ids, other), "`text` or `calibration_text`", force)
+    return _judged(overlap_share(ids, other), remedy, force)
 
 
 def check_sketched_overlap(ids: list[np.ndarray], kept: np.ndarray, *, force: bool = False) -> str | None:
@@ -86,15 +90,15 @@ def check_sketched_overlap(ids: list[np.ndarray], kept: np.ndarray, *, force: bo
     Raises:
         CorpusError: More than 5 % of the windows overlap and `force` is false; the message has the share.
     """
-    return _judged(sketched_share(ids, kept), "`text`", force)
+    return _judged(sketched_share(ids, kept), "choose another `text`, or `force`", force)
 
 
-def _judged(share: float, parameters: str, force: bool) -> str | None:
+def _judged(share: float, remedy: str, force: bool) -> str | None:
     if share <= MAX_SHARE:
         return None
     overlap = f"{100 * share:.0f} % of the evaluation text's {GRAM}-token windows occur in the calibration text"
     if not force:
-        raise CorpusError(f"{overlap}: results would be too optimistic; choose another {parameters}, or `force`")
+        raise CorpusError(f"{overlap}: results would be too optimistic; {remedy}")
     return f"OVERLAP: {overlap}: these results are too optimistic"
 
 

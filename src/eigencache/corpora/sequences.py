@@ -91,7 +91,8 @@ def pack(
         raise CorpusError(f"`max_length` {max_length} is too small: a sequence needs at least {CONTEXT} tokens")
     if tokens is not None and tokens < max_length:
         raise CorpusError(
-            f"asked for {tokens:,} tokens, fewer than one sequence of {max_length:,}: ask for more or lower `max_length`"
+            f"{text.name}: {tokens:,} tokens were requested, fewer than one sequence of {max_length:,}. "
+            f"Request at least {max_length:,}, or use shorter sequences."
         )
     stream = _first(token_stream(text.documents, tokenizer), tokens, on_progress)
     if len(stream) < max_length:

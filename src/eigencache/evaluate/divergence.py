@@ -17,6 +17,8 @@ from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Prefix, Window, check_positions, read_prefix, require_finite
 from eigencache.records.quality import Divergence
 
+NEW_TOKENS = 64
+
 
 @torch.no_grad()
 def measure_divergence(
@@ -26,7 +28,7 @@ def measure_divergence(
     *,
     prompts: int = 16,
     prompt_tokens: int = 256,
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     window: Window = WHOLE,
 ) -> list[Divergence]:
     """Compare greedy generation with each codec to generation with the uncompressed cache, on the same prompts.
@@ -48,12 +50,7 @@ def measure_divergence(
         ModelError: The model has too few positions.
         NonFiniteError: Logits hold NaN or infinite values.
     """
-    if min(prompts, new_tokens, session.batch_size) < 1:
-        raise CorpusError(
-            f"`prompts` {prompts}, `new_tokens` {new_tokens}, `batch_size` {session.batch_size}: each must be at least 1"
-        )
-    check_positions(session.loaded, prompt_tokens + new_tokens)
-    ids = cut_prompts(sequences, prompts, prompt_tokens)
+    ids = checked_prompts(session, sequences, prompts, prompt_tokens, new_tokens)
     reference: list[Tensor] = []
     answers: dict[str, list[Tensor]] = {name: [] for name in codecs}
     for start in range(0, prompts, session.batch_size):
@@ -64,6 +61,21 @@ def measure_divergence(
             answers[name].append(generate_greedily(prefix, batch, codec, new_tokens, window))
         session.on_progress("generation", min(start + session.batch_size, prompts), prompts)
     return [divergence(name, torch.cat(reference), torch.cat(answer), prompt_tokens) for name, answer in answers.items()]
+
+
+def checked_prompts(
+    session: Session, sequences: Sequences, prompts: int, prompt_tokens: int, new_tokens: int = NEW_TOKENS
+) -> np.ndarray:
+    """Return the ids of `cut_prompts`, after checking that the model has positions for prompts and answers.
+
+    Nothing is generated. Arguments and errors are those of `measure_divergence`.
+    """
+    if min(prompts, new_tokens, session.batch_size) < 1:
+        raise CorpusError(
+            f"`prompts` {prompts}, `new_tokens` {new_tokens}, `batch_size` {session.batch_size}: each must be at least 1"
+        )
+    check_positions(session.loaded, prompt_tokens + new_tokens)
+    return cut_prompts(sequences, prompts, prompt_tokens)
 
 
 def cut_prompts(sequences: Sequences, prompts: int, prompt_tokens: int) -> np.ndarray:
@@ -86,7 +98,7 @@ def cut_prompts(sequences: Sequences, prompts: int, prompt_tokens: int) -> np.nd
     if len(starts) < prompts:
         raise CorpusError(
             f"`prompts` {prompts}: {sequences.corpus.name} has only {len(starts)} prompts of {prompt_tokens:,} tokens. "
-            "Use more text, or fewer or shorter prompts."
+            "Use more text (`tokens`) or lower `prompts`."
         )
     chosen = [starts[i * len(starts) // prompts] for i in range(prompts)]
     return np.stack([row[start : start + prompt_tokens] for row, start in chosen])

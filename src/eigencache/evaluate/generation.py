@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigencache.errors import CorpusError
-from eigencache.evaluate.prefix import check_positions
+from eigencache.errors import CorpusError, ModelError
 from eigencache.kernels.packed.backend import BackendName
 from eigencache.models.caches.measuring_cache import plain_cache
 from eigencache.models.caches.tensors import cached_of
@@ -77,7 +76,12 @@ def generate_text(
     ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=loaded.device)
     if not ids.numel():
         raise CorpusError("the prompt has no tokens. Use a non-empty text.")
-    check_positions(loaded, ids.shape[1] + max_new_tokens)
+    prompt_tokens, room = ids.shape[1], loaded.learned_positions
+    if room and prompt_tokens + max_new_tokens > room:
+        raise ModelError(
+            f"the prompt has {prompt_tokens:,} tokens and `max_new_tokens` is {max_new_tokens:,}, but {loaded.name} has "
+            f"{room:,} positions. Shorten the prompt or lower `max_new_tokens`."
+        )
     cache = plain_cache(loaded.model, {}) if codec is None else CompressedCache(loaded.model, codec, backend=backend)
     stream = _Stream(loaded.tokenizer, on_text)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -96,7 +100,7 @@ def generate_text(
     return Generated(
         tokens=stream.ids,
         text=stream.said,
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=prompt_tokens,
         nbytes=cache.nbytes
         if isinstance(cache, CompressedCache)
         else sum(x.nbytes for s in cached_of(cache).values() for x in s),

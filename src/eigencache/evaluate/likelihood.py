@@ -83,7 +83,6 @@ def score_through_cache(
     """
     if protocol.kind != "prefix" and (makers := [n for n, codec in codecs.items() if isinstance(codec, CacheMaker)]):
         raise CodecError(f"{makers[0]} needs a whole prefix and cannot be scored chunk by chunk. Use the prefix protocol.")
-    check_positions(session.loaded, max(map(len, sequences.ids)))
     for batch in scored_batches(session, sequences, protocol)[skip:]:
         ids = torch.from_numpy(np.stack(batch)).to(session.loaded.device)
         yield _score_batch(session.loaded, ids, codecs, protocol, read_first)
@@ -105,6 +104,8 @@ def pieces(length: int, protocol: ReadingProtocol) -> list[tuple[int, int]]:
 def scored_batches(session: Session, sequences: Sequences, protocol: ReadingProtocol) -> list[list[np.ndarray]]:
     """Return the batches of `batches_of`, of as many sequences as the session allows and as memory for logits permits.
 
+    No text is read, so a study calls this before it fits anything, to learn whether the text can be scored.
+
     Args:
         session: Model, and most sequences per batch.
         sequences: Held-out text.
@@ -112,9 +113,11 @@ def scored_batches(session: Session, sequences: Sequences, protocol: ReadingProt
 
     Raises:
         CorpusError: No sequence is long enough.
+        ModelError: A sequence has more tokens than the model has positions.
         StatisticsError: Scoring needs more memory than the session allows.
     """
     length = max(map(len, sequences.ids))
+    check_positions(session.loaded, length)
     longest = max(stop - start for start, stop in pieces(length, protocol)[1:] or [(0, 1)])
     batches = batches_of(sequences, protocol, affordable_rows(session.loaded, session.batch_size, longest))
     check_scoring(session, length, longest)
@@ -135,7 +138,8 @@ def batches_of(sequences: Sequences, protocol: ReadingProtocol, batch_size: int)
     rows = [ids for ids in sequences.ids if len(ids) >= protocol.length + 2]
     if not rows:
         raise CorpusError(
-            f"no sequence is longer than the first {protocol.length:,} tokens, which are not scored. Raise `max_length`."
+            f"every sequence has fewer than {protocol.length + 2:,} tokens: the first {protocol.length:,} are not scored, "
+            "and 2 more are needed. Raise `max_length`."
         )
     return list(_of_equal_length(rows, batch_size))
 

@@ -14,7 +14,7 @@ from eigencache.calibration.session import Session
 from eigencache.codec.base import Compressor
 from eigencache.errors import CorpusError
 from eigencache.evaluate.prefix import WHOLE, Window, check_positions, read_prefix
-from eigencache.evaluate.tasks import TASKS, Example, examples, task_named, vocabulary
+from eigencache.evaluate.tasks import TASKS, Example, Vocabulary, examples, task_named, vocabulary
 from eigencache.records.base import Interval
 from eigencache.records.quality import Accuracy, Retrieval
 
@@ -51,10 +51,9 @@ def evaluate_retrieval(
     Raises:
         CorpusError: A task is unknown, a length does not fit a task, or `count` or the batch size is below 1.
         ModelError: The model has too few positions.
+        TokenizerMismatchError: The tokenizer has too few words.
     """
-    if min(count, session.batch_size) < 1:
-        raise CorpusError(f"`examples` {count}, `batch_size` {session.batch_size}: each must be at least 1")
-    words = vocabulary(session.loaded)
+    words = checked_vocabulary(session, tasks=tasks, lengths=lengths, count=count)
     cells = [
         (name, length, depth)
         for name in (TASKS if tasks is None else tasks)
@@ -63,7 +62,6 @@ def evaluate_retrieval(
     ]
     for done, (name, length, depth) in enumerate(cells, 1):
         made = examples(name, words, length, depth or 0.0, count, session.seed)
-        check_positions(session.loaded, length + len(made[0].answer))
         yield score_examples(
             session,
             codecs,
@@ -73,6 +71,23 @@ def evaluate_retrieval(
             window=window,
         )
         session.on_progress("retrieval", done, len(cells))
+
+
+def checked_vocabulary(
+    session: Session, *, tasks: Sequence[str] | None = None, lengths: Sequence[int] = (256,), count: int = 50
+) -> Vocabulary:
+    """Return the words of the tokenizer, after checking that every task has examples of every length for the model.
+
+    One example of each is made, and none is read. Arguments and errors are those of `evaluate_retrieval`.
+    """
+    if min(count, session.batch_size) < 1:
+        raise CorpusError(f"`examples` {count}, `batch_size` {session.batch_size}: each must be at least 1")
+    words = vocabulary(session.loaded)
+    for name in TASKS if tasks is None else tasks:
+        for length in lengths:
+            (example,) = examples(name, words, length, 0.0, 1, session.seed)
+            check_positions(session.loaded, length + len(example.answer))
+    return words
 
 
 @torch.no_grad()

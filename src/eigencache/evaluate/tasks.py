@@ -97,7 +97,7 @@ def vocabulary(loaded: LoadedModel) -> Vocabulary:
     if len(words) < MIN_WORDS:
         raise TokenizerMismatchError(
             f"{loaded.name}: the tokenizer has {len(words)} tokens that are whole words. Retrieval tasks need {MIN_WORDS}. "
-            "Measure the likelihood instead."
+            "Set `tasks` to none (in Python: ())."
         )
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return Vocabulary(start, np.array(words, dtype=np.int64), lambda text: tokenizer.encode(text, add_special_tokens=False))

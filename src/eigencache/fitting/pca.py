@@ -225,9 +225,10 @@ class PCACalibration:
         independent = min(n_eff, self.sequences.corpus.distinct_8grams)
         if independent < MIN_SUPPORT * moments.width:
             where = f"layer {place.layer_idx}" if place.layer_idx is not None else "all layers"
+            narrower = "" if place.scope == "head" else " or a narrower scope"
             raise StatisticsError(
                 f"{name}, {where}: n_eff of {independent:,.0f} independent vectors cannot carry a basis of "
-                f"{moments.width:,} dimensions. Raise `tokens` or choose a narrower `scope`."
+                f"{moments.width:,} dimensions. Use more calibration tokens{narrower}."
             )
         if independent < DOUBTFUL_BELOW * moments.width:
             support, known = independent / moments.width, self._doubtful.get((name, place.scope), DOUBTFUL_BELOW)

@@ -54,7 +54,7 @@ def fit_wide_transform(
     if rank < 1:
         raise StatisticsError(
             f"{independent:,.0f} independent vectors are too few for a basis of all layers: {DOUBTFUL_BELOW} are needed for "
-            "each direction. Raise `tokens`."
+            "each direction. Use more calibration tokens or a narrower scope."
         )
     basis = basis[:, :rank] if space is None else space @ basis[:, :rank]
     spectrum = torch.nn.functional.pad(values, (0, width - len(values)))

@@ -89,10 +89,11 @@ def require_known(names: Sequence[str], rates: Sequence[float]) -> None:
     """
     for name in names:
         if name not in _CONFIGS:
-            raise ModelError(f"{name}: no geometry of that name: use {', '.join(_CONFIGS)}")
+            raise ModelError(f"`geometries` {name}: no such geometry. Use {', '.join(_CONFIGS)}.")
     for bits in rates:
         if bits not in _SHARES:
-            raise ModelError(f"{bits:g} bits per value are not available: use {', '.join(f'{b:g}' for b in RATES)}")
+            available = ", ".join(f"{rate:g}" for rate in RATES)
+            raise ModelError(f"`rates` {bits:g}: not available. Use {available} bits per packed value.")
 
 
 def random_model(name: str, layers: int, positions: int, *, device: str = "cpu", dtype: torch.dtype) -> PreTrainedModel:

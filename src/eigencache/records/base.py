@@ -44,11 +44,13 @@ class StoredRecord(Record):
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+            raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise RecordError(f"{path}: not a record of schema {schema}: {where}: {first['msg']}") from error
+            raise RecordError(
+                f"{path}: not a record of schema {schema}: {where}: {first['msg']}. Give a file that this version wrote."
+            ) from error
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

@@ -10,15 +10,43 @@ from eigencache.codec.saved.folder import AnyCodec, SavedCodec
 from eigencache.corpora.overlap import check_overlap, check_sketched_overlap
 from eigencache.corpora.sequences import Sequences
 from eigencache.evaluate.codec_scoring import as_kept, scores_of
-from eigencache.evaluate.divergence import measure_divergence
+from eigencache.evaluate.divergence import checked_prompts, measure_divergence
 from eigencache.evaluate.likelihood import score_through_cache, scored_batches
 from eigencache.evaluate.prefix import WHOLE, Window
 from eigencache.evaluate.resume import ResumableResults
-from eigencache.evaluate.retrieval import evaluate_retrieval
+from eigencache.evaluate.retrieval import checked_vocabulary, evaluate_retrieval
 from eigencache.fitting.pca import PCACalibration
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import Divergence, EvaluationRecord, Likelihood, ReadingProtocol, Retrieval
 from eigencache.records.run import Corpus
+
+_PROMPT_TOKENS = 256  # or one sequence, if that is shorter
+
+
+def check_evaluation(
+    session: Session,
+    sequences: Sequences,
+    protocols: Sequence[ReadingProtocol],
+    *,
+    prompts: int = 8,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] = (256,),
+    examples: int = 32,
+) -> None:
+    """Check that every part of an evaluation can be measured, before a codec is fitted. Arguments: see `evaluate_codecs`.
+
+    Raises:
+        CorpusError: Sequences or contexts are too short, the text has too few prompts, or a task is unknown.
+        ModelError: The model has too few positions.
+        StatisticsError: Scoring needs more memory than the session allows.
+        TokenizerMismatchError: The tokenizer has too few words for the tasks.
+    """
+    for protocol in protocols:
+        scored_batches(session, sequences, protocol)
+    if prompts:
+        checked_prompts(session, sequences, prompts, _prompt_tokens(sequences))
+    if tasks is None or tasks:
+        checked_vocabulary(session, tasks=tasks, lengths=lengths, count=examples)
 
 
 def evaluate_codecs(
@@ -92,7 +120,7 @@ def evaluate_codecs(
             sequences,
             codecs,
             prompts=prompts,
-            prompt_tokens=min(256, sequences.corpus.max_length),
+            prompt_tokens=_prompt_tokens(sequences),
             window=Window(window.tokens, max(16, window.block)),
         )
         kept.add({"divergence": [divergence.model_dump() for divergence in divergences]})
@@ -122,6 +150,10 @@ def evaluate_codecs(
             *(calibration.notes if isinstance(calibration, PCACalibration) else ()),
         ],
     )
+
+
+def _prompt_tokens(sequences: Sequences) -> int:
+    return min(_PROMPT_TOKENS, sequences.corpus.max_length)
 
 
 def _calibration_text(

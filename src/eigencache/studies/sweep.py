@@ -7,14 +7,16 @@ cache read every batch of the held-out text, so that differences are paired. Res
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from eigencache.calibration.metrics import check_metric
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits, PCACodec
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import StatisticsError
+from eigencache.errors import CodecError, StatisticsError
 from eigencache.evaluate.codec_scoring import CodecScores, score_codecs
+from eigencache.evaluate.likelihood import scored_batches
 from eigencache.fitting.pca import PCACalibration
 from eigencache.fitting.pca_settings import PCASettings, check_target, targets_of, width_of
 from eigencache.models.load import LoadedModel
@@ -24,6 +26,7 @@ from eigencache.records.quality import ReadingProtocol, SweepPoint, SweepRecord,
 
 Ranks = tuple[int | None, ...] | None
 TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+_CHOICES = {name: get_args(of) for name, of in get_type_hints(PCASettings).items() if get_origin(of) is Literal}
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,18 @@ class Plan:
     shares: tuple[float, ...] = TENTHS
 
     def ranks_for(self, width: int) -> list[int]:
-        """Return the ranks in ascending order. Raises `StatisticsError` if a rank exceeds `width`."""
-        wanted = [round(share * width) for share in self.shares] if self.ranks is None else [r or width for r in self.ranks]
-        if bad := [rank for rank in wanted if rank > width]:
+        """Return the ranks in ascending order. Raises `StatisticsError` for a rank outside 1 to `width`, and for none."""
+        if self.ranks is None:
+            return sorted({max(1, round(share * width)) for share in self.shares})
+        if not self.ranks:
+            raise StatisticsError("`ranks` is empty. Give at least one rank, or omit it.")
+        ranks = [width if rank is None else rank for rank in self.ranks]
+        if bad := [rank for rank in ranks if not 1 <= rank <= width]:
             raise StatisticsError(
-                f"`ranks` {bad[0]}: {self.settings.describe()} has ranks 1 to {width}. Use a lower one, or full."
+                f"`ranks` {bad[0]}: {self.settings.describe()} has ranks 1 to {width}. Use one of these, or full "
+                "(in Python: None)."
             )
-        return sorted({max(1, rank) for rank in wanted})
+        return sorted(set(ranks))
 
 
 def default_plans(
@@ -90,13 +98,23 @@ def check_plans(loaded: LoadedModel, plans: Sequence[Plan]) -> None:
     """Check plans before any text is read.
 
     Raises:
-        CodecError: The model does not have a target.
-        StatisticsError: A rank exceeds the width of its target, or no metric has the name.
+        CodecError: A setting has a value that does not exist, or the model does not have a target.
+        StatisticsError: A rank is outside 1 to the width of its target, or no metric has the name.
     """
     for plan in plans:
+        _check_choices(plan)
         check_metric(plan.settings.metric)
         check_target(loaded, plan.settings.target)
         plan.ranks_for(width_of(loaded.geometry, plan.settings))
+
+
+def _check_choices(plan: Plan) -> None:
+    """Raise `CodecError` for the first setting whose value is none of its type's."""
+    values = {name: getattr(plan.settings, name) for name in _CHOICES} | {"bits": plan.bits}
+    choices = _CHOICES | {"bits": get_args(CoefficientBits)}
+    for name, value in values.items():
+        if value not in choices[name]:
+            raise CodecError(f"`{name}` {value!r} does not exist. Use one of {', '.join(map(str, choices[name]))}.")
 
 
 @dataclass(frozen=True)
@@ -129,11 +147,14 @@ def sweep_model(
         partial: File that keeps finished batches, to resume from. Default: none.
 
     Raises:
-        CorpusError: The held-out text overlaps the calibration text and `force` is false.
-        StatisticsError: A rank does not exist, or the calibration set is too small for a basis.
+        CorpusError: The held-out text overlaps the calibration text and `force` is false, or its sequences are too short.
+        ModelError: The model has fewer positions than a sequence has tokens.
+        StatisticsError: A rank does not exist, the calibration set is too small for a basis, or scoring needs more memory
+            than the session allows.
     """
     watch = Stopwatch()
     overlap = check_overlap(sequences.ids, calibration.sequences.ids, force=force)
+    scored_batches(session, sequences, protocol)  # raises before the fit if the text cannot be scored
     series = [_fit(calibration, plan) for plan in plans]
     scores = score_codecs(
         session,

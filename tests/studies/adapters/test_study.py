@@ -178,7 +178,7 @@ def test_what_cannot_be_done_is_refused_by_name(study, loaded, sequences) -> Non
         study(calibration=sequences(25))
     with pytest.raises(CorpusError, match="occur in the calibration text"):
         study(held_out=sequences(*(48,) * 24))
-    with pytest.raises(CorpusError, match="no sequence is longer than the first 24"):
+    with pytest.raises(CorpusError, match="every sequence has fewer than 26 tokens"):
         study(held_out=sequences(24, 20, seed=1))
     with pytest.raises(TrainingError, match="`learning_rate` nan: must be above 0"):
         study(training=TrainingSettings(learning_rate=float("nan")))

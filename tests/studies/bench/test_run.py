@@ -12,7 +12,15 @@ from eigencache.calibration.session import Session
 from eigencache.codec.base import Encoded
 from eigencache.corpora.resolve import read_text
 from eigencache.corpora.sequences import Sequences, pack
-from eigencache.errors import CodecError, CorpusError, ModelError, UnsupportedArchitectureError
+from eigencache.errors import (
+    BudgetError,
+    CodecError,
+    CorpusError,
+    ModelError,
+    NonFiniteError,
+    StatisticsError,
+    UnsupportedArchitectureError,
+)
 from eigencache.evaluate import prefix as prefix_module
 from eigencache.evaluate.prefix import read_prefix
 from eigencache.records.bench import BenchRecord
@@ -84,6 +92,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
         "not here": made.method("not here", {}, refuses=lambda loaded: f"{loaded.name} has no such thing"),
         "odd": made.method("odd", UnsupportedArchitectureError("keys are normed")),
         "narrow": made.method("narrow", CodecError("no full rank")),
+        "scarce": made.method("scarce", StatisticsError("too few tokens")),
+        "large": made.method("large", BudgetError("no such rate")),
+        "broken": made.method("broken", NonFiniteError("layer 1 holds NaN")),
         "no point": made.method("no point", {}),
     }
     monkeypatch.setattr(bench_module, "METHODS", methods)
@@ -155,10 +166,13 @@ def test_what_calibration_does_not_decide_is_scored_for_the_first_seed_only(made
 
 
 def test_what_a_model_cannot_have_is_listed_with_the_reason_and_the_rest_is_scored(made: Made) -> None:
-    record = bench(("not here", "odd", "identity", "narrow", "no point"))
+    record = bench(("not here", "odd", "scarce", "large", "broken", "identity", "narrow", "no point"))
     assert record.refused == {
         "not here": "llama has no such thing",
         "odd": "keys are normed",
+        "scarce": "too few tokens",
+        "large": "no such rate",
+        "broken": "layer 1 holds NaN",
         "narrow": "no full rank",
         "no point": "it has no operating point at the requested rates",
     }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import planted_sweeps as planted
+from eigencache.api import recommend
 from eigencache.calibration.session import Session
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import BudgetError, CorpusError, ModelError, RecordError, StatisticsError
@@ -70,6 +71,12 @@ def test_nats_are_taken_as_they_are_and_nonsense_is_refused() -> None:
     for given in ("1%", "nan", "inf", "-0.1", ""):
         with pytest.raises(BudgetError, match="`budget_nll`"):
             Budget.of_nll(given)
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.0, "1%"])
+def test_a_budget_of_another_type_is_refused_before_the_subject_is_read(budget) -> None:
+    with pytest.raises(BudgetError, match=r"`budget` is .*: use Budget.of_nll\('0.01'\) or Budget.of_ppl\('1%'\)"):
+        recommend("absent.json", budget=budget)
 
 
 # The choice
@@ -232,8 +239,10 @@ def test_the_half_that_is_chosen_on_and_the_half_that_is_stated_on_share_no_sequ
 
 
 def test_fewer_than_sixteen_sequences_cannot_be_halved(sequences) -> None:
-    with pytest.raises(CorpusError, match="15 sequences are longer than the first 20 tokens, but 16 are needed"):
+    with pytest.raises(CorpusError, match=r"15 sequences have at least 22 tokens, but 16 are needed.* Raise `tokens`"):
         halves_of(sequences(*(40,) * 15, 21), PROTOCOL)
+    with pytest.raises(CorpusError, match=r"0 sequences have at least 22 tokens.* Raise `max_length` or lower `prefix`"):
+        halves_of(sequences(*(21,) * 16), PROTOCOL)
 
 
 # Measured advice
@@ -266,6 +275,15 @@ def test_the_loss_is_stated_where_nothing_was_chosen_and_a_second_run_measures_n
     assert all(done == of for what, done, of in calls if "scoring" in what)
     assert again.model_copy(update={"run": advice.run}).chosen == advice.chosen
     assert again.evidence == advice.evidence
+
+
+def test_a_text_that_cannot_be_scored_is_refused_before_the_calibration_text_is_read(loaded, sequences) -> None:
+    calls: list[str] = []
+    session = Session(loaded("gpt2"), on_progress=lambda what, *_: calls.append(what))
+    long, calibration_text = sequences(*(70,) * 18, seed=1), sequences(*(64,) * 40)
+    with pytest.raises(ModelError, match="64 positions, but 70 tokens are needed"):
+        recommend_model(session, long, calibration_text, LOOSE, PROTOCOL, RECIPE, **PCA)
+    assert not calls
 
 
 def test_a_budget_that_nothing_meets_is_said_and_the_nearest_named(loaded, text, calibration_text) -> None:

@@ -61,5 +61,5 @@ def test_every_target_is_judged_without_reading_the_text_again(name: str, loaded
 
 def test_a_text_that_was_probed_is_not_scored(loaded, sequences) -> None:
     model, text = loaded("llama"), sequences(*(64,) * 32)
-    with pytest.raises(CorpusError, match="`force`"):
+    with pytest.raises(CorpusError, match="choose another `text` or `held_out`"):
         judge(Session(model), gather(Session(model), text, SCOPES), text, BUDGET, RECIPE)

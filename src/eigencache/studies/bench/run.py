@@ -19,7 +19,7 @@ from eigencache.codec.base import Compressor
 from eigencache.codec.placement import placed
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import CodecError, UnsupportedArchitectureError
+from eigencache.errors import REFUSALS
 from eigencache.evaluate.codec_scoring import score_codecs
 from eigencache.evaluate.divergence import measure_divergence
 from eigencache.evaluate.prefix import KeptPrefixes, check_positions
@@ -86,7 +86,7 @@ def bench_model(
         partial: File that keeps the finished results of each seed, method and context, to resume from. Default: none.
 
     Returns:
-        The benchmark's record. Methods that do not support the model are listed with the reason.
+        The benchmark's record. Methods that do not suit the model or the text are listed with the reason.
 
     Raises:
         CorpusError: Held-out text overlaps the calibration text and `force` is false.
@@ -254,7 +254,7 @@ def _fitted(bench: BenchContext, method: str) -> tuple[dict[str, Compressor], st
     try:
         made = METHODS[method].codecs(bench)  # fitted on the CPU
         return {point: placed(codec, bench.session.loaded.device) for point, codec in made.items()}, ""
-    except (UnsupportedArchitectureError, CodecError) as error:
+    except REFUSALS as error:
         return {}, str(error)
 
 

@@ -19,12 +19,9 @@ from eigencache.codec.live.codec import LiveCodec
 from eigencache.codec.placement import placed
 from eigencache.corpora.sequences import Sequences
 from eigencache.errors import (
+    REFUSALS,
     BudgetError,
-    CodecError,
-    EigencacheError,
-    NonFiniteError,
     StatisticsError,
-    UnsupportedArchitectureError,
 )
 from eigencache.evaluate.codec_scoring import CodecScores, score_codecs
 from eigencache.evaluate.resume import ResumableResults
@@ -39,13 +36,6 @@ from eigencache.records.quality import Quality, ReadingProtocol
 from eigencache.studies.recommend.choose import nearest, within
 from eigencache.studies.recommend.commands import Recipe
 
-REFUSALS: tuple[type[EigencacheError], ...] = (
-    StatisticsError,
-    CodecError,
-    BudgetError,
-    NonFiniteError,
-    UnsupportedArchitectureError,
-)  # errors of a family that does not suit a model or a text; the other families are measured all the same
 NAMES: dict[CodecFamily, str] = {"eigen": "stored codec", "live": "live cache"}
 
 

@@ -25,10 +25,11 @@ def halves_of(sequences: Sequences, protocol: ReadingProtocol) -> tuple[Sequence
     """
     usable = [index for index, ids in enumerate(sequences.ids) if len(ids) >= protocol.length + 2]
     if len(usable) < 2 * MIN_SEQUENCES:
+        remedy = "Raise `tokens` or lower `max_length`." if usable else "Raise `max_length` or lower `prefix`."
         raise CorpusError(
-            f"{len(usable)} sequences are longer than the first {protocol.length:,} tokens, but "
+            f"{len(usable)} sequences have at least {protocol.length + 2:,} tokens, but "
             f"{2 * MIN_SEQUENCES} are needed: {MIN_SEQUENCES} to choose on and {MIN_SEQUENCES} to report the loss on. "
-            "Raise `tokens` or lower `max_length`."
+            f"{remedy}"
         )
     middle = len(usable) // 2
     return _half(sequences, usable[:middle]), _half(sequences, usable[middle:])

@@ -7,6 +7,7 @@ from pathlib import Path
 from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits
 from eigencache.corpora.sequences import Sequences
+from eigencache.evaluate.likelihood import scored_batches
 from eigencache.fitting.pca import PCACalibration
 from eigencache.records.advice import Budget, Candidate, Keys
 from eigencache.records.base import SCOPES
@@ -66,9 +67,11 @@ def search_pca(
 
     Raises:
         CorpusError: The text overlaps the calibration text and `force` is false.
-        StatisticsError: The calibration set is too small for every setting.
+        ModelError: The model has fewer positions than a sequence has tokens.
+        StatisticsError: The calibration set is too small for every setting, or scoring needs more memory than is allowed.
     """
     choosing, stating = halves
+    scored_batches(session, choosing, protocol)  # raises before the calibration text is captured
     calibration = PCACalibration(session, calibration_sequences, scopes=SCOPES)
 
     def swept(name: str, text: Sequences, plans: Sequence[Plan]) -> SweepRecord:

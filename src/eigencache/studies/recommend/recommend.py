@@ -12,7 +12,7 @@ from typing import Any
 from eigencache.calibration.session import Session
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
-from eigencache.errors import CodecError, StatisticsError
+from eigencache.errors import REFUSALS, CodecError, StatisticsError
 from eigencache.memory import release
 from eigencache.records.advice import FAMILIES, Advice, Budget, CodecAdvice, CodecFamily, Family, Keys
 from eigencache.records.probe import ProbeRecord
@@ -20,7 +20,7 @@ from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import ReadingProtocol, SweepRecord
 from eigencache.studies.recommend.candidates import Search
 from eigencache.studies.recommend.choose import best_per_target, candidates_of, nearest
-from eigencache.studies.recommend.codecs import REFUSALS, CodecSearch, measure_codecs, partial_names
+from eigencache.studies.recommend.codecs import CodecSearch, measure_codecs, partial_names
 from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.evidence import evidence_of
 from eigencache.studies.recommend.halves import halves_of, repeats

@@ -15,6 +15,7 @@ _KNOWN = {
     "eigencache.report/1": ReportRecord,
     "eigencache.sweep/1": SweepRecord,
 }
+_USE = "Use a file written by `probe --output`, `report` or `sweep --output`."
 
 
 def read_subject(spec: str, model: str | None = None) -> Subject:
@@ -36,7 +37,7 @@ def read_subject(spec: str, model: str | None = None) -> Subject:
     if isinstance(record, ReportRecord):
         return _of_report(record, path, model)
     if model is not None and record.model.name != model:
-        raise RecordError(f"`model` {model}: {path} contains only {record.model.name}")
+        raise RecordError(f"`model` {model}: {path} contains only {record.model.name}. Omit `model`.")
     return record
 
 
@@ -44,13 +45,13 @@ def _schema(path: Path) -> str:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+        raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from error
     except ValueError as error:
-        raise RecordError(f"{path}: not JSON: {error}") from error
+        raise RecordError(f"{path}: not JSON: {error}. {_USE}") from error
     schema = content.get("schema_version") if isinstance(content, dict) else None
     if schema not in _KNOWN:
         problem = f"a record of type {schema}" if isinstance(schema, str) else "not a record"
-        raise RecordError(f"{path}: is {problem}. Use a file written by `probe --output`, `report` or `sweep --output`.")
+        raise RecordError(f"{path}: is {problem}. {_USE}")
     return schema
 
 

@@ -11,6 +11,7 @@ from eigencache.calibration.session import Session
 from eigencache.codec.pca import CoefficientBits
 from eigencache.corpora.overlap import check_overlap
 from eigencache.corpora.sequences import Sequences
+from eigencache.errors import REFUSALS
 from eigencache.fitting.live import SAFE
 from eigencache.fitting.pca import PCACalibration
 from eigencache.fitting.pca_settings import PCASettings, targets_of
@@ -19,7 +20,7 @@ from eigencache.records.advice import Advice, Budget, CodecFamily
 from eigencache.records.provenance import Stopwatch
 from eigencache.records.quality import ReadingProtocol
 from eigencache.studies.recommend.candidates import targets_and_scopes
-from eigencache.studies.recommend.codecs import REFUSALS, CodecSearch, measure_codecs
+from eigencache.studies.recommend.codecs import CodecSearch, measure_codecs
 from eigencache.studies.recommend.commands import Recipe
 from eigencache.studies.recommend.key_rounding import measure_keys
 from eigencache.studies.recommend.pca import PCAResult
@@ -49,7 +50,7 @@ def judge(session: Session, gathered: CapturedMoments, held_out: Sequences, budg
     """
     watch, text = Stopwatch(), gathered.sequences
     protocol = ReadingProtocol(kind="prefix", length=held_out.corpus.max_length * 3 // 4)
-    overlap = check_overlap(held_out.ids, text.ids)
+    overlap = check_overlap(held_out.ids, text.ids, remedy="choose another `text` or `held_out`")
     metrics: dict[str, Metrics] = {}
     try:
         calibration = PCACalibration(session, text, gathered=gathered, metrics=metrics, metric_tokens=QUICK_METRIC_TOKENS)
