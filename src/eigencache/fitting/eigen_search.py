@@ -119,7 +119,7 @@ def at_bits(
     limit, remedy = ("below the minimum", "or more") if bits < reached else ("above the maximum", "or less")
     shorter = ", or fewer `sinks` and a shorter `window`" if bits < reached else ""
     raise BudgetError(
-        f"`bits`={bits:g} (a ratio of {16 / bits:.3g}) is {limit} of {reached:.3g} bits per value at a context of "
+        f"`bits`={bits:g} (a ratio of {16 / bits:,.1f}) is {limit} of {reached:.3g} bits per value at a context of "
         f"{context:,} tokens. Use {reached:.3g} {remedy}{shorter}."
     )
 

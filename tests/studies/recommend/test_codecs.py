@@ -89,7 +89,7 @@ def test_rates_and_families_that_do_not_suit_a_model_have_their_reason(loaded, s
     found = measured(session, searched(**short, calibration=fitted_on, stating=None, rates=rates))
     assert len(found["eigen"].candidates) == 1 and found["eigen"].chosen and found["eigen"].chosen.stating is None
     (reason,) = found["eigen"].left_out
-    assert reason.startswith("eigen at 0.001 bits per value: `bits`=0.001 is below the minimum of")
+    assert reason.startswith("eigen at 0.001 bits per value: `bits`=0.001 (a ratio of 16,000.0) is below the minimum of")
     assert found["live"].candidates == [] and found["live"].chosen is None
     assert found["live"].left_out == [
         "live: a prefix of 40 tokens is too short: no block of 64 tokens is ever packed. Use `prefix` ≥ 68."
