@@ -38,6 +38,8 @@ def test_more_vectors_than_are_worth_their_time_are_not_sampled(monkeypatch: pyt
     monkeypatch.setattr("eigencache.fitting.fit_memory.MOST_VECTORS", 2000)
     plan = of(10**9)
     assert plan.sampled == 2000 and plan.needed == plan.fixed + 2000 * plan.per_token
+    monkeypatch.setattr("eigencache.fitting.fit_memory.MOST_VECTORS", 300)
+    assert of(10**9).sampled == 300  # fewer than 16 long sequences have is enough
 
 
 def test_wider_stages_take_more() -> None:

@@ -137,6 +137,7 @@ def fit_codec(
         StatisticsError: too little text, or sequences too short for the live codec.
     """
     watch = Stopwatch()
+    session.require_steady(sequences)
     if live is not None:
         check_packed_block(sequences, live.settings.least_exact)
     memory = fit_memory(session, sequences, settings)

@@ -76,8 +76,9 @@ def fit_memory(session: Session, sequences: Sequences, settings: EigenSettings) 
         tokens=tokens,
         allowed=session.memory,
     )
-    if memory.sampled < min(tokens, _LEAST * longest):
-        least = (memory.fixed + min(tokens, _LEAST * longest) * memory.per_token) / _GIB
+    fewest = min(tokens, MOST_VECTORS, _LEAST * longest)
+    if memory.sampled < fewest:
+        least = (memory.fixed + fewest * memory.per_token) / _GIB
         raise StatisticsError(
             f"A fit needs about {least:.1f} GiB beside the model, more than a `memory` of {session.memory / _GIB:.1f} GiB. "
             "Raise `memory`, or lower `batch_size`, `max_length` or `group`."
