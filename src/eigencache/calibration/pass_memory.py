@@ -12,7 +12,7 @@ from eigencache.models.load import LoadedModel
 
 BACKWARD_TOKENS = 512  # of a backward pass, which keeps the activations of all layers
 _FLOAT = 4  # bytes
-_SMALLER_BATCHES = "Raise `memory`, or lower `batch_size` or `max_length`."
+_SMALLER_BATCHES = "Raise `memory`, lower `batch_size`, or use shorter sequences."
 _CACHES, _HIDDENS, _INNERS = 3, 8, 4  # cache, hidden states and inner states of an MLP, in a forward pass
 _SAVED_HIDDENS, _SAVED_INNERS = 8, 4  # kept of every layer for a backward pass
 _LOGITS = 2  # logits, and what a loss makes of them
