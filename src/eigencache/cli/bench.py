@@ -97,7 +97,8 @@ def run(
     from eigencache.api import bench
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.sources import BUNDLED, source_of
+    from eigencache.inputs import check_names
+    from eigencache.models.sources import BUNDLED
     from eigencache.report.bench.page import against_tables, file_name, tables_of, write_bench
     from eigencache.studies.bench.context import RATES
     from eigencache.studies.bench.methods import chosen_methods
@@ -113,8 +114,7 @@ def run(
         prompts=prompts,
     )
     names = unique(models or BUNDLED)
-    for name in names:
-        source_of(name)  # before the work: a name that does not exist is reported at once
+    check_names(names)
     whole, source, calibration_source = length_numbers(lengths), read_text(text), read_text(calibration_text)
     console, records = Console(), []
     for model in names:

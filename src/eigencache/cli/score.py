@@ -43,14 +43,14 @@ def run(
     from eigencache.api import score
     from eigencache.cli.progress import progress_bar
     from eigencache.corpora.resolve import read_text
-    from eigencache.models.sources import BUNDLED, source_of
+    from eigencache.inputs import check_names
+    from eigencache.models.sources import BUNDLED
     from eigencache.records.base import write_whole
     from eigencache.records.probe import ScoreRecord
     from eigencache.report.quality.score import score_table
 
     names = unique(models or BUNDLED)
-    for name in names:
-        source_of(name)  # before the work: a name that does not exist is reported at once
+    check_names(names)
     source, records, limit = read_text(text), [], in_bytes(memory)
     for model in names:
         with progress_bar(model) as on_progress:
